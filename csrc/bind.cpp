@@ -1,0 +1,219 @@
+// The Python module: the only file that knows Python. Pointers arrive as integers (tensor.data_ptr()),
+// arguments were checked in Python; the GIL is released while a kernel runs.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/memory.h"
+
+namespace py = pybind11;
+using namespace dpofast;
+using namespace dpofast::cpu;
+
+namespace {
+
+template <class T = void>
+T* pointer(const py::dict& d, const char* key) {
+  return d.contains(key) && !d[key].is_none() ? reinterpret_cast<T*>(d[key].cast<uintptr_t>()) : nullptr;
+}
+
+template <class T>
+T value(const py::dict& d, const char* key) {
+  if (!d.contains(key)) throw std::invalid_argument(std::string("dpofast._C: missing argument ") + key);
+  return d[key].cast<T>();
+}
+
+DType dtype(int code) {
+  if (code < 0 || code > int(DType::f16)) throw std::invalid_argument("dpofast._C: unknown dtype code");
+  return DType(code);
+}
+
+DType dtype(const py::dict& d, const char* key) { return dtype(value<int>(d, key)); }
+
+const Table& table(const std::string& isa) {
+  const Table* t = find(isa.c_str());
+  if (!t) throw std::invalid_argument("dpofast._C: instruction set '" + isa + "' is not available on this machine");
+  return *t;
+}
+
+Head head(const py::dict& d) {
+  Head a{};
+  a.n = value<int64_t>(d, "n");
+  a.h = value<int64_t>(d, "h");
+  a.v = value<int64_t>(d, "v");
+  a.hidden = pointer(d, "hidden");
+  a.hidden_dtype = dtype(d, "hidden_dtype");
+  a.row_offsets = pointer<int64_t>(d, "row_offsets");
+  a.hidden_col_stride = value<int64_t>(d, "hidden_col_stride");
+  a.weight = pointer(d, "weight");
+  a.weight_dtype = dtype(d, "weight_dtype");
+  a.weight_row_stride = value<int64_t>(d, "weight_row_stride");
+  a.weight_col_stride = value<int64_t>(d, "weight_col_stride");
+  a.bias = pointer(d, "bias");
+  a.labels = pointer<int64_t>(d, "labels");
+  a.temperature = value<double>(d, "temperature");
+  a.logit_scale = value<double>(d, "logit_scale");
+  a.softcap = value<double>(d, "softcap");
+  a.block = value<int64_t>(d, "block");
+  a.threads = value<int>(d, "threads");
+  if (a.n < 1 || a.h < 1 || a.v < 1 || a.block < 2 || a.block % 2 || a.threads < 1)
+    throw std::invalid_argument("dpofast._C: sizes must be positive and the block even");
+  return a;
+}
+
+int64_t forward(const std::string& isa, const py::dict& d) {
+  ForwardArgs a{};
+  a.head = head(d);
+  a.outputs = value<unsigned>(d, "outputs");
+  a.logps = pointer(d, "logps");
+  a.lse = pointer(d, "lse");
+  a.entropy = pointer(d, "entropy");
+  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
+  a.mean_logits = pointer(d, "mean_logits");
+  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+  a.cache = pointer(d, "cache");
+  a.cached_blocks = value<int64_t>(d, "cached_blocks");
+  a.jacobian = pointer(d, "jacobian");
+  a.workspace = pointer(d, "workspace");
+  const Table& t = table(isa);
+  py::gil_scoped_release unlocked;
+  return t.forward(a);
+}
+
+int64_t backward(const std::string& isa, const py::dict& d) {
+  BackwardArgs a{};
+  a.head = head(d);
+  a.logps = pointer(d, "logps");
+  a.lse = pointer(d, "lse");
+  a.entropy = pointer(d, "entropy");
+  a.grad_logps = pointer(d, "grad_logps");
+  a.grad_entropy = pointer(d, "grad_entropy");
+  a.cache = pointer(d, "cache");
+  a.cached_blocks = value<int64_t>(d, "cached_blocks");
+  a.jacobian = pointer(d, "jacobian");
+  a.grad_hidden = pointer(d, "grad_hidden");
+  a.grad_rows = pointer<int64_t>(d, "grad_rows");
+  a.grad_weight = pointer(d, "grad_weight");
+  a.grad_bias = pointer(d, "grad_bias");
+  a.workspace = pointer(d, "workspace");
+  const Table& t = table(isa);
+  py::gil_scoped_release unlocked;
+  return t.backward(a);
+}
+
+RowsArgs rows(const py::dict& d) {
+  RowsArgs a{};
+  a.n = value<int64_t>(d, "n");
+  a.v = value<int64_t>(d, "v");
+  a.logits = pointer(d, "logits");
+  a.dtype = dtype(d, "dtype");
+  a.row_offsets = pointer<int64_t>(d, "row_offsets");
+  a.labels = pointer<int64_t>(d, "labels");
+  a.temperature = value<double>(d, "temperature");
+  a.logit_scale = value<double>(d, "logit_scale");
+  a.softcap = value<double>(d, "softcap");
+  a.outputs = value<unsigned>(d, "outputs");
+  a.logps = pointer(d, "logps");
+  a.lse = pointer(d, "lse");
+  a.entropy = pointer(d, "entropy");
+  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
+  a.mean_logits = pointer(d, "mean_logits");
+  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+  a.grad_logps = pointer(d, "grad_logps");
+  a.grad_entropy = pointer(d, "grad_entropy");
+  a.grad_logits = pointer(d, "grad_logits");
+  a.grad_offsets = pointer<int64_t>(d, "grad_offsets");
+  a.threads = value<int>(d, "threads");
+  return a;
+}
+
+void rows_forward(const std::string& isa, const py::dict& d) {
+  const RowsArgs a = rows(d);
+  const Table& t = table(isa);
+  py::gil_scoped_release unlocked;
+  t.rows_forward(a);
+}
+
+void rows_backward(const std::string& isa, const py::dict& d) {
+  const RowsArgs a = rows(d);
+  const Table& t = table(isa);
+  py::gil_scoped_release unlocked;
+  t.rows_backward(a);
+}
+
+std::vector<std::string> cpu_isas() {
+  std::vector<std::string> names;
+  for (const Table* const* t = tables(); *t; ++t) names.push_back((*t)->name);
+  return names;
+}
+
+py::dict cpu_features() {
+  py::dict d;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#define DPOFAST_FEATURE(name) d[name] = bool(__builtin_cpu_supports(name))
+  DPOFAST_FEATURE("avx2");
+  DPOFAST_FEATURE("fma");
+  DPOFAST_FEATURE("avx512f");
+  DPOFAST_FEATURE("avx512bw");
+  DPOFAST_FEATURE("avx512dq");
+  DPOFAST_FEATURE("avx512vl");
+  DPOFAST_FEATURE("avx512bf16");
+#undef DPOFAST_FEATURE
+#endif
+  return d;
+}
+
+py::dict build_info() {
+  py::dict d;
+#if defined(DPOFAST_VERSION)
+  d["version"] = DPOFAST_VERSION;
+#endif
+#if defined(DPOFAST_BUILD_FLAGS)
+  d["flags"] = DPOFAST_BUILD_FLAGS;
+#endif
+#if defined(__clang__)
+  d["compiler"] = __VERSION__;  // names itself
+#else
+  d["compiler"] = "gcc " __VERSION__;
+#endif
+  d["cpp_standard"] = int64_t(__cplusplus);
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "dpofast's compiled kernels; takes addresses, sizes and strides, knows no framework";
+  m.def("forward", &forward, py::arg("isa"), py::arg("args"),
+        "linear_logprob forward; with no workspace, returns the bytes of workspace it needs and does nothing");
+  m.def("backward", &backward, py::arg("isa"), py::arg("args"), "linear_logprob backward; likewise");
+  m.def("rows_forward", &rows_forward, py::arg("isa"), py::arg("args"), "logprob forward");
+  m.def("rows_backward", &rows_backward, py::arg("isa"), py::arg("args"), "logprob backward");
+  m.def(
+      "traits",
+      [](const std::string& isa, int hidden, int weight) {
+        const Traits t = table(isa).traits(dtype(hidden), dtype(weight));
+        return py::make_tuple(t.vector, t.panel, t.unit, t.elem_size, t.acc_size);
+      },
+      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"),
+      "(tokens in a vector, tokens in a panel, k in a dot-product step, bytes of a product's element, of an accumulator)");
+  m.def(
+      "peak",
+      [](const std::string& isa, int hidden, int weight) {
+        std::vector<char> work(kPeakBytes);
+        return table(isa).peak(dtype(hidden), dtype(weight), work.data());
+      },
+      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread in the micro-kernel");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t start, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(start), bytes); }, py::arg("start"),
+      py::arg("bytes"), "let a buffer that is about to be filled be backed by huge pages");
+  m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
+  m.def("cpu_features", &cpu_features, "CPU features that decide among them");
+  m.def("build_info", &build_info, "how this module was built");
+}

@@ -1,0 +1,70 @@
+// The algebra of an online softmax whose label entry is kept apart, for one row.
+//
+// Every backend streams the vocabulary past each token and folds all entries *but the label's* into
+// `RowStats`. Keeping the label apart is what makes a confident token exact: log p = -softplus(d)
+// with d = lse(others) - z_label has full relative precision even when p is within 1e-30 of 1, where
+// z_label - lse(all) would be rounding noise, and so has 1 - p = -expm1(log p).
+#pragma once
+#include <cmath>
+
+#include "core/types.h"
+
+namespace dpofast {
+
+// Over entries v != label, relative to the running maximum m.
+template <class T>
+struct RowStats {
+  T m;        // max z_v
+  T sum;      // sum exp(z_v - m)
+  T sum_x;    // sum exp(z_v - m) (z_v - m), for the entropy
+  T sum_sq;   // sum exp(z_v - m)^2
+  T sum_z;    // sum z_v over every v, the label included, for the mean
+  T m_before; // max z_v over v < label
+};
+
+// What one row amounts to once every entry is folded in.
+struct RowResult {
+  double logp, lse, entropy, log_sum_sq_probs, mean_logits;
+  bool is_top1;
+};
+
+template <class T>
+DPOFAST_HD inline RowStats<T> empty_row() {
+  const T inf = T(INFINITY);
+  return {-inf, 0, 0, 0, 0, -inf};
+}
+
+// Folds b into a, in double so that the number of pieces does not show.
+template <class T>
+DPOFAST_HD inline void merge_rows(RowStats<double>& a, const RowStats<T>& b) {
+  a.sum_z += double(b.sum_z);
+  a.m_before = a.m_before > double(b.m_before) ? a.m_before : double(b.m_before);
+  // An empty or all -inf piece adds nothing; written so that a NaN sum is not skipped.
+  if (double(b.m) == -INFINITY && double(b.sum) == 0) return;
+  const double m = a.m > double(b.m) ? a.m : double(b.m);
+  const double fa = a.sum == 0 ? 0 : exp(a.m - m), fb = exp(double(b.m) - m);
+  const double da = a.sum == 0 ? 0 : a.m - m, db = double(b.m) - m;
+  a.sum_x = (a.sum_x + da * a.sum) * fa + (double(b.sum_x) + db * double(b.sum)) * fb;
+  a.sum_sq = a.sum_sq * fa * fa + double(b.sum_sq) * fb * fb;
+  a.sum = a.sum * fa + double(b.sum) * fb;
+  a.m = m;
+}
+
+DPOFAST_HD inline RowResult finish_row(const RowStats<double>& s, double z_label, double n_vocab) {
+  RowResult r;
+  const double lse_others = s.sum == 0 ? -INFINITY : s.m + log(s.sum);
+  // +inf anywhere makes log_softmax NaN, as in PyTorch: inf - inf.
+  const double d = z_label == INFINITY ? NAN : lse_others - z_label;
+  r.logp = d > 0 ? -(d + log1p(exp(-d))) : -log1p(exp(d));
+  r.lse = z_label == -INFINITY ? lse_others : z_label - r.logp;
+  const double p = exp(r.logp), to_p = s.sum == 0 ? 0 : exp(s.m - r.lse);
+  const double others = s.sum == 0 ? 0 : to_p * (s.sum_x + s.sum * (s.m - r.lse));
+  // Each term is >= 0, so nothing cancels; 0 log 0 is 0.
+  r.entropy = -((p == 0 ? 0 : p * r.logp) + others);
+  r.log_sum_sq_probs = log(to_p * to_p * s.sum_sq + p * p);
+  r.mean_logits = s.sum_z / n_vocab;
+  r.is_top1 = z_label >= s.m && z_label > s.m_before;
+  return r;
+}
+
+}  // namespace dpofast

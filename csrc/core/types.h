@@ -1,0 +1,25 @@
+// Element types and sizes shared by every backend. No Python, no torch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define DPOFAST_HD __host__ __device__
+#else
+#define DPOFAST_HD
+#endif
+
+namespace dpofast {
+
+enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+
+constexpr size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// Statistics that a caller may ask for beside the log-probs (bits of `outputs`).
+enum Output : unsigned { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+}  // namespace dpofast

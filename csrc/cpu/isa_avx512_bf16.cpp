@@ -1,0 +1,27 @@
+#if defined(__x86_64__)
+#include "cpu/isa_begin.h"
+
+#define DPOFAST_AVX512_BF16
+#define DPOFAST_MR 6
+#define DPOFAST_NV 4
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+namespace dpofast::cpu {
+namespace avx512_bf16 {
+#include "cpu/simd_scalar.h"
+#include "cpu/simd_math.h"
+#include "cpu/simd_avx512.h"
+using FloatVec = Avx512Vec;
+#include "cpu/isa_body.h"
+}  // namespace avx512_bf16
+
+const Table kAvx512Bf16 = avx512_bf16::make_table("avx512_bf16");
+}  // namespace dpofast::cpu
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,95 @@
+// The CPU kernels as the rest of the library sees them: argument structs, one table of functions per
+// instruction set, and the choice among the tables. Kernels allocate nothing: the caller asks for the
+// workspace size first (workspace == nullptr) and passes a buffer of it.
+#pragma once
+#include "core/types.h"
+
+namespace dpofast::cpu {
+
+// hidden [n, h] (rows gathered by offset), weight [v, h], labels [n]; n counts completion tokens only.
+struct Head {  // the problem
+  int64_t n, h, v;
+  const void* hidden;
+  DType hidden_dtype;
+  const int64_t* row_offsets;  // [n], in elements from `hidden`
+  int64_t hidden_col_stride;
+  const void* weight;
+  DType weight_dtype;
+  int64_t weight_row_stride, weight_col_stride;
+  const void* bias;       // [v] in the accumulator's type, or null
+  const int64_t* labels;  // [n], each in [0, v)
+  double temperature, logit_scale, softcap;  // softcap 0: none
+  int64_t block;                             // vocabulary rows per block; a multiple of 2
+  int threads;
+};
+
+// Statistics are [n] in the accumulator's type (fp32; fp64 when an input is fp64).
+struct ForwardArgs {
+  Head head;
+  unsigned outputs;
+  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
+  uint8_t* is_top1;
+  void* cache;            // exp(z - m) of the first `cached_blocks` blocks, for the backward
+  int64_t cached_blocks;
+  void* jacobian;         // d logps / d hidden, in panels; or null
+  void* workspace;
+};
+
+struct BackwardArgs {
+  Head head;
+  const void *logps, *lse, *entropy;        // from the forward; entropy only with grad_entropy
+  const void *grad_logps, *grad_entropy;    // [n]; grad_entropy may be null
+  const void* cache;
+  int64_t cached_blocks;
+  const void* jacobian;                     // not null: grad_hidden is a row scaling of it
+  void* grad_hidden;                        // hidden's dtype, contiguous rows; or null
+  const int64_t* grad_rows;                 // [n] row numbers in grad_hidden
+  void* grad_weight;                        // weight's dtype, [v, h] contiguous; or null
+  void* grad_bias;                          // accumulator's type, [v]; or null
+  void* workspace;
+};
+
+// The same passes over logits that exist already. logits [n, v] gathered by offset, unit column stride.
+struct RowsArgs {
+  int64_t n, v;
+  const void* logits;
+  DType dtype;
+  const int64_t* row_offsets;
+  const int64_t* labels;
+  double temperature, logit_scale, softcap;
+  unsigned outputs;
+  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
+  uint8_t* is_top1;
+  const void *grad_logps, *grad_entropy;  // backward only
+  void* grad_logits;                      // backward only; logits' dtype; may be `logits` itself
+  const int64_t* grad_offsets;            // backward only, [n]
+  int threads;
+};
+
+// What sizes depend on, for a plan: vector and panel widths (tokens), k per dot-product step, bytes.
+struct Traits {
+  int64_t vector, panel, unit, elem_size, acc_size;
+};
+
+constexpr int64_t kPeakBytes = 256 << 10;  // zeroed by the caller
+
+struct Table {
+  const char* name;
+  int64_t (*forward)(const ForwardArgs&);    // bytes of workspace
+  int64_t (*backward)(const BackwardArgs&);  // bytes of workspace
+  void (*rows_forward)(const RowsArgs&);
+  void (*rows_backward)(const RowsArgs&);
+  Traits (*traits)(DType hidden, DType weight);
+  double (*peak)(DType hidden, DType weight, char* work);  // flop/s of one thread; `work` has kPeakBytes
+};
+
+// Instruction sets that are compiled in and that this machine has, best first; ends with nullptr.
+const Table* const* tables();
+const Table* find(const char* name);  // nullptr if not available
+
+extern const Table kScalar;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Table kAvx2, kAvx512, kAvx512Bf16;
+#endif
+
+}  // namespace dpofast::cpu

@@ -1,0 +1,144 @@
+// logprob on one instruction set: statistics and gradients of logits that exist already, a row at a time,
+// one read of memory forward, one read and one write backward.
+#pragma once
+
+template <class V, DType D>
+struct Rows {
+  using acc = typename V::scalar;
+  using reg = typename V::reg;
+  using stored = std::conditional_t<D == DType::f32, float, std::conditional_t<D == DType::f64, double, uint16_t>>;
+  static constexpr int64_t kChunk = 512;  // logits in the L1 cache at a time, as `acc`
+
+  static reg load(const stored* p) {
+    if constexpr (D == DType::bf16) return V::load_bf16(p);
+    else if constexpr (D == DType::f16) return V::load_f16(p);
+    else return V::load(p);
+  }
+  static void store(stored* p, reg x) {
+    if constexpr (D == DType::bf16) V::store_bf16(p, x);
+    else if constexpr (D == DType::f16) V::store_f16(p, x);
+    else V::store(p, x);
+  }
+  static acc get(stored x) {
+    if constexpr (D == DType::bf16) return bf16_to_float(x);
+    else if constexpr (D == DType::f16) return f16_to_float(x);
+    else return x;
+  }
+  static void put(stored* p, acc x) {
+    if constexpr (D == DType::bf16) *p = float_to_bf16(float(x));
+    else if constexpr (D == DType::f16) *p = float_to_f16(float(x));
+    else *p = x;
+  }
+
+  struct Scaling {
+    bool has_cap;
+    acc scale, inner, cap, inv_cap;
+    explicit Scaling(const RowsArgs& a)
+        : has_cap(a.softcap != 0), scale(acc(a.logit_scale / a.temperature)),
+          inner(has_cap ? acc(a.logit_scale / a.softcap) : acc(0)), cap(acc(a.softcap / a.temperature)),
+          inv_cap(has_cap ? acc(a.temperature / a.softcap) : acc(0)) {}
+    reg apply(reg x) const {
+      return has_cap ? V::mul(V::set1(cap), V::tanh(V::mul(x, V::set1(inner)))) : V::mul(x, V::set1(scale));
+    }
+    reg bend(reg z) const {
+      const reg u = V::mul(z, V::set1(inv_cap));
+      return V::sub(V::set1(1), V::mul(u, u));
+    }
+  };
+
+  // z of a chunk, padded with -inf to whole vectors; returns the padded length.
+  static int64_t read_chunk(const Scaling& scaling, const stored* x, int64_t n, acc* z) {
+    const int64_t whole = n / V::W * V::W, padded = round_up(n, V::W);
+    for (int64_t i = 0; i < whole; i += V::W) V::store(z + i, scaling.apply(load(x + i)));
+    if (padded > whole) {
+      for (int64_t i = whole; i < n; ++i) z[i] = get(x[i]);
+      for (int64_t i = n; i < padded; ++i) z[i] = 0;
+      V::store(z + whole, scaling.apply(V::load(z + whole)));
+      for (int64_t i = n; i < padded; ++i) z[i] = -acc(INFINITY);
+    }
+    return padded;
+  }
+
+  static void forward(const RowsArgs& a) {
+    const Scaling scaling(a);
+    for_tasks(a.threads, a.n, [&](int64_t row, int) {
+      const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
+      const acc inf = acc(INFINITY);
+      acc z[kChunk], m = -inf, m_before = -inf, z_label = 0, sum = 0, sum_x = 0, sum_sq = 0, sum_z = 0;
+      for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
+        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
+        const int64_t l = a.labels[row] - v0;
+        if (a.outputs & kMeanLogits) {
+          reg s = V::set1(0);
+          const int64_t whole = n / V::W * V::W;
+          for (int64_t i = 0; i < whole; i += V::W) s = V::add(s, V::load(z + i));
+          sum_z += V::reduce_add(s);
+          for (int64_t i = whole; i < n; ++i) sum_z += z[i];
+        }
+        if (uint64_t(l) < uint64_t(n)) {
+          for (int64_t i = 0; i < l; ++i) m_before = z[i] > m_before ? z[i] : m_before;
+          z_label = z[l];
+          z[l] = -inf;
+        }
+        reg top = V::set1(-inf);
+        for (int64_t i = 0; i < padded; i += V::W) top = V::max(top, V::load(z + i));
+        const acc chunk_max = V::reduce_max(top);
+        if (l >= n && chunk_max > m_before) m_before = chunk_max;
+        const acc m_new = chunk_max > m ? chunk_max : m, safe = m_new == -inf ? acc(0) : m_new;
+        const acc f = std::exp(m - safe), shift = m == -inf ? acc(0) : m - safe;
+        reg s = V::set1(0), sx = s, sq = s;
+        const bool extra = a.outputs & (kEntropy | kLogSumSqProbs);
+        for (int64_t i = 0; i < padded; i += V::W) {
+          const reg d = V::sub(V::load(z + i), V::set1(safe)), e = V::exp(d);
+          s = V::add(s, e);
+          if (!extra) continue;
+          sx = V::fma(e, V::max(d, V::set1(acc(-1e4))), sx);
+          sq = V::fma(e, e, sq);
+        }
+        sum_x = (sum_x + shift * sum) * f + V::reduce_add(sx);
+        sum_sq = sum_sq * f * f + V::reduce_add(sq);
+        sum = sum * f + V::reduce_add(s);
+        m = m_new;
+      }
+      const Stats<acc> stats{&m, &sum, &sum_x, &sum_sq, &sum_z, &m_before, &z_label, 1, 1};
+      auto at = [&](void* p) -> void* { return p ? static_cast<acc*>(p) + row : nullptr; };
+      finish_rows(stats, 1, a.v,
+                  {at(a.logps), at(a.lse), at(a.entropy), at(a.log_sum_sq_probs), at(a.mean_logits),
+                   a.is_top1 ? a.is_top1 + row : nullptr});
+    });
+  }
+
+  static void backward(const RowsArgs& a) {
+    const Scaling scaling(a);
+    auto value = [](const void* p, int64_t i) { return p ? static_cast<const acc*>(p)[i] : acc(0); };
+    for_tasks(a.threads, a.n, [&](int64_t row, int) {
+      const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
+      stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
+      const acc c = scaling.scale * value(a.grad_logps, row), e = scaling.scale * value(a.grad_entropy, row);
+      const acc lse = value(a.lse, row), logp = value(a.logps, row), h = value(a.entropy, row);
+      acc z[kChunk];
+      for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
+        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
+        const int64_t l = a.labels[row] - v0;
+        const bool has_label = uint64_t(l) < uint64_t(n);
+        const acc z_label = has_label ? z[l] : acc(0);
+        for (int64_t i = 0; i < padded; i += V::W) {
+          const reg zi = V::load(z + i), log_p = V::sub(zi, V::set1(lse)), p = V::exp(log_p);
+          reg f = V::set1(-c);
+          if (a.grad_entropy)
+            f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));
+          reg g = V::mul(p, f);
+          if (scaling.has_cap) g = V::mul(g, scaling.bend(zi));
+          if (i + V::W <= n) store(out + v0 + i, g);
+          else V::store(z + i, g);
+        }
+        for (int64_t i = n / V::W * V::W; i < n; ++i) put(out + v0 + i, z[i]);
+        if (!has_label) continue;
+        acc g = -std::expm1(logp) * c;
+        if (a.grad_entropy && logp > -acc(INFINITY)) g -= e * std::exp(logp) * (logp + h);
+        if (scaling.has_cap) g *= acc(1) - z_label * scaling.inv_cap * z_label * scaling.inv_cap;
+        put(out + v0 + l, g);
+      }
+    });
+  }
+};

@@ -1,0 +1,264 @@
+"""The registered ops: schema, fake kernel, autograd, and the hand-over to a backend. Arguments were checked.
+
+``torch.compile(fullgraph=True)`` sees each op as opaque, with static shapes: what depends on the number of
+completion tokens stays inside, in the cache buffer, whose size in bytes is an argument.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpofast.backends import torch as torch_backend
+from dpofast.plan import Choice
+
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def _module(backend: str):
+    if backend == "torch":
+        return torch_backend, ""
+    from dpofast.backends import cpu
+
+    return cpu, backend.partition(":")[2]
+
+
+def wanted(outputs: int) -> tuple[str, ...]:
+    """The statistics that a bit mask asks for."""
+    return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
+
+
+def mask(names: tuple[str, ...]) -> int:
+    """The bit mask of the statistics among ``names``."""
+    return sum(1 << i for i, name in enumerate(STATISTICS) if name in names)
+
+
+def _rows(labels: Tensor, ignore_index: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    flat = labels.reshape(-1)
+    rows = torch.nonzero(flat != ignore_index).squeeze(-1)
+    y = flat[rows].long()
+    if y.numel() and labels.device.type == "cpu":
+        low, high = int(y.min()), int(y.max())
+        if low < 0 or high >= n_vocab:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"labels: got {bad}, expected values in [0, {n_vocab}) (the rows of weight) or ignore_index={ignore_index}"
+            )
+    return rows, y
+
+
+def _result_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
+    """logps, lse, then the four statistics: labels' shape where wanted, no elements where not."""
+    names = wanted(outputs)
+    results = [labels.new_zeros(labels.shape, dtype=dtype) for _ in range(2)]
+    for name in STATISTICS:
+        shape = labels.shape if name in names else (0,)
+        results.append(labels.new_zeros(shape, dtype=torch.bool if name == "is_top1" else dtype))
+    return results
+
+
+def _scatter(results: list[Tensor], rows: Tensor, values: dict[str, Tensor]) -> None:
+    for name, out in zip(("logps", "lse", *STATISTICS), results):
+        if name in values:
+            out.view(-1)[rows] = values[name].to(out.dtype)
+
+
+def _gather(rows: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
+    return {name: x.reshape(-1)[rows] for name, x in full.items() if x is not None and x.numel()}
+
+
+@torch.library.custom_op("dpofast::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, temperature: float,
+    logit_scale: float, softcap: float, outputs: int, backend: str, schedule: str, block: int, token_chunk: int,
+    cache_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`."""
+    rows, y = _rows(labels, ignore_index, weight.shape[0])
+    results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
+    module, isa = _module(backend)
+    cache = module.cache_tensor(cache_bytes, hidden.device)
+    if rows.numel():
+        choice = Choice(schedule, block, token_chunk, cache_bytes, 0, 0.0)
+        transform = (temperature, logit_scale, softcap)
+        values = module.forward(isa, hidden, weight, bias, rows, y, transform, wanted(outputs), choice, cache)
+        _scatter(results, rows, values)
+    return (*results, cache)
+
+
+@linear_logprob.register_fake
+def _(hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend, schedule, block,
+      token_chunk, cache_bytes):  # fmt: skip
+    results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
+    return (*results, hidden.new_empty(cache_bytes, dtype=torch.uint8))
+
+
+@torch.library.custom_op("dpofast::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
+    labels: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, cache: Tensor, needs: list[bool], ignore_index: int,
+    temperature: float, logit_scale: float, softcap: float, backend: str, schedule: str, block: int, token_chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements."""
+    grads = _empty_grads(hidden, weight, bias, needs)
+    rows, y = _rows(labels, ignore_index, weight.shape[0])
+    if not rows.numel() or (grad_logps is None and grad_entropy is None):
+        return tuple(g.zero_() for g in grads)
+    module, isa = _module(backend)
+    choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
+    if needs[0]:
+        grads[0].zero_()
+    packed = _gather(rows, logps=logps, lse=lse, entropy=entropy)
+    incoming = _gather(rows, logps=grad_logps, entropy=grad_entropy)
+    module.backward(
+        isa, hidden, weight, bias, rows, y, (temperature, logit_scale, softcap), choice, cache, packed,
+        incoming.get("logps"), incoming.get("entropy"), *(g if need else None for g, need in zip(grads, needs)),
+    )  # fmt: skip
+    return tuple(grads)
+
+
+def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    like = (hidden, weight, weight if bias is None else bias)
+    return [x.new_empty(shape if need else (0,)) for x, shape, need in zip(like, shapes, needs)]
+
+
+@linear_logprob_backward.register_fake
+def _(grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, ignore_index, temperature,
+      logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
+    return tuple(_empty_grads(hidden, weight, bias, needs))
+
+
+def _setup(ctx, inputs, output):
+    hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap = inputs[:8]
+    _, backend, schedule, block, token_chunk, _ = inputs[8:]
+    logps, lse, entropy, *_, cache = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, entropy, cache)
+    ctx.options = (ignore_index, temperature, logit_scale, softcap, backend, schedule, block, token_chunk)
+
+
+def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
+    hidden, weight, bias, labels, logps, lse, entropy, cache = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    grads = linear_logprob_backward(
+        grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, *ctx.options
+    )
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 11)
+
+
+linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+@torch.library.custom_op("dpofast::logprob", mutates_args=())
+def logprob(
+    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float,
+    outputs: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
+    rows, y = _rows(labels, ignore_index, logits.shape[-1])
+    results = _empty_results(labels, _result_dtype(logits), outputs)
+    if rows.numel():
+        module, isa = _module(backend)
+        _scatter(results, rows, module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs)))
+    return tuple(results)
+
+
+@logprob.register_fake
+def _(logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend):
+    return tuple(_empty_results(labels, _result_dtype(logits), outputs))
+
+
+def _fill_grad_logits(
+    grad_logits, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, transform, backend
+) -> None:
+    rows, y = _rows(labels, ignore_index, logits.shape[-1])
+    module, isa = _module(backend)
+    packed = _gather(rows, logps=logps, lse=lse, entropy=entropy)
+    incoming = _gather(rows, logps=grad_logps, entropy=grad_entropy)
+    if rows.numel():
+        module.rows_backward(
+            isa, logits, rows, y, transform, packed, incoming.get("logps"), incoming.get("entropy"), grad_logits
+        )
+    grad_logits[labels == ignore_index] = 0
+
+
+@torch.library.custom_op("dpofast::logprob_backward", mutates_args=())
+def logprob_backward(
+    grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor,
+    entropy: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float, backend: str,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits, in new memory."""
+    grad = logits.new_empty(logits.shape)
+    _fill_grad_logits(
+        grad, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index,
+        (temperature, logit_scale, softcap), backend,
+    )  # fmt: skip
+    return grad
+
+
+@logprob_backward.register_fake
+def _(grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, temperature, logit_scale, softcap, backend):
+    return logits.new_empty(logits.shape)
+
+
+def _setup_logprob(ctx, inputs, output):
+    logits, labels, *options, _, backend = inputs
+    logps, lse, entropy, *_ = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, logps, lse, entropy)
+    ctx.options = (*options, backend)
+
+
+def _backward_logprob(ctx, grad_logps, _lse, grad_entropy, *_):
+    if grad_logps is None and grad_entropy is None:
+        return (None,) * 8
+    return (logprob_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
+
+
+logprob.register_autograd(_backward_logprob, setup_context=_setup_logprob)
+
+
+class InplaceLogprob(torch.autograd.Function):
+    """`logprob` whose backward overwrites the logits with their gradient: no second [*, V] buffer ever exists.
+
+    Eager only, since an op that hands out its input's memory as its output cannot be registered.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend):
+        results = logprob(logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, *results[:3])
+        ctx.options = (ignore_index, (temperature, logit_scale, softcap), backend)
+        ctx.mark_non_differentiable(results[1], *results[3:])
+        ctx.overwritten = False
+        return results
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_logps, _lse, grad_entropy, *_):
+        if grad_logps is None and grad_entropy is None:
+            return (None,) * 8
+        if ctx.overwritten:
+            raise RuntimeError("dpofast.logprob(inplace_grad=True): a second backward, but the logits are overwritten")
+        ctx.overwritten = True
+        logits, labels, logps, lse, entropy = ctx.saved_tensors
+        grad = logits.detach()
+        _fill_grad_logits(grad, grad_logps, grad_entropy, grad, labels, logps, lse, entropy, *ctx.options)
+        return (grad, *(None,) * 7)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "dpofast: second derivatives of log-probs are not implemented; call backward without create_graph=True, "
+        "or use dpofast.reference for a problem small enough"
+    )
+
+
+for _op in (linear_logprob_backward, logprob_backward):
+    _op.register_autograd(_no_second_derivative)

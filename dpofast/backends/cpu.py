@@ -1,0 +1,197 @@
+"""The compiled CPU kernels: tensors in, addresses down to ``dpofast._C``.
+
+Every function takes packed rows: ``rows`` [N] are the positions of completion tokens among hidden's leading
+dimensions (row-major), ``y`` [N] their labels. Results are [N].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpofast._backend import _C
+from dpofast.backends import _pages
+from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _up
+
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""In the order of the bits of csrc/core/types.h, Output."""
+
+
+def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
+    """Where each row of ``x`` [*, H] starts, in elements, whatever its strides: no copy to flatten it."""
+    offsets = torch.zeros_like(rows)
+    rest = rows
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
+        offsets += (rest % size) * stride
+        rest = rest // size
+    return offsets
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The accumulator's type: fp64 if any input is, else fp32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _huge(x: Tensor) -> Tensor:
+    """Lets a buffer that is about to be filled be backed by huge pages: fewer page faults."""
+    _C.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
+    return x
+
+
+def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
+    """What the forward keeps for the backward, in pages that outlive the call."""
+    return _pages.cache_tensor(n_bytes)
+
+
+def _alloc(n_bytes: int) -> Tensor:
+    return _huge(torch.empty(max(n_bytes, 1), dtype=torch.uint8))
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def _head(hidden, weight, bias, rows, y, transform, block):
+    """The arguments that forward and backward share, and the tensors that must outlive the call."""
+    offsets = element_offsets(hidden, rows)
+    if bias is not None:
+        bias = bias.to(wide_dtype(hidden.dtype, weight.dtype)).contiguous()
+    temperature, logit_scale, softcap = transform
+    args = {
+        "n": rows.numel(), "h": hidden.shape[-1], "v": weight.shape[0],
+        "hidden": hidden.data_ptr(), "hidden_dtype": DTYPE_CODES[hidden.dtype],
+        "row_offsets": offsets.data_ptr(), "hidden_col_stride": hidden.stride(-1),
+        "weight": weight.data_ptr(), "weight_dtype": DTYPE_CODES[weight.dtype],
+        "weight_row_stride": weight.stride(0), "weight_col_stride": weight.stride(1),
+        "bias": _pointer(bias), "labels": y.data_ptr(),
+        "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap or 0.0,
+        "block": block, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    return args, (offsets, bias)
+
+
+def _run(function, isa: str, args: dict) -> None:
+    workspace = _alloc(function(isa, args))  # without a workspace it only says how much it needs
+    function(isa, args | {"workspace": workspace.data_ptr()})
+
+
+def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: int) -> int:
+    """How many vocabulary blocks of n tokens the cache holds."""
+    if choice.schedule not in ("cached", "mixed"):
+        return 0
+    t = TRAITS[isa, hidden.dtype, weight.dtype]
+    n_pad = _up(n, t.vector)
+    per_block = _up(choice.block * n_pad * t.elem, 64) + _up(n_pad * t.acc, 64)
+    return min(-(-weight.shape[0] // choice.block), choice.cache_bytes // per_block)
+
+
+def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, cache: Tensor) -> dict[str, Tensor]:
+    """``logps``, ``lse`` and the statistics named in ``outputs``, each [N]; fills ``cache`` for the backward."""
+    n, acc = rows.numel(), wide_dtype(hidden.dtype, weight.dtype)
+    names = ["logps", "lse"] + [name for name in STATISTICS if name in outputs]
+    out = {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc) for name in names}
+    flags = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
+    chunk = choice.token_chunk if choice.schedule in ("score", "recompute") and choice.token_chunk else n
+    for start in range(0, n, chunk):
+        part = slice(start, start + chunk)
+        args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
+        args |= {name: x[part].data_ptr() for name, x in out.items()}
+        args |= {
+            "outputs": flags,
+            "cache": cache.data_ptr(),
+            "cached_blocks": cached_blocks(choice, isa, hidden, weight, n),
+            "jacobian": cache.data_ptr() if choice.schedule == "jacobian" else None,
+        }
+        _run(_C.forward, isa, args)
+        del alive
+    return out
+
+
+def backward(
+    isa, hidden, weight, bias, rows, y, transform, choice: Choice, cache: Tensor, saved: dict[str, Tensor],
+    grad_logps: Tensor | None, grad_entropy: Tensor | None,
+    grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Fills the gradients that are given: grad_hidden's completion rows (the rest must be 0 already), all of the others.
+
+    ``saved`` is the forward's result. An entropy gradient always recomputes the logits: neither what the cache
+    holds nor the jacobian is enough for it.
+    """
+    from_saved = grad_entropy is None
+    if grad_weight is not None:
+        _huge(grad_weight)
+    if grad_logps is None:
+        grad_logps = torch.zeros_like(saved["logps"])
+    bias_out = None if grad_bias is None else torch.empty(grad_bias.shape, dtype=wide_dtype(hidden.dtype, weight.dtype))
+
+    def run(part: slice, to_hidden: bool, to_rest: bool) -> None:
+        args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
+        held = {name: saved[name][part] for name in ("logps", "lse")}
+        held["grad_logps"] = grad_logps[part]
+        if grad_entropy is not None:
+            held |= {"entropy": saved["entropy"][part], "grad_entropy": grad_entropy[part]}
+        held["grad_rows"] = rows[part]
+        args |= {name: x.data_ptr() for name, x in held.items()}
+        args |= {
+            "cache": cache.data_ptr(),
+            "cached_blocks": cached_blocks(choice, isa, hidden, weight, rows.numel()) if from_saved else 0,
+            "jacobian": cache.data_ptr() if from_saved and choice.schedule == "jacobian" else None,
+            "grad_hidden": _pointer(grad_hidden) if to_hidden else None,
+            "grad_weight": _pointer(grad_weight) if to_rest else None,
+            "grad_bias": _pointer(bias_out) if to_rest else None,
+        }
+        _run(_C.backward, isa, args)
+        del alive
+
+    n = rows.numel()
+    everything = slice(0, n)
+    wants_rest = grad_weight is not None or grad_bias is not None
+    apart = choice.schedule == "recompute-split" or (choice.token_chunk and not wants_rest)
+    if not apart:
+        run(everything, grad_hidden is not None, wants_rest)
+    else:
+        if grad_hidden is not None:
+            chunk = choice.token_chunk or n
+            for start in range(0, n, chunk):
+                run(slice(start, start + chunk), True, False)
+        if wants_rest:
+            run(everything, False, True)
+    if grad_bias is not None:
+        grad_bias.copy_(bias_out)
+
+
+def _rows_args(logits, rows, y, transform, threads=None):
+    offsets = element_offsets(logits, rows)
+    temperature, logit_scale, softcap = transform
+    return {
+        "n": rows.numel(), "v": logits.shape[-1], "logits": logits.data_ptr(), "dtype": DTYPE_CODES[logits.dtype],
+        "row_offsets": offsets.data_ptr(), "labels": y.data_ptr(), "temperature": temperature,
+        "logit_scale": logit_scale, "softcap": softcap or 0.0, "threads": torch.get_num_threads(), "outputs": 0,
+    }, offsets  # fmt: skip
+
+
+def rows_forward(isa, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
+    """`forward` from logits [*, V] with unit stride along V."""
+    n, acc = rows.numel(), wide_dtype(logits.dtype)
+    names = ["logps", "lse"] + [name for name in STATISTICS if name in outputs]
+    out = {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc) for name in names}
+    args, alive = _rows_args(logits, rows, y, transform)
+    args |= {name: x.data_ptr() for name, x in out.items()}
+    args["outputs"] = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
+    _C.rows_forward(isa, args)
+    del alive
+    return out
+
+
+def rows_backward(isa, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
+    """Fills the completion rows of ``grad_logits``, which may be ``logits`` itself."""
+    args, alive = _rows_args(logits, rows, y, transform)
+    grad_offsets = element_offsets(grad_logits, rows)
+    args |= {
+        "logps": saved["logps"].data_ptr(), "lse": saved["lse"].data_ptr(),
+        "entropy": _pointer(saved.get("entropy")), "grad_logps": _pointer(grad_logps),
+        "grad_entropy": _pointer(grad_entropy), "grad_logits": grad_logits.data_ptr(),
+        "grad_offsets": grad_offsets.data_ptr(),
+    }  # fmt: skip
+    _C.rows_backward(isa, args)
+    del alive

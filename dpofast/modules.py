@@ -1,0 +1,111 @@
+"""The functions as `torch.nn.Module`: options at construction, tensors at the call.
+
+No option is listed here: the names are read off the functions, and the values of the loss options are checked
+by the same code that checks them in a call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpofast import functional
+from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
+from dpofast.losses import RunningMean
+from dpofast.primitive import LogprobOutput, linear_logprob, logprob
+
+__all__ = ["DPOLoss", "LinearDPOLoss", "LinearLogprob", "RunningMean"]
+
+
+class _Options(nn.Module):
+    """Keeps the options, which are plain Python values, so that the module pickles and copies."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                raise TypeError(
+                    f"{name} is a tensor; a module's options are plain values, pass it to forward()"
+                )
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearLogprob(_Options):
+    """`linear_logprob` as a module. Equivalent to ``linear_logprob(hidden, weight, labels, **options)``.
+
+    Args:
+        options: the keywords of `linear_logprob`, but bias.
+
+    Raises:
+        ValueError, TypeError: as `linear_logprob` does for its options; a tensor.
+
+    >>> import torch
+    >>> module = LinearLogprob(outputs=("entropy",))
+    >>> module(torch.zeros(1, 4), torch.zeros(8, 4), torch.tensor([3])).entropy  # log 8
+    tensor([2.0794])
+    """
+
+    def __init__(self, **options: Any) -> None:
+        unknown = sorted(set(options) - functional.head_options(linear_logprob) - {"ignore_index", "outputs"})
+        if unknown:
+            raise TypeError(f"{unknown[0]}={options[unknown[0]]!r} is not an option of linear_logprob")
+        super().__init__(options)
+        functional.check_head(linear_logprob, options)
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
+    ) -> LogprobOutput:
+        return linear_logprob(hidden, weight, labels, bias=bias, **self.options)
+
+
+class LinearDPOLoss(_Options):
+    """`linear_dpo_loss` as a module. Equivalent to ``linear_dpo_loss(..., **options, **tensors)``.
+
+    Args:
+        options: the options of `linear_dpo_loss`, of the loss and of the head.
+
+    Raises:
+        ValueError, TypeError: as `linear_dpo_loss` does for its options; a tensor.
+
+    >>> LinearDPOLoss(loss_type="ipo", beta=0.05)
+    LinearDPOLoss(loss_type='ipo', beta=0.05)
+    >>> LinearDPOLoss(beta=-1.0)
+    Traceback (most recent call last):
+    ValueError: beta=-1.0; expected a finite number > 0
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(options)
+        functional.check_options(linear_logprob, options)
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
+        """``tensors``: ref_logps, ref_hidden, bias, cu_seqlens, and per-pair beta, margin, pair_weight."""
+        return linear_dpo_loss(hidden, weight, labels, **{**self.options, **tensors})
+
+
+class DPOLoss(_Options):
+    """`dpo_loss` as a module. Equivalent to ``dpo_loss(logits, labels, **options, **tensors)``.
+
+    Args:
+        options: the options of `dpo_loss`.
+
+    Raises:
+        ValueError, TypeError: as `LinearDPOLoss` does.
+
+    >>> import torch
+    >>> logits, labels = torch.zeros(2, 1, 8), torch.tensor([[3], [1]])
+    >>> DPOLoss()(logits, labels, ref_logits=logits).loss  # log 2
+    tensor(0.6931)
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(options)
+        functional.check_options(logprob, options)
+
+    def forward(self, logits: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
+        """``tensors``: ref_logps or ref_logits, cu_seqlens, and per-pair beta, margin, pair_weight."""
+        return dpo_loss(logits, labels, **{**self.options, **tensors})

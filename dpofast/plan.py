@@ -1,0 +1,362 @@
+"""Schedules and tiles: what a call will do, how much memory it will take, and roughly how long.
+
+`choose` is what the op runs on; `plan` is the same answer with its reasons, for people. Sizes are those of
+the kernels' own layout (``csrc/cpu/linear_logprob.h``); a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from dpofast import _backend
+
+DEFAULT_MEMORY_BUDGET = 1 << 30
+"""Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
+
+BLOCK = 192
+"""Vocabulary rows per block: deep enough that accumulators are loaded and stored rarely, and small enough that a
+block of W, its transpose and a panel of tokens share a 1 MiB L2 cache at common hidden sizes."""
+
+PIECES = 8  # kPieces of csrc/cpu/linear_logprob.h
+BUFFERS = 3  # WeightBlocks::kBuffers
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPE_NAMES = {
+    "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class Traits(NamedTuple):
+    """Of the product that two dtypes get on an instruction set (csrc/cpu/kernels.h)."""
+
+    vector: int  # tokens in a vector
+    panel: int  # tokens in a panel
+    unit: int  # k in one dot-product step
+    elem: int  # bytes of a product's element
+    acc: int  # bytes of an accumulator
+
+
+TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
+    (isa, hidden, weight): Traits(*_backend._C.traits(isa, DTYPE_CODES[hidden], DTYPE_CODES[weight]))
+    for isa in _backend.cpu_isas()
+    for hidden in DTYPE_CODES
+    for weight in DTYPE_CODES
+}
+
+
+class Choice(NamedTuple):
+    """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
+
+    schedule: str  # score | jacobian | cached | mixed | recompute | recompute-split | chunked (torch)
+    block: int  # vocabulary rows per block
+    token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
+    cache_bytes: int  # kept from the forward to the backward
+    workspace_bytes: int  # the larger of forward's and backward's, without the cache
+    cached_share: float  # of the vocabulary
+
+
+def _up(x: int, to: int) -> int:
+    return (x + to - 1) // to * to
+
+
+def parse_bytes(value: int | str | None, name: str = "memory_budget") -> int:
+    """Bytes from an int or a string such as ``"512MiB"``, ``"1.5GB"``; None is the default budget."""
+    if value is None:
+        return DEFAULT_MEMORY_BUDGET
+    if isinstance(value, str):
+        text = value.strip()
+        units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+        unit = next((u for u in units if text.endswith(u)), None)
+        try:
+            value = int(float(text[: -len(unit)] if unit else text) * (units[unit] if unit else 1))
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name}: got {text!r}, expected bytes or a size such as '512MiB'") from None
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int (bytes) or a string such as '512MiB'")
+    if value <= 0:
+        raise ValueError(f"{name}: got {value}, expected a positive number of bytes")
+    return value
+
+
+class _Layout:
+    """Bytes of each buffer of csrc/cpu/linear_logprob.h, for n tokens and one block size."""
+
+    def __init__(self, n, h, v, traits: Traits, block, threads, as_is, outputs):
+        self.n, self.h, self.v, self.t, self.block, self.threads, self.as_is = n, h, v, traits, block, threads, as_is
+        self.n_pad = _up(n, traits.vector)
+        self.h_pad = _up(h, traits.unit)
+        self.blocks = (v + block - 1) // block
+        self.outputs = outputs
+
+    def cache_per_block(self):
+        return _up(self.block * self.n_pad * self.t.elem, 64) + _up(self.n_pad * self.t.acc, 64)
+
+    def jacobian(self):
+        return self.h * self.n_pad * self.t.acc
+
+    def _weight_blocks(self, rows, columns):
+        t = self.t
+        converted = BUFFERS * _up(self.block * self.h_pad * t.elem, 64) if rows and not self.as_is else 0
+        return converted + (BUFFERS * _up(self.block * self.h * t.elem, 64) if columns else 0)
+
+    def forward(self, jacobian=False):
+        t = self.t
+        prepares = jacobian or not self.as_is
+        pieces = 1 if prepares else min(self.blocks, PIECES)
+        stats = (2 + self.outputs) * _up(pieces * self.n_pad * t.acc, 64) + _up(self.n_pad * t.acc, 64)
+        scratch = _up(self.threads * (self.block + 2) * t.panel * t.acc, 64) + _up(self.threads * self.h_pad * t.elem, 64)
+        exps = _up(self.threads * self.block * t.panel * t.elem, 64) if jacobian else 0
+        packed = _up(self.h_pad * self.n_pad * t.elem, 64)
+        return self._weight_blocks(True, jacobian) + packed + stats + scratch + exps
+
+    def backward(self, to_hidden, to_weight, recomputes, entropy):
+        t = self.t
+        row = max(self.h_pad, t.panel)
+        total = _up(self.threads * (self.block + 1) * t.panel * t.acc, 64) + _up(self.threads * row * t.acc, 64)
+        total += self._weight_blocks(recomputes or to_hidden, to_hidden)
+        ld = self.n_pad + (64 // t.elem if self.n_pad * t.elem % 4096 == 0 else 0)
+        total += 2 * _up(self.block * ld * t.elem, 64) if to_weight else 0
+        total += 2 * _up(self.block * self.n_pad * t.elem, 64) if to_hidden else 0
+        total += (4 if entropy else 2) * _up(self.n_pad * t.acc, 64)
+        total += _up(self.h_pad * self.n_pad * t.elem, 64) if recomputes else 0
+        total += _up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0
+        total += _up(_up(self.h, t.panel) * _up(self.n, t.unit) * t.elem, 64) if to_weight else 0
+        return total
+
+
+def choose(
+    n: int,
+    h: int,
+    v: int,
+    *,
+    backend: str,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    budget: int,
+    to_hidden: bool,
+    to_weight: bool,
+    threads: int,
+    as_is: bool = True,
+    outputs: int = 0,
+    entropy: bool = False,
+) -> Choice:
+    """The schedule for n completion tokens under ``budget`` bytes of workspace.
+
+    ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's rows can be
+    read in place; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
+
+    Raises:
+        ValueError: if no schedule fits the budget.
+    """
+    if backend == "torch":
+        return _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight)
+    traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
+    if traits.unit > 1 and h % traits.unit:
+        as_is = False  # odd rows are copied to be padded
+    needed = 0
+    for block in (BLOCK, BLOCK // 2, BLOCK // 4):
+        block = min(block, _up(v, 2))
+
+        def layout(tokens, block=block):
+            return _Layout(tokens, h, v, traits, block, threads, as_is, outputs)
+
+        whole = layout(n)
+        if not to_weight:
+            if to_hidden:
+                workspace = max(whole.forward(True), whole.backward(True, False, True, True) if entropy else 0)
+                if workspace + whole.jacobian() <= budget:
+                    return Choice("jacobian", block, 0, whole.jacobian(), workspace, 0.0)
+
+            def chunk_need(tokens, layout=layout):
+                part = layout(tokens)
+                return max(part.forward(), part.backward(True, False, True, entropy) if to_hidden else 0)
+
+            schedule = "recompute" if to_hidden else "score"
+            if chunk_need(n) <= budget:
+                return Choice(schedule, block, 0, 0, chunk_need(n), 0.0)
+            chunk = _fitting_chunk(n, traits.panel, budget, chunk_need)
+            if chunk:
+                return Choice(schedule, block, chunk, 0, chunk_need(chunk), 0.0)
+            needed = chunk_need(min(n, traits.panel))
+            continue
+
+        all_cached = max(whole.forward(), whole.backward(to_hidden, True, entropy, entropy))
+        per_block = whole.cache_per_block()
+        if all_cached + per_block * whole.blocks <= budget:
+            return Choice("cached", block, 0, per_block * whole.blocks, all_cached, 1.0)
+        partly = max(whole.forward(), whole.backward(to_hidden, True, True, entropy))
+        if partly <= budget:
+            cached = (budget - partly) // per_block
+            share = cached / whole.blocks
+            return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly, share)
+        # Not both gradients at once: d hidden by token chunks, then d weight; one product more.
+        weight_only = max(whole.forward(), whole.backward(False, True, True, entropy))
+        if weight_only <= budget:
+
+            def hidden_need(tokens, layout=layout):
+                return layout(tokens).backward(True, False, True, entropy)
+
+            chunk = _fitting_chunk(n, traits.panel, budget, hidden_need) if to_hidden else n
+            if chunk:
+                return Choice("recompute-split", block, chunk, 0, max(weight_only, hidden_need(chunk)), 0.0)
+        needed = weight_only
+    raise ValueError(
+        f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
+        f"the smallest workspace is about {needed} bytes: raise memory_budget or pass fewer sequences at a time"
+    )
+
+
+def _fitting_chunk(n, panel, budget, need):
+    """The largest power-of-two number of panels of tokens whose need fits, 0 if not even one does."""
+    chunk = _up(n, panel)
+    while chunk >= panel:
+        if need(chunk) <= budget:
+            return chunk
+        chunk = _up(chunk // 2, panel) if chunk > panel else 0
+    return 0
+
+
+def _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight) -> Choice:
+    acc = 8 if torch.float64 in (hidden_dtype, weight_dtype) else 4
+    # Logits, probabilities and one temporary of a tile are alive at once, and W's tile in the wide type.
+    chunk = min(n, max(1, budget // (4 * acc * 64)))
+    block = v
+    while block > 64 and (4 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc > budget:
+        if chunk >= block:
+            chunk = (chunk + 1) // 2
+        else:
+            block = (block + 1) // 2
+    workspace = (4 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc
+    if workspace > budget:
+        raise ValueError(
+            f"memory_budget: {budget} bytes cannot be met by backend='torch' for hidden size {h}; "
+            f"the smallest tile takes about {workspace} bytes: raise memory_budget"
+        )
+    schedule = "recompute" if to_hidden or to_weight else "score"
+    return Choice(schedule, block, chunk, 0, workspace, 0.0)
+
+
+class Plan(NamedTuple):
+    """What `linear_logprob` will do for one problem; ``str()`` of it is a table."""
+
+    backend: str
+    schedule: str
+    n_tokens: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    threads: int
+    block: int
+    token_chunk: int
+    memory_budget: int
+    cache_bytes: int
+    workspace_bytes: int
+    gemms: float
+    floor_gemms: int
+    bytes_moved: int
+    predicted_seconds: float | None
+    floor_seconds: float | None
+
+    def __str__(self) -> str:
+        mib = 1 << 20
+        lines = [
+            ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
+            ("backend", f"{self.backend}, {self.threads} threads"),
+            ("schedule", self.schedule),
+            ("tiles", f"{self.block} vocabulary rows a block, "
+             + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
+            ("products", f"{self.gemms:.2f} (the least for these gradients: {self.floor_gemms})"),
+            ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
+             f"budget {self.memory_budget / mib:.1f} MiB"),
+            ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),
+        ]  # fmt: skip
+        if self.predicted_seconds is not None:
+            lines.append(
+                ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
+                 "(products alone at this machine's measured peak)")
+            )  # fmt: skip
+        return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+
+
+@functools.lru_cache(maxsize=64)
+def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> float:
+    """Flop/s of one thread in the micro-kernel, measured here and now (about 10 ms)."""
+    return _backend._C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
+
+
+def plan(
+    n_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: str | torch.dtype = "bf16",
+    *,
+    train_hidden: bool = True,
+    train_head: bool = True,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+) -> Plan:
+    """What `linear_logprob` will do for a problem of these sizes, without doing it.
+
+    Args:
+        n_tokens: completion tokens (labels that are not ``ignore_index``).
+        hidden_size, vocab_size: H and V.
+        dtype: of hidden and weight: "bf16", "fp16", "fp32", "fp64" or the torch dtype.
+        train_hidden, train_head: whether gradients of hidden and of the head are wanted.
+        memory_budget: bytes, or a string such as "512MiB"; default 1 GiB.
+        backend: as for `linear_logprob`.
+        threads: default ``torch.get_num_threads()``.
+
+    Returns:
+        A `Plan`. Times are predicted from the micro-kernel's speed measured on this machine, None for "torch".
+
+    Raises:
+        ValueError: for an unknown dtype or backend, sizes below 1, or a budget that cannot be met.
+
+    Example:
+        >>> import dpofast
+        >>> dpofast.plan(1000, 576, 49152, "bf16", train_head=False, backend="torch").schedule
+        'recompute'
+    """
+    for name, size in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+    torch_dtype = _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in DTYPE_CODES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPE_NAMES)}")
+    exact = _backend.resolve(backend, "cpu")
+    budget = parse_bytes(memory_budget)
+    threads = threads or torch.get_num_threads()
+    choice = choose(
+        n_tokens, hidden_size, vocab_size, backend=exact, hidden_dtype=torch_dtype, weight_dtype=torch_dtype,
+        budget=budget, to_hidden=train_hidden, to_weight=train_head, threads=threads,
+    )  # fmt: skip
+    n_grads = train_hidden + train_head
+    if choice.schedule in ("score", "jacobian"):
+        gemms = 1.0 + n_grads
+    elif choice.schedule == "recompute-split":
+        gemms = 1.0 + 2 * n_grads
+    else:
+        gemms = 1.0 + n_grads + (1 - choice.cached_share)
+    flops = 2.0 * n_tokens * hidden_size * vocab_size
+    size = torch_dtype.itemsize
+    weight_bytes = hidden_size * vocab_size * size
+    # W is read in the forward and again in the backward unless it has no products left to do with it; d weight
+    # is written once; the cache is written once and read once.
+    reads_of_weight = 1 + (n_grads > 0 and choice.schedule != "jacobian")
+    bytes_moved = reads_of_weight * weight_bytes + train_head * weight_bytes + 2 * choice.cache_bytes
+    bytes_moved += (1 + train_hidden) * n_tokens * hidden_size * size
+    predicted = floor = None
+    if exact != "torch":
+        rate = threads * _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
+        predicted, floor = gemms * flops / rate, (1 + n_grads) * flops / rate
+    return Plan(
+        exact, choice.schedule, n_tokens, hidden_size, vocab_size, str(torch_dtype).removeprefix("torch."), threads,
+        choice.block, choice.token_chunk, budget, choice.cache_bytes, choice.workspace_bytes, gemms, 1 + n_grads,
+        int(bytes_moved), predicted, floor,
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""The one primitive: per-token log-probabilities of labels under a language-model head.
+
+Arguments are checked here, all of them, before anything is computed; `dpofast._ops` assumes them right.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dpofast import _backend, _ops
+from dpofast.plan import DTYPE_CODES, choose, parse_bytes
+from dpofast.reference import OUTPUTS, LogprobOutput
+
+__all__ = ["LogprobOutput", "linear_logprob", "logprob"]
+
+
+def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    if isinstance(x, DTensor):
+        raise TypeError(f"{name}: got a DTensor, which is not handled here; pass {name}.full_tensor() or its local shard")
+    if x.is_meta:
+        raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
+    if x.dtype not in DTYPE_CODES:
+        hint = "; dequantise it first" if not x.is_floating_point() else ""
+        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16{hint}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {ndim} dimensions")
+
+
+def _check_labels(labels: Tensor, lead: torch.Size, device: torch.device, of: str) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor of integers")
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise TypeError(f"labels: got dtype {labels.dtype}, expected int64 (or int32)")
+    if labels.shape != lead:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {tuple(lead)}, {of} without its last dimension")
+    if labels.device != device:
+        raise ValueError(f"labels: on device {labels.device}, expected {device}, where {of} is")
+    return labels.long()  # compared in eight bits, a label of 156 would be an ignore_index of -100
+
+
+def _check_transform(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float, float]:
+    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
+        if value is None and name == "softcap":
+            continue
+        if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}, expected a finite number")
+        if name != "logit_scale" and value <= 0:
+            raise ValueError(f"{name}: got {value}, expected a number > 0")
+    return float(temperature), float(logit_scale), float(softcap or 0.0)
+
+
+def _check_outputs(outputs) -> tuple[str, ...]:
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names, such as ({outputs!r},)")
+    unknown = [name for name in outputs if name not in OUTPUTS]
+    if unknown:
+        raise ValueError(f"outputs: got {unknown[0]!r}, expected names among {', '.join(OUTPUTS)}")
+    return tuple(outputs)
+
+
+def _check_exact(grad_filter) -> None:
+    if grad_filter is not None:
+        raise ValueError(f"grad_filter: got {grad_filter!r}, but only None (exact gradients) is available")
+
+
+def _output(results, names: tuple[str, ...]) -> LogprobOutput:
+    logps, _, entropy, log_sum_sq_probs, mean_logits, is_top1 = results
+    return LogprobOutput(
+        logps,
+        entropy if "entropy" in names else None,
+        log_sum_sq_probs.detach() if "log_sum_sq_probs" in names else None,
+        mean_logits.detach() if "mean_logits" in names else None,
+        is_top1 if "is_top1" in names else None,
+        torch.zeros_like(logps) if "dropped_mass" in names else None,  # every schedule here is exact
+    )
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: tuple[str, ...] = (),
+    grad_filter: None = None,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    group: None = None,
+) -> LogprobOutput:
+    """Log-probabilities of ``labels`` under a language-model head, without the ``[*, V]`` logits.
+
+    Equivalent PyTorch, for one token::
+
+        z = hidden @ weight.T + bias
+        z = softcap * tanh(logit_scale * z / softcap) / temperature
+        logps = z.log_softmax(-1)[label]
+
+    Rows whose label is ``ignore_index`` cost nothing, give 0 and receive a gradient of exactly 0. Products of
+    16-bit inputs are accumulated and kept in fp32. Inputs of different dtypes are promoted as by
+    ``torch.promote_types``; under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype first, as
+    ``torch.nn.functional.linear`` does. The same bits come out for any number of threads.
+
+    Args:
+        hidden: ``[*, H]``, float32, float64, bfloat16 or float16; any strides.
+        weight: ``[V, H]``, the head.
+        labels: ``[*]``, integers in ``[0, V)`` or ``ignore_index``; aligned with ``hidden``, nothing is shifted.
+        bias: ``[V]`` or None.
+        ignore_index: the label of positions that do not count.
+        temperature, logit_scale, softcap: the transform above; temperature > 0, softcap > 0 or None.
+        outputs: optional statistics, among "entropy" (of the softmax, nats, differentiable), "log_sum_sq_probs"
+            (``log sum_v p_v^2``), "mean_logits" (of z over V), "is_top1" (the label is the first maximum) and
+            "dropped_mass" (0: gradients are exact).
+        grad_filter: None; gradients are exact.
+        memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB. What fits
+            decides the schedule, see `dpofast.plan`.
+        backend: "auto", "cpu", "cpu:<instruction set>" or "torch"; environment: ``DPOFAST_BACKEND``.
+        group: None; a head that is split over processes is not handled.
+
+    Returns:
+        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if an input is fp64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is computed; a label out of range included.
+
+    Example:
+        >>> import torch, dpofast
+        >>> hidden, weight = torch.randn(2, 3, 8), torch.randn(50, 8)
+        >>> labels = torch.tensor([[-100, 4, 9], [-100, -100, 49]])
+        >>> dpofast.linear_logprob(hidden, weight, labels).logps.shape
+        torch.Size([2, 3])
+    """
+    _check_tensor("hidden", hidden)
+    _check_tensor("weight", weight, 2)
+    if hidden.ndim < 1:
+        raise ValueError("hidden: got a scalar, expected shape [*, H]")
+    if hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] to go with hidden "
+            f"{tuple(hidden.shape)}"
+        )
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one row and one column")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight: on device {weight.device}, expected {hidden.device}, where hidden is")
+    if bias is not None:
+        _check_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the rows of weight")
+        if bias.device != hidden.device:
+            raise ValueError(f"bias: on device {bias.device}, expected {hidden.device}, where hidden is")
+    labels = _check_labels(labels, hidden.shape[:-1], hidden.device, "hidden")
+    transform = _check_transform(temperature, logit_scale, softcap)
+    names = _check_outputs(outputs)
+    _check_exact(grad_filter)
+    if group is not None:
+        raise ValueError("group: a head split over processes is not handled; pass the whole weight and group=None")
+    budget = parse_bytes(memory_budget)
+
+    device_type = hidden.device.type
+    exact_backend = _backend.resolve(backend, device_type)
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+
+    grad = torch.is_grad_enabled()
+    compiling = torch.compiler.is_compiling()
+    # A compiled graph cannot depend on how many labels count: it plans for all of them.
+    n = labels.numel() if compiling else max(1, int((labels != ignore_index).sum()))
+    choice = choose(
+        n,
+        weight.shape[1],
+        weight.shape[0],
+        backend=exact_backend,
+        hidden_dtype=hidden.dtype,
+        weight_dtype=weight.dtype,
+        budget=budget,
+        to_hidden=grad and hidden.requires_grad,
+        to_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        threads=torch.get_num_threads(),
+        as_is=hidden.dtype == weight.dtype and weight.stride(1) == 1,
+        outputs=len(names),
+        entropy="entropy" in names,
+    )
+    *results, _ = _ops.linear_logprob(
+        hidden, weight, bias, labels, ignore_index, *transform, _ops.mask(names), exact_backend, choice.schedule,
+        choice.block, choice.token_chunk, choice.cache_bytes,
+    )  # fmt: skip
+    return _output(results, names)
+
+
+def logprob(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: tuple[str, ...] = (),
+    grad_filter: None = None,
+    backend: str = "auto",
+    inplace_grad: bool = False,
+) -> LogprobOutput:
+    """`linear_logprob` from logits that exist already: one read of them forward, one read and one write backward.
+
+    Equivalent PyTorch::
+
+        z = softcap * tanh(logit_scale * logits / softcap) / temperature
+        logps = z.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+
+    Args:
+        logits: ``[*, V]``, float32, float64, bfloat16 or float16, arithmetic in fp32 (fp64 for fp64).
+        labels: ``[*]``, integers in ``[0, V)`` or ``ignore_index``.
+        inplace_grad: the backward writes the gradient over the logits, which must not be used afterwards. Not under
+            ``torch.compile``.
+        others: as for `linear_logprob`.
+
+    Returns:
+        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is computed.
+
+    Example:
+        >>> import torch, dpofast
+        >>> dpofast.logprob(torch.zeros(3, 4), torch.tensor([0, 3, -100])).logps
+        tensor([-1.3863, -1.3863,  0.0000])
+    """
+    _check_tensor("logits", logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [*, V] with V >= 1")
+    labels = _check_labels(labels, logits.shape[:-1], logits.device, "logits")
+    transform = _check_transform(temperature, logit_scale, softcap)
+    names = _check_outputs(outputs)
+    _check_exact(grad_filter)
+    if inplace_grad and torch.compiler.is_compiling():
+        raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
+    exact_backend = _backend.resolve(backend, logits.device.type)
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
+    return _output(op(logits, labels, ignore_index, *transform, _ops.mask(names), exact_backend), names)

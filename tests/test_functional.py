@@ -1,0 +1,443 @@
+"""Sums per sequence, and the losses from hidden states and from logits."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpofast import functional, losses, reference
+from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss, sequence_logps, wpo_weights
+
+V, H, T = 7, 4, 6
+quick = settings(max_examples=20, deadline=None)
+
+
+class Batch:
+    """Pairs with prompts and completions of several lengths, in fp64."""
+
+    def __init__(self, lengths: list[int], seed: int = 0, width: int = T) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        sequences = len(lengths)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.hidden, self.ref_hidden = normal(sequences, width, H), normal(sequences, width, H)
+        self.weight, self.ref_weight, self.bias = normal(V, H), normal(V, H), normal(V)
+        self.labels = torch.randint(V, (sequences, width), generator=generator)
+        position = torch.arange(width).expand(sequences, width)
+        lengths = torch.tensor(lengths)[:, None]
+        # one token of prompt before an odd completion, none before an even one
+        self.labels[(position < lengths % 2) | (position >= lengths + lengths % 2)] = -100
+
+    def reference(self) -> dict[str, torch.Tensor]:
+        return {"ref_hidden": self.ref_hidden, "ref_weight": self.ref_weight}
+
+    def loss(self, **options) -> DPOLossOutput:
+        return linear_dpo_loss(self.hidden, self.weight, self.labels, **{**self.reference(), **options})
+
+    def packed(self, **options) -> DPOLossOutput:
+        """The same without padding, as cu_seqlens has it."""
+        keep = [row != -100 for row in self.labels]
+        counts = torch.tensor([0, *(int(row.sum()) for row in keep)])
+        rows = torch.stack(keep)
+        return linear_dpo_loss(
+            self.hidden[rows],
+            self.weight,
+            self.labels[rows],
+            **{"ref_hidden": self.ref_hidden[rows], "ref_weight": self.ref_weight, **options},
+            cu_seqlens=counts.cumsum(0).int(),
+        )
+
+
+def assert_same(a: DPOLossOutput, b: DPOLossOutput) -> None:
+    torch.testing.assert_close(a._asdict(), b._asdict())
+    assert {name for name, x in a._asdict().items() if x is None} == {
+        n for n, x in b._asdict().items() if x is None
+    }
+
+
+LENGTHS = [5, 1, 3, 4, 0, 2]
+# every path of the function: sums, averages, nll, weights, ld_alpha, statistics
+PATHS = [
+    {},
+    {"loss_type": "ipo", "ld_alpha": 0.3, "metrics": True},
+    {"loss_type": ["sigmoid", "sft", "sft_norm"], "loss_weights": [1.0, 0.5, 2.0], "ld_alpha": 0.0},
+    {"loss_type": "sigmoid", "use_weighting": True, "metrics": True},
+    {"loss_type": "sppo_hard", "use_weighting": True, "pair_weight": torch.tensor([0.5, 2.0, 0.0]).double()},
+    {"margin": torch.tensor([0.0, 0.4, -0.1]), "beta": torch.tensor([0.1, 0.5, 2.0]), "reduction": "sum"},
+    {"temperature": 0.7, "logit_scale": 1.3, "softcap": 5.0},
+]
+
+
+# sequence_logps
+
+
+def by_hand(logps, labels, ld_alpha=None, average=False, weights=None):
+    """A loop over the tokens, as the definition reads."""
+    lengths = [sum(y != -100 for y in row) for row in labels.tolist()]
+    out, pairs = [], len(lengths) // 2
+    for i, row in enumerate(labels.tolist()):
+        shared = min(lengths[i], lengths[(i + pairs) % len(lengths)]) if ld_alpha is not None else T
+        total, seen = 0.0, 0
+        for t, y in enumerate(row):
+            if y != -100:
+                seen += 1
+                factor = (1.0 if seen <= shared else ld_alpha) * (
+                    1.0 if weights is None else weights[i, t].item()
+                )
+                total += factor * logps[i, t].item()
+        out.append(total / max(lengths[i], 1) if average else total)
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.35, 1.0])
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sequence_logps_equals_a_loop_over_the_tokens_padded_and_packed(ld_alpha, average, weighted):
+    batch = Batch(LENGTHS)
+    logps, labels = -batch.hidden[..., 0].abs(), batch.labels
+    weights = batch.hidden[..., 1] if weighted else None
+    options = {"ld_alpha": ld_alpha, "average": average}
+    expected = by_hand(logps, labels, weights=weights, **options)
+    torch.testing.assert_close(sequence_logps(logps, labels, token_weights=weights, **options), expected)
+    # packed, prompts and padding still among the rows
+    flat = None if weights is None else weights.flatten()
+    ends = torch.arange(0, labels.numel() + 1, T)
+    packed = sequence_logps(logps.flatten(), labels.flatten(), cu_seqlens=ends, token_weights=flat, **options)
+    torch.testing.assert_close(packed, expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradient_of_sequence_logps(packed):
+    batch = Batch(LENGTHS)
+    logps = batch.hidden[..., 0]
+    cu_seqlens = torch.arange(0, logps.numel() + 1, T) if packed else None
+    shape = (-1,) if packed else logps.shape
+    labels = batch.labels.reshape(shape)
+
+    def function(logps):
+        return sequence_logps(logps, labels, cu_seqlens=cu_seqlens, ld_alpha=0.3, average=True)
+
+    assert torch.autograd.gradcheck(function, logps.reshape(shape).clone().requires_grad_())
+
+
+def test_masked_tokens_are_not_looked_at():
+    """A nan where the label is ignored reaches neither the sum nor the gradient."""
+    logps = torch.tensor([[math.nan, -1.0], [-2.0, -math.inf]], requires_grad=True)
+    sums = sequence_logps(logps, torch.tensor([[-100, 1], [1, -100]]))
+    assert sums.tolist() == [-1.0, -2.0]
+    assert torch.autograd.grad(sums.sum(), logps)[0].tolist() == [[0.0, 1.0], [1.0, 0.0]]
+
+
+def test_sums_of_half_precision_are_fp32():
+    logps = torch.full((1, 4096), -1.0, dtype=torch.bfloat16)
+    total = sequence_logps(logps, torch.ones(1, 4096, dtype=torch.long))
+    assert total.dtype == torch.float32 and total.item() == -4096
+
+
+def test_wpo_weights_are_mean_token_probabilities_without_gradient():
+    logps = torch.tensor([[-1.0, -3.0, -9.0], [-2.0, 0.0, 0.0]], requires_grad=True)
+    squares = torch.tensor([[-1.0, -1.0, 0.0], [-3.0, 0.0, 0.0]])
+    weights = wpo_weights(logps, squares, torch.tensor([[1, 2, -100], [3, -100, -100]]))
+    torch.testing.assert_close(weights, torch.exp(torch.tensor([-1.0, 1.0])))
+    assert not weights.requires_grad
+
+
+# linear_dpo_loss
+
+
+@pytest.mark.parametrize("options", PATHS, ids=str)
+def test_gradient_of_the_loss(options):
+    batch = Batch(LENGTHS)
+    options = {key: value for key, value in options.items() if key not in ("metrics", "use_weighting")}
+
+    def function(hidden, weight, bias):
+        return linear_dpo_loss(
+            hidden, weight, batch.labels, bias=bias, **batch.reference(), **options, backend="torch"
+        ).loss
+
+    leaves = (x.requires_grad_() for x in (batch.hidden, batch.weight, batch.bias))
+    assert torch.autograd.gradcheck(function, tuple(leaves))
+
+
+@pytest.mark.parametrize("options", PATHS, ids=str)
+def test_logits_padding_and_packing_give_the_same_numbers(options):
+    batch, wide = Batch(LENGTHS), Batch(LENGTHS)
+    expected = batch.loss(**options)
+    logits, ref_logits = batch.hidden @ batch.weight.T, batch.ref_hidden @ batch.ref_weight.T
+    assert_same(dpo_loss(logits, batch.labels, ref_logits=ref_logits, **options), expected)
+    assert_same(batch.packed(**options), expected)
+    for name, value in (("hidden", 9.0), ("ref_hidden", -9.0), ("labels", -100)):
+        tensor = getattr(wide, name)
+        setattr(wide, name, torch.cat([tensor, torch.full_like(tensor, value)], dim=1))
+    assert_same(wide.loss(**options), expected)
+
+
+@pytest.mark.parametrize("options", PATHS[:4], ids=str)
+def test_a_precomputed_reference_gives_the_same_numbers(options):
+    batch = Batch(LENGTHS)
+    expected = batch.loss(**options)
+    per_token = reference.linear_logprob(batch.ref_hidden, batch.ref_weight, batch.labels).logps
+    sums = torch.cat([expected.ref_chosen_logps, expected.ref_rejected_logps])
+    for ref_logps in (per_token, sums):
+        assert_same(
+            linear_dpo_loss(batch.hidden, batch.weight, batch.labels, ref_logps=ref_logps, **options),
+            expected,
+        )
+
+
+@quick
+@given(st.lists(st.integers(0, T - 1), min_size=2, max_size=4), st.integers(0, 1000))
+def test_the_loss_of_a_batch_is_the_mean_over_its_pairs(chosen, seed):
+    """Scored one by one; the batch is [chosen; rejected], so that pair i has rows i and i + B."""
+    pairs = len(chosen)
+    batch = Batch([*chosen, *reversed(chosen)], seed)
+    whole = batch.loss(loss_type=["sigmoid", "ipo", "sft_norm"], beta=0.4)
+    parts = []
+    for i in range(pairs):
+        part, rows = Batch([0, 0]), [i, i + pairs]
+        part.__dict__.update(batch.__dict__)
+        for name in ("hidden", "ref_hidden", "labels"):
+            setattr(part, name, getattr(batch, name)[rows])
+        parts.append(part.loss(loss_type=["sigmoid", "ipo", "sft_norm"], beta=0.4).loss)
+    torch.testing.assert_close(whole.loss, torch.stack(parts).mean())
+
+
+@quick
+@given(st.integers(0, 1000))
+def test_swapping_chosen_and_rejected_swaps_the_output(seed):
+    batch, swap = Batch(LENGTHS, seed), [3, 4, 5, 0, 1, 2]
+    one = batch.loss(ld_alpha=0.5)
+    batch.hidden, batch.ref_hidden, batch.labels = (
+        x[swap] for x in (batch.hidden, batch.ref_hidden, batch.labels)
+    )
+    other = batch.loss(ld_alpha=0.5)
+    torch.testing.assert_close(one.chosen_logps, other.rejected_logps)
+    torch.testing.assert_close(one.chosen_rewards, other.rejected_rewards)
+    margins = one.chosen_rewards - one.rejected_rewards
+    torch.testing.assert_close(other.loss - one.loss, margins.mean())
+
+
+def test_policy_equal_to_reference_gives_log_2_exactly():
+    batch = Batch(LENGTHS)
+    hidden, weight = batch.hidden.float(), batch.weight.float()
+    loss = linear_dpo_loss(hidden, weight, batch.labels, ref_hidden=hidden, ref_weight=weight).loss
+    assert loss.item() == torch.tensor(math.log(2), dtype=torch.float32).item()
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_an_all_masked_batch_has_gradient_exactly_0(name):
+    """The loss is its formula at log-ratios of 0; what has no tokens to average is 0."""
+    batch = Batch([0, 0, 0, 0])
+    batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+    options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    ref = {} if losses.LOSSES[name].reference else {"ref_hidden": None, "ref_weight": None}
+    out = batch.loss(loss_type=name, metrics=True, **options, **ref)
+    out.loss.backward()
+    assert out.loss.isfinite() and not batch.hidden.grad.any() and not batch.weight.grad.any()
+    assert all(value.isfinite() for value in out.metrics().values())
+    if name.startswith("sft"):
+        assert out.loss.item() == 0
+
+
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_an_empty_batch_is_a_differentiable_zero(name):
+    hidden = torch.zeros(0, T, H, requires_grad=True)
+    options = {"label_smoothing": 0.1} if name == "exo_pair" else {}
+    ref = {"ref_logps": torch.zeros(0)} if losses.LOSSES[name].reference else {}
+    labels = torch.zeros(0, T, dtype=torch.long)
+    out = linear_dpo_loss(hidden, torch.zeros(V, H), labels, loss_type=name, metrics=True, **options, **ref)
+    out.loss.backward()
+    assert out.loss.item() == 0 and all(value.item() == 0 for value in out.metrics().values())
+
+
+def test_the_reference_gets_no_gradient_and_masked_rows_get_exactly_0():
+    batch = Batch(LENGTHS)
+    for tensor in (batch.hidden, batch.ref_hidden, batch.ref_weight):
+        tensor.requires_grad_()
+    batch.loss().loss.backward()
+    assert batch.ref_hidden.grad is None and batch.ref_weight.grad is None
+    assert not batch.hidden.grad[batch.labels == -100].any() and batch.hidden.grad[batch.labels != -100].all()
+
+
+def test_only_what_is_asked_for_is_computed(monkeypatch):
+    """Statistics and the reference cost products and passes; nobody pays who does not ask."""
+    calls = []
+
+    def spy(hidden, weight, labels, **options):
+        calls.append((options["outputs"] if "outputs" in options else "reference", torch.is_grad_enabled()))
+        return reference.linear_logprob(hidden, weight, labels, outputs=options.get("outputs", ()))
+
+    monkeypatch.setattr(functional, "linear_logprob", spy)
+    monkeypatch.setitem(functional._HEAD_OPTIONS, spy, frozenset())
+    batch = Batch(LENGTHS)
+    batch.loss()
+    assert calls == [((), True), ("reference", False)]
+    calls.clear()
+    batch.loss(use_weighting=True, ref_logps=torch.zeros(6), ref_hidden=None, ref_weight=None)
+    assert calls == [(("log_sum_sq_probs",), True)]
+    calls.clear()
+    batch.loss(metrics=True)
+    assert calls[0] == (("entropy", "mean_logits", "is_top1"), True)
+
+
+def test_metrics_are_token_means_over_the_completions():
+    batch = Batch(LENGTHS)
+    out = batch.loss(metrics=True, beta=0.3)
+    logits, mask = batch.hidden @ batch.weight.T, batch.labels != -100
+    half = torch.arange(6)[:, None].expand(6, T) < 3
+    chosen = torch.distributions.Categorical(logits=logits[mask]).entropy().mean()
+    expected = {
+        "entropy": chosen,
+        "logits/chosen": logits[mask & half].mean(),
+        "logits/rejected": logits[mask & ~half].mean(),
+        "mean_token_accuracy": (logits.argmax(-1) == batch.labels)[mask & half].double().mean(),
+        "rewards/margins": 0.3 * (out.chosen_logps - out.ref_chosen_logps).mean()
+        - 0.3 * (out.rejected_logps - out.ref_rejected_logps).mean(),
+    }
+    metrics = out.metrics()
+    torch.testing.assert_close({name: metrics[name] for name in expected}, expected)
+    assert not any(value.requires_grad for value in metrics.values())
+    assert set(batch.loss().metrics()) == {
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/accuracies",
+        "rewards/margins",
+        "logps/chosen",
+        "logps/rejected",
+    }
+
+
+@pytest.mark.parametrize("name, tokens", [("cpo", "sums"), ("simpo", "averages"), ("sft", "sums")])
+def test_rewards_without_a_reference_are_what_the_loss_compares(name, tokens):
+    batch = Batch([3, 2, 4, 5])
+    out = linear_dpo_loss(batch.hidden, batch.weight, batch.labels, loss_type=name, beta=0.2)
+    expected = 0.2 * out.chosen_logps / (out.chosen_lengths if tokens == "averages" else 1)
+    torch.testing.assert_close(out.chosen_rewards, expected)
+    assert not out.chosen_rewards.requires_grad and out.ref_chosen_logps is None
+
+
+def test_dpo_loss_leaves_the_reference_logits_alone_when_gradients_are_written_in_place():
+    batch = Batch(LENGTHS)
+    logits = (batch.hidden @ batch.weight.T).requires_grad_()
+    ref_logits = batch.ref_hidden @ batch.ref_weight.T
+    before = ref_logits.clone()
+    expected = torch.autograd.grad(dpo_loss(logits, batch.labels, ref_logits=ref_logits).loss, logits)[0]
+    out = dpo_loss(logits * 1, batch.labels, ref_logits=ref_logits, inplace_grad=True)
+    torch.testing.assert_close(torch.autograd.grad(out.loss, logits)[0], expected)
+    assert ref_logits.equal(before)
+
+
+def test_compiles_without_a_graph_break():
+    batch = Batch(LENGTHS)
+    options = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.3, "use_weighting": True, "metrics": True}
+
+    def function(logits, ref_logits, labels):
+        out = dpo_loss(logits, labels, ref_logits=ref_logits, backend="torch", **options)
+        return out.loss, out.metrics()
+
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    arguments = (batch.hidden @ batch.weight.T, batch.ref_hidden @ batch.ref_weight.T, batch.labels)
+    torch.testing.assert_close(compiled(*arguments), function(*arguments))
+
+
+# What must raise
+
+R = torch.zeros(6)
+NONE = {"ref_hidden": None, "ref_weight": None}
+BAD = [
+    (
+        {
+            "labels": torch.zeros(5, T, dtype=torch.long),
+            "hidden": torch.zeros(5, T, H),
+            **NONE,
+            "ref_logps": R,
+        },
+        ValueError,
+        "labels hold 5 seq",
+    ),
+    ({"labels": torch.zeros(6, T)}, TypeError, "labels are of torch.float32"),
+    ({"labels": torch.zeros(6, T + 1, dtype=torch.long)}, ValueError, "hidden has shape"),
+    (
+        {"hidden": torch.zeros(6, H), "labels": torch.zeros(6, dtype=torch.long), **NONE},
+        ValueError,
+        "expected .S, T.",
+    ),
+    ({"ref_hidden": torch.zeros(6, 2, H)}, ValueError, "ref_hidden has shape"),
+    ({"ref_logps": R}, ValueError, "both given"),
+    ({"ref_weight": None}, ValueError, "ref_weight is None"),
+    ({"ref_hidden": None}, ValueError, "ref_weight and ref_bias belong to ref_hidden"),
+    ({**NONE, "ref_bias": torch.zeros(V)}, ValueError, "belong to ref_hidden"),
+    (NONE, ValueError, "needs a reference model; pass ref_logps, ref_hidden with ref_weight, or ref_logits"),
+    ({"loss_type": "simpo"}, ValueError, "uses no reference model"),
+    ({**NONE, "ref_logps": torch.zeros(3)}, ValueError, r"ref_logps is \[3\]"),
+    ({**NONE, "ref_logps": torch.zeros(6, dtype=torch.long)}, ValueError, "ref_logps is .* of torch.int64"),
+    ({"beta": 0.0}, ValueError, "beta=0.0"),
+    ({"beta": torch.ones(6)}, ValueError, "beta has 6 values; expected one for each of 3"),
+    ({"pair_weight": torch.ones(6)}, ValueError, r"pair_weight has shape \[6\]"),
+    ({"pair_weight": 2.0}, TypeError, "weight=2.0 is a float"),
+    (
+        {"pair_weight": torch.ones(3), "loss_type": "aot"},
+        ValueError,
+        "pair_weight is not defined for loss_type='aot'",
+    ),
+    (
+        {"use_weighting": True, "loss_type": "aot"},
+        ValueError,
+        "use_weighting is not defined for loss_type='aot'",
+    ),
+    ({"use_weighting": 1}, TypeError, "use_weighting=1 is a int"),
+    ({"ld_alpha": 1.5}, ValueError, "ld_alpha=1.5"),
+    ({"ld_alpha": "1"}, TypeError, "ld_alpha='1'"),
+    ({"label_smooth": 0.1}, TypeError, "label_smooth=0.1 is not an option"),
+    ({"reduction": "batchmean"}, ValueError, "reduction='batchmean'"),
+    ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, r"expected \[N\] and \[S \+ 1\]"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", BAD)
+def test_bad_input_raises_before_anything_is_computed(change, error, message, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("the policy was scored before the arguments were checked")
+
+    monkeypatch.setattr(functional, "linear_logprob", never)
+    monkeypatch.setitem(functional._HEAD_OPTIONS, never, frozenset())
+    batch = Batch(LENGTHS)
+    arguments = {
+        "hidden": batch.hidden,
+        "weight": batch.weight,
+        "labels": batch.labels,
+        **batch.reference(),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        linear_dpo_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    "cu_seqlens", [[0, 2, 1, 6], [1, 3, 6], [0, 3, 5], [0, 3, 7], []], ids=lambda x: "-".join(map(str, x))
+)
+def test_bad_boundaries_raise(cu_seqlens):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        sequence_logps(
+            torch.zeros(6),
+            torch.zeros(6, dtype=torch.long),
+            cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.long),
+        )
+
+
+def test_bad_tokens_raise():
+    labels = torch.zeros(3, 2, dtype=torch.long)
+    for arguments, error, message in (
+        ({"logps": torch.zeros(3, 1)}, ValueError, "logps is"),
+        ({"logps": labels}, TypeError, "logps is"),
+        ({"token_weights": torch.zeros(3)}, ValueError, "token_weights is"),
+        ({"ld_alpha": 0.5}, ValueError, "the batch has 3 sequences"),
+    ):
+        with pytest.raises(error, match=message):
+            sequence_logps(**{"logps": torch.zeros(3, 2), "labels": labels, **arguments})
