@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "cpu/memory.h"
 
 namespace py = pybind11;
 using namespace dpofast;
@@ -209,10 +208,6 @@ PYBIND11_MODULE(_C, m) {
         return table(isa).peak(dtype(hidden), dtype(weight), work.data());
       },
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread in the micro-kernel");
-  m.def(
-      "advise_huge_pages",
-      [](uintptr_t start, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(start), bytes); }, py::arg("start"),
-      py::arg("bytes"), "let a buffer that is about to be filled be backed by huge pages");
   m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
   m.def("cpu_features", &cpu_features, "CPU features that decide among them");
   m.def("build_info", &build_info, "how this module was built");

@@ -15,11 +15,12 @@ except ImportError as error:  # the package also works as plain Python, on backe
     _why_no_C = f"the compiled module dpofast._C cannot be imported ({error})"
 
 BACKENDS = ("cpu", "torch")
+_ISAS = tuple(_C.cpu_isas()) if _C is not None else ()  # asked once: torch.compile cannot look into _C
 
 
 def cpu_isas() -> tuple[str, ...]:
     """Instruction sets of the compiled CPU kernels that this machine has, best first."""
-    return tuple(_C.cpu_isas()) if _C is not None else ()
+    return _ISAS
 
 
 def _cpu_isa(requested: str | None) -> str:

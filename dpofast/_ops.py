@@ -52,9 +52,9 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
-    """logps, lse, then the four statistics: labels' shape where wanted, no elements where not."""
+    """logps, lse in its two parts, then the four statistics: labels' shape where wanted, no elements where not."""
     names = wanted(outputs)
-    results = [labels.new_zeros(labels.shape, dtype=dtype) for _ in range(2)]
+    results = [labels.new_zeros(shape, dtype=dtype) for shape in (labels.shape, (*labels.shape, 2))]
     for name in STATISTICS:
         shape = labels.shape if name in names else (0,)
         results.append(labels.new_zeros(shape, dtype=torch.bool if name == "is_top1" else dtype))
@@ -64,11 +64,12 @@ def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Ten
 def _scatter(results: list[Tensor], rows: Tensor, values: dict[str, Tensor]) -> None:
     for name, out in zip(("logps", "lse", *STATISTICS), results):
         if name in values:
-            out.view(-1)[rows] = values[name].to(out.dtype)
+            out.view(-1, *values[name].shape[1:])[rows] = values[name].to(out.dtype)
 
 
-def _gather(rows: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
-    return {name: x.reshape(-1)[rows] for name, x in full.items() if x is not None and x.numel()}
+def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
+    present = {name: x for name, x in full.items() if x is not None and x.numel()}
+    return {name: x.reshape(labels.numel(), *x.shape[labels.ndim :])[rows] for name, x in present.items()}
 
 
 @torch.library.custom_op("dpofast::linear_logprob", mutates_args=())
@@ -104,16 +105,18 @@ def linear_logprob_backward(
     temperature: float, logit_scale: float, softcap: float, backend: str, schedule: str, block: int, token_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements."""
-    grads = _empty_grads(hidden, weight, bias, needs)
+    module, isa = _module(backend)
+    grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
+    if needs[1]:
+        grads[1] = module.grad_weight_tensor(weight)
     rows, y = _rows(labels, ignore_index, weight.shape[0])
     if not rows.numel() or (grad_logps is None and grad_entropy is None):
         return tuple(g.zero_() for g in grads)
-    module, isa = _module(backend)
     choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
     if needs[0]:
         grads[0].zero_()
-    packed = _gather(rows, logps=logps, lse=lse, entropy=entropy)
-    incoming = _gather(rows, logps=grad_logps, entropy=grad_entropy)
+    packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
+    incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
     module.backward(
         isa, hidden, weight, bias, rows, y, (temperature, logit_scale, softcap), choice, cache, packed,
         incoming.get("logps"), incoming.get("entropy"), *(g if need else None for g, need in zip(grads, needs)),
@@ -178,8 +181,8 @@ def _fill_grad_logits(
 ) -> None:
     rows, y = _rows(labels, ignore_index, logits.shape[-1])
     module, isa = _module(backend)
-    packed = _gather(rows, logps=logps, lse=lse, entropy=entropy)
-    incoming = _gather(rows, logps=grad_logps, entropy=grad_entropy)
+    packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
+    incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
     if rows.numel():
         module.rows_backward(
             isa, logits, rows, y, transform, packed, incoming.get("logps"), incoming.get("entropy"), grad_logits
@@ -240,8 +243,12 @@ class InplaceLogprob(torch.autograd.Function):
         return results
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "dpofast.logprob(inplace_grad=True): second derivatives are not possible; call backward without "
+                "create_graph=True, or pass inplace_grad=False"
+            )
         if grad_logps is None and grad_entropy is None:
             return (None,) * 8
         if ctx.overwritten:

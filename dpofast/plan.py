@@ -103,6 +103,12 @@ class _Layout:
         converted = BUFFERS * _up(self.block * self.h_pad * t.elem, 64) if rows and not self.as_is else 0
         return converted + (BUFFERS * _up(self.block * self.h * t.elem, 64) if columns else 0)
 
+    def tiles(self):
+        """What the threads have of their own: at most the sum over forward's and backward's buffers."""
+        t = self.t
+        per_thread = (self.block + 2) * t.panel * t.acc + self.block * t.panel * t.elem + max(self.h_pad, t.panel) * t.acc
+        return _up(self.threads * per_thread, 64) + 128
+
     def forward(self, jacobian=False):
         t = self.t
         prepares = jacobian or not self.as_is
@@ -121,7 +127,7 @@ class _Layout:
         ld = self.n_pad + (64 // t.elem if self.n_pad * t.elem % 4096 == 0 else 0)
         total += 2 * _up(self.block * ld * t.elem, 64) if to_weight else 0
         total += 2 * _up(self.block * self.n_pad * t.elem, 64) if to_hidden else 0
-        total += (4 if entropy else 2) * _up(self.n_pad * t.acc, 64)
+        total += (5 if entropy else 3) * _up(self.n_pad * t.acc, 64)
         total += _up(self.h_pad * self.n_pad * t.elem, 64) if recomputes else 0
         total += _up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0
         total += _up(_up(self.h, t.panel) * _up(self.n, t.unit) * t.elem, 64) if to_weight else 0
@@ -139,15 +145,18 @@ def choose(
     budget: int,
     to_hidden: bool,
     to_weight: bool,
-    threads: int,
+    threads: int = 0,
     as_is: bool = True,
     outputs: int = 0,
     entropy: bool = False,
 ) -> Choice:
     """The schedule for n completion tokens under ``budget`` bytes of workspace.
 
-    ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's rows can be
-    read in place; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
+    Each thread's own tiles (about 100 KiB at common sizes) are not counted against the budget, because results must
+    not depend on the number of threads; ``threads`` only adds them to the ``workspace_bytes`` that are reported.
+
+    ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's
+    columns have unit stride; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
 
     Raises:
         ValueError: if no schedule fits the budget.
@@ -155,21 +164,22 @@ def choose(
     if backend == "torch":
         return _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight)
     traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
-    if traits.unit > 1 and h % traits.unit:
-        as_is = False  # odd rows are copied to be padded
+    # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
+    as_is = as_is and traits.elem == weight_dtype.itemsize and h % traits.unit == 0
     needed = 0
     for block in (BLOCK, BLOCK // 2, BLOCK // 4):
         block = min(block, _up(v, 2))
 
         def layout(tokens, block=block):
-            return _Layout(tokens, h, v, traits, block, threads, as_is, outputs)
+            return _Layout(tokens, h, v, traits, block, 0, as_is, outputs)
 
         whole = layout(n)
+        tiles = _Layout(n, h, v, traits, block, threads, as_is, outputs).tiles()
         if not to_weight:
             if to_hidden:
                 workspace = max(whole.forward(True), whole.backward(True, False, True, True) if entropy else 0)
                 if workspace + whole.jacobian() <= budget:
-                    return Choice("jacobian", block, 0, whole.jacobian(), workspace, 0.0)
+                    return Choice("jacobian", block, 0, whole.jacobian(), workspace + tiles, 0.0)
 
             def chunk_need(tokens, layout=layout):
                 part = layout(tokens)
@@ -177,22 +187,22 @@ def choose(
 
             schedule = "recompute" if to_hidden else "score"
             if chunk_need(n) <= budget:
-                return Choice(schedule, block, 0, 0, chunk_need(n), 0.0)
+                return Choice(schedule, block, 0, 0, chunk_need(n) + tiles, 0.0)
             chunk = _fitting_chunk(n, traits.panel, budget, chunk_need)
             if chunk:
-                return Choice(schedule, block, chunk, 0, chunk_need(chunk), 0.0)
+                return Choice(schedule, block, chunk, 0, chunk_need(chunk) + tiles, 0.0)
             needed = chunk_need(min(n, traits.panel))
             continue
 
         all_cached = max(whole.forward(), whole.backward(to_hidden, True, entropy, entropy))
         per_block = whole.cache_per_block()
         if all_cached + per_block * whole.blocks <= budget:
-            return Choice("cached", block, 0, per_block * whole.blocks, all_cached, 1.0)
+            return Choice("cached", block, 0, per_block * whole.blocks, all_cached + tiles, 1.0)
         partly = max(whole.forward(), whole.backward(to_hidden, True, True, entropy))
         if partly <= budget:
             cached = (budget - partly) // per_block
             share = cached / whole.blocks
-            return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly, share)
+            return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly + tiles, share)
         # Not both gradients at once: d hidden by token chunks, then d weight; one product more.
         weight_only = max(whole.forward(), whole.backward(False, True, True, entropy))
         if weight_only <= budget:
@@ -202,7 +212,7 @@ def choose(
 
             chunk = _fitting_chunk(n, traits.panel, budget, hidden_need) if to_hidden else n
             if chunk:
-                return Choice("recompute-split", block, chunk, 0, max(weight_only, hidden_need(chunk)), 0.0)
+                return Choice("recompute-split", block, chunk, 0, max(weight_only, hidden_need(chunk)) + tiles, 0.0)
         needed = weight_only
     raise ValueError(
         f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
@@ -222,15 +232,15 @@ def _fitting_chunk(n, panel, budget, need):
 
 def _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight) -> Choice:
     acc = 8 if torch.float64 in (hidden_dtype, weight_dtype) else 4
-    # Logits, probabilities and one temporary of a tile are alive at once, and W's tile in the wide type.
-    chunk = min(n, max(1, budget // (4 * acc * 64)))
+    # Eight tiles of logits are alive at once (z, p, g, temporaries), and two of W in the wide type.
+    chunk = min(n, max(1, budget // (8 * acc * 64)))
     block = v
-    while block > 64 and (4 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc > budget:
+    while block > 64 and (8 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc > budget:
         if chunk >= block:
             chunk = (chunk + 1) // 2
         else:
             block = (block + 1) // 2
-    workspace = (4 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc
+    workspace = (8 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc
     if workspace > budget:
         raise ValueError(
             f"memory_budget: {budget} bytes cannot be met by backend='torch' for hidden size {h}; "

@@ -50,7 +50,7 @@ def _check_transform(temperature: float, logit_scale: float, softcap: float | No
             continue
         if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
             raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-        if not math.isfinite(value):
+        if not -math.inf < value < math.inf:  # math.isfinite does not trace under torch.compile(dynamic=True)
             raise ValueError(f"{name}: got {value}, expected a finite number")
         if name != "logit_scale" and value <= 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")
@@ -189,9 +189,8 @@ def linear_logprob(
         budget=budget,
         to_hidden=grad and hidden.requires_grad,
         to_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        threads=torch.get_num_threads(),
-        as_is=hidden.dtype == weight.dtype and weight.stride(1) == 1,
-        outputs=len(names),
+        as_is=weight.stride(1) == 1,
+        outputs=len(names) + ("is_top1" in names),  # it has two running numbers
         entropy="entropy" in names,
     )
     *results, _ = _ops.linear_logprob(
@@ -249,7 +248,8 @@ def logprob(
     if inplace_grad and torch.compiler.is_compiling():
         raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
     exact_backend = _backend.resolve(backend, logits.device.type)
-    if logits.stride(-1) != 1:
+    shares_rows = inplace_grad and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
+    if logits.stride(-1) != 1 or shares_rows:
         logits = logits.contiguous()
     op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
     return _output(op(logits, labels, ignore_index, *transform, _ops.mask(names), exact_backend), names)

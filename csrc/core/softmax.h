@@ -11,34 +11,36 @@
 
 namespace dpofast {
 
-// Over entries v != label, relative to the running maximum m.
+// Over entries v != label.
 template <class T>
 struct RowStats {
-  T m;        // max z_v
+  T m;        // a number near max z_v, that sums are relative to
   T sum;      // sum exp(z_v - m)
   T sum_x;    // sum exp(z_v - m) (z_v - m), for the entropy
   T sum_sq;   // sum exp(z_v - m)^2
   T sum_z;    // sum z_v over every v, the label included, for the mean
-  T m_before; // max z_v over v < label
+  T top;      // max z_v
+  T top_before; // max z_v over v < label
 };
 
 // What one row amounts to once every entry is folded in.
 struct RowResult {
-  double logp, lse, entropy, log_sum_sq_probs, mean_logits;
+  double logp, z_max, log_sum, entropy, log_sum_sq_probs, mean_logits;  // lse = z_max + log_sum
   bool is_top1;
 };
 
 template <class T>
 DPOFAST_HD inline RowStats<T> empty_row() {
   const T inf = T(INFINITY);
-  return {-inf, 0, 0, 0, 0, -inf};
+  return {-inf, 0, 0, 0, 0, -inf, -inf};
 }
 
 // Folds b into a, in double so that the number of pieces does not show.
 template <class T>
 DPOFAST_HD inline void merge_rows(RowStats<double>& a, const RowStats<T>& b) {
   a.sum_z += double(b.sum_z);
-  a.m_before = a.m_before > double(b.m_before) ? a.m_before : double(b.m_before);
+  a.top = a.top > double(b.top) ? a.top : double(b.top);
+  a.top_before = a.top_before > double(b.top_before) ? a.top_before : double(b.top_before);
   // An empty or all -inf piece adds nothing; written so that a NaN sum is not skipped.
   if (double(b.m) == -INFINITY && double(b.sum) == 0) return;
   const double m = a.m > double(b.m) ? a.m : double(b.m);
@@ -52,18 +54,20 @@ DPOFAST_HD inline void merge_rows(RowStats<double>& a, const RowStats<T>& b) {
 
 DPOFAST_HD inline RowResult finish_row(const RowStats<double>& s, double z_label, double n_vocab) {
   RowResult r;
-  const double lse_others = s.sum == 0 ? -INFINITY : s.m + log(s.sum);
-  // +inf anywhere makes log_softmax NaN, as in PyTorch: inf - inf.
-  const double d = z_label == INFINITY ? NAN : lse_others - z_label;
+  // +inf anywhere makes log_softmax NaN, as in PyTorch: inf - inf. So does -inf everywhere.
+  const double d = z_label == INFINITY ? NAN : s.sum == 0 ? -INFINITY - z_label : s.m - z_label + log(s.sum);
   r.logp = d > 0 ? -(d + log1p(exp(-d))) : -log1p(exp(d));
-  r.lse = z_label == -INFINITY ? lse_others : z_label - r.logp;
-  const double p = exp(r.logp), to_p = s.sum == 0 ? 0 : exp(s.m - r.lse);
-  const double others = s.sum == 0 ? 0 : to_p * (s.sum_x + s.sum * (s.m - r.lse));
+  r.z_max = z_label > s.m ? z_label : s.m;
+  r.log_sum = log(s.sum * exp(s.m - r.z_max) + exp(z_label - r.z_max));
+  if (s.sum == 0) r.log_sum = z_label - r.z_max;
+  const double to_z = s.m - r.z_max - r.log_sum;
+  const double p = exp(r.logp), to_p = s.sum == 0 ? 0 : exp(to_z);
+  const double others = s.sum == 0 ? 0 : to_p * (s.sum_x + s.sum * to_z);
   // Each term is >= 0, so nothing cancels; 0 log 0 is 0.
   r.entropy = -((p == 0 ? 0 : p * r.logp) + others);
   r.log_sum_sq_probs = log(to_p * to_p * s.sum_sq + p * p);
   r.mean_logits = s.sum_z / n_vocab;
-  r.is_top1 = z_label >= s.m && z_label > s.m_before;
+  r.is_top1 = z_label >= s.top && z_label > s.top_before;
   return r;
 }
 

@@ -8,6 +8,7 @@ namespace {
 template <class T>
 void finish(const Stats<T>& s, int64_t n, int64_t v, const RowOutputs& out) {
   auto at = [](const T* p, int64_t i) { return p ? p[i] : T(0); };
+  auto low = [](const T* p, int64_t i) { return p ? p[i] : T(-INFINITY); };
   auto put = [](void* p, int64_t i, double x) {
     if (p) static_cast<T*>(p)[i] = T(x);
   };
@@ -16,11 +17,12 @@ void finish(const Stats<T>& s, int64_t n, int64_t v, const RowOutputs& out) {
     for (int64_t piece = 0; piece < s.pieces; ++piece) {
       const int64_t i = piece * s.stride + t;
       merge_rows(row, RowStats<T>{s.m[i], s.sum[i], at(s.sum_x, i), at(s.sum_sq, i), at(s.sum_z, i),
-                                  s.m_before ? s.m_before[i] : T(-INFINITY)});
+                                  low(s.top, i), low(s.top_before, i)});
     }
     const RowResult r = finish_row(row, double(s.z_label[t]), double(v));
     put(out.logps, t, r.logp);
-    put(out.lse, t, r.lse);
+    put(out.lse, 2 * t, r.z_max);
+    put(out.lse, 2 * t + 1, r.log_sum);
     put(out.entropy, t, r.entropy);
     put(out.log_sum_sq_probs, t, r.log_sum_sq_probs);
     put(out.mean_logits, t, r.mean_logits);

@@ -8,7 +8,7 @@ namespace dpofast::cpu {
 // Arrays [pieces, stride]; those that no output needs are null.
 template <class T>
 struct Stats {
-  T *m, *sum, *sum_x, *sum_sq, *sum_z, *m_before;
+  T *m, *sum, *sum_x, *sum_sq, *sum_z, *top, *top_before;
   T* z_label;  // [stride]
   int64_t pieces, stride;
 };

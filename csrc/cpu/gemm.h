@@ -17,7 +17,7 @@ DPOFAST_NOINLINE static void gemm_tile(const typename V::scalar* a, int64_t lda,
 DPOFAST_UNROLL
   for (int r = 0; r < R; ++r)
 DPOFAST_UNROLL
-    for (int j = 0; j < NV; ++j) acc[r][j] = accumulate ? V::load(c + r * ldc + j * V::W) : V::set1(0);
+    for (int j = 0; j < NV; ++j) acc[r][j] = V::set1(0);
   for (int64_t k = 0; k < k_units; ++k) {
     typename V::reg bk[NV];
 DPOFAST_UNROLL
@@ -32,7 +32,10 @@ DPOFAST_UNROLL
 DPOFAST_UNROLL
   for (int r = 0; r < R; ++r)
 DPOFAST_UNROLL
-    for (int j = 0; j < NV; ++j) V::store(c + r * ldc + j * V::W, acc[r][j]);
+    for (int j = 0; j < NV; ++j) {
+      typename V::scalar* to = c + r * ldc + j * V::W;
+      V::store(to, accumulate ? V::add(V::load(to), acc[r][j]) : acc[r][j]);
+    }
 }
 
 #if defined(DPOFAST_AVX512_BF16)
@@ -44,7 +47,7 @@ DPOFAST_NOINLINE static void gemm_tile_bf16(const uint16_t* a, int64_t lda, cons
 DPOFAST_UNROLL
   for (int r = 0; r < R; ++r)
 DPOFAST_UNROLL
-    for (int j = 0; j < NV; ++j) acc[r][j] = accumulate ? _mm512_loadu_ps(c + r * ldc + j * 16) : _mm512_setzero_ps();
+    for (int j = 0; j < NV; ++j) acc[r][j] = _mm512_setzero_ps();
   for (int64_t k = 0; k < k_units; ++k) {
     __m512bh bk[NV];
 DPOFAST_UNROLL
@@ -61,12 +64,16 @@ DPOFAST_UNROLL
 DPOFAST_UNROLL
   for (int r = 0; r < R; ++r)
 DPOFAST_UNROLL
-    for (int j = 0; j < NV; ++j) _mm512_storeu_ps(c + r * ldc + j * 16, acc[r][j]);
+    for (int j = 0; j < NV; ++j) {
+      float* to = c + r * ldc + j * 16;
+      _mm512_storeu_ps(to, accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r][j]) : acc[r][j]);
+    }
 }
 #endif
 
-// All rows of A against one panel. The order of the sum over k is fixed by kDepth alone, so an element's
-// bits depend neither on how rows and columns are tiled nor on who computes them.
+// All rows of A against one panel. A sum over k is a sum of sums over kDepth terms each, which rounds far less
+// than one long sum; its order depends on kDepth alone, so an element's bits depend neither on how rows and
+// columns are tiled nor on who computes them.
 template <class K>
 static void gemm_panel(const typename K::elem* a, int64_t lda, int64_t rows, const typename K::elem* b, int64_t ldb,
                        int nv, int64_t k, typename K::acc* c, int64_t ldc, bool accumulate) {

@@ -30,7 +30,7 @@ struct WideKind {
   using elem = acc;
   using reg = typename V::reg;
   static constexpr int unit = 1, MR = Mr, NV = Nv;
-  static constexpr int64_t kDepth = 512;  // rows of B between two passes over C: half an L2 cache
+  static constexpr int64_t kDepth = 192;  // terms added up at a time; a slice of B that long fits an L2 cache
   static constexpr DType kElemType = D;
 
   static elem from_acc(acc x) { return x; }
@@ -83,7 +83,7 @@ struct Bf16Kind {
   using elem = uint16_t;
   using reg = __m512;
   static constexpr int unit = 2, MR = DPOFAST_MR, NV = DPOFAST_NV;
-  static constexpr int64_t kDepth = 1024;
+  static constexpr int64_t kDepth = 512;
   static constexpr DType kElemType = DType::bf16;
 
   // The two halves of x, element by element in turn.

@@ -23,7 +23,8 @@ struct Head {  // the problem
   int threads;
 };
 
-// Statistics are [n] in the accumulator's type (fp32; fp64 when an input is fp64).
+// Statistics are [n] in the accumulator's type (fp32; fp64 when an input is fp64); lse is [n, 2]: the largest z
+// and log sum exp(z - it). Added up they would lose what tells the p of a row apart when logits share an offset.
 struct ForwardArgs {
   Head head;
   unsigned outputs;

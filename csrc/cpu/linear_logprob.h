@@ -124,9 +124,9 @@ struct Fold {
       if (uint64_t(l) >= uint64_t(rows)) continue;
       stats.z_label[t0 + t] = c[l * width + t];
       c[l * width + t] = -inf;
-      if (stats.m_before)
+      if (stats.top_before)
         for (int64_t r = 0; r < l; ++r)
-          stats.m_before[at + t] = c[r * width + t] > stats.m_before[at + t] ? c[r * width + t] : stats.m_before[at + t];
+          stats.top_before[at + t] = c[r * width + t] > stats.top_before[at + t] ? c[r * width + t] : stats.top_before[at + t];
     }
     const int64_t rows_even = round_up(rows, 2);
     for (int64_t t = 0; rows_even > rows && t < width; ++t) c[rows * width + t] = -inf;
@@ -140,8 +140,9 @@ struct Fold {
         m1 = V::max(m1, V::load(z + (r + 1) * width));
       }
       m0 = V::max(m0, m1);
-      if (stats.m_before) raise_m_before(m0, at + t, t0 + t, n_tokens - t, v0 + rows);
-      const reg m_old = V::load(stats.m + at + t), m_new = V::max(m_old, m0), m = V::finite_max(m_new);
+      if (stats.top) raise_top(m0, at + t, t0 + t, n_tokens - t, v0 + rows);
+      // m moves only when it has to: what was summed relative to it need not be scaled at every new maximum.
+      const reg m_old = V::load(stats.m + at + t), m_new = V::raise(m_old, m0, kSlack), m = V::finite_max(m_new);
       const reg f = V::exp(V::sub(m_old, m));
       moved |= V::any_different(m_old, m_new);
       V::store(stats.m + at + t, m_new);
@@ -156,6 +157,8 @@ struct Fold {
   }
 
  private:
+  static constexpr float kSlack = 8;  // exp(z - m) <= e^8: nothing overflows, and relative precision is the same
+
   template <bool Extra>
   void exponentials(const acc* z, int64_t width, int64_t rows, reg m_old, reg m, reg f, int64_t at, elem* e,
                     int64_t lane) const {
@@ -200,11 +203,13 @@ struct Fold {
     }
   }
 
-  void raise_m_before(reg block_max, int64_t at, int64_t token, int64_t n_tokens, int64_t v_end) const {
+  void raise_top(reg block_max, int64_t at, int64_t token, int64_t n_tokens, int64_t v_end) const {
     acc m[V::W];
     V::store(m, block_max);
-    for (int64_t i = 0; i < V::W && i < n_tokens; ++i)
-      if (labels[token + i] >= v_end && m[i] > stats.m_before[at + i]) stats.m_before[at + i] = m[i];
+    for (int64_t i = 0; i < V::W && i < n_tokens; ++i) {
+      if (m[i] > stats.top[at + i]) stats.top[at + i] = m[i];
+      if (labels[token + i] >= v_end && m[i] > stats.top_before[at + i]) stats.top_before[at + i] = m[i];
+    }
   }
 };
 
@@ -299,7 +304,8 @@ static int64_t forward(const ForwardArgs& a) {
   stats.sum_x = stat(a.outputs & kEntropy);
   stats.sum_sq = stat(a.outputs & kLogSumSqProbs);
   stats.sum_z = stat(a.outputs & kMeanLogits);
-  stats.m_before = stat(a.outputs & kIsTop1);
+  stats.top = stat(a.outputs & kIsTop1);
+  stats.top_before = stat(a.outputs & kIsTop1);
   stats.z_label = arena.take<acc>(s.n_padded);
   stats.pieces = pieces;
   stats.stride = s.n_padded;
@@ -314,7 +320,7 @@ static int64_t forward(const ForwardArgs& a) {
     if (stats.sum_x) stats.sum_x[i] = 0;
     if (stats.sum_sq) stats.sum_sq[i] = 0;
     if (stats.sum_z) stats.sum_z[i] = 0;
-    if (stats.m_before) stats.m_before[i] = -acc(INFINITY);
+    if (stats.top) stats.top[i] = stats.top_before[i] = -acc(INFINITY);
   }
   const Transform<K> transform(a.head);
   const Fold<K> fold{stats, a.head.labels, transform};
@@ -368,8 +374,8 @@ static int64_t forward(const ForwardArgs& a) {
     elem* row = rows + thread * s.h_padded;
     for (int64_t t = 0; t < s.tokens(panel); ++t) {
       const int64_t token = panel * s.P + t;
-      const acc lse = static_cast<const acc*>(a.lse)[token], logp = static_cast<const acc*>(a.logps)[token];
-      const acc others = -std::exp(stats.m[token] - lse);
+      const acc* lse = static_cast<const acc*>(a.lse) + 2 * token;
+      const acc logp = static_cast<const acc*>(a.logps)[token], others = -std::exp(stats.m[token] - lse[0] - lse[1]);
       const acc own = -std::expm1(logp) * transform.bend(stats.z_label[token]);
       read_row<K>(a.head.weight, a.head.weight_dtype, a.head.labels[token] * a.head.weight_row_stride,
                   a.head.weight_col_stride, s.h, s.h_padded, row);
@@ -405,7 +411,7 @@ struct GradTiles {
   bool need_a, need_b;  // g^T [block, ld] for d weight, and panels of B operands for d hidden
   int64_t ld;
   elem *a[2] = {}, *b[2] = {};
-  acc *coef, *coef_entropy, *lse, *entropy;  // [n_padded]; coefficients include the transform's slope
+  acc *coef, *coef_entropy, *z_max, *log_sum, *entropy;  // [n_padded]; coefficients include the transform's slope
 
   GradTiles(const Shape<K>& shape, bool for_weight, bool for_hidden, bool with_entropy, Arena& arena)
       : s(shape), need_a(for_weight), need_b(for_hidden) {
@@ -416,7 +422,8 @@ struct GradTiles {
       if (need_b) b[i] = arena.take<elem>(s.block * s.n_padded);
     }
     coef = arena.take<acc>(s.n_padded);
-    lse = arena.take<acc>(s.n_padded);
+    z_max = arena.take<acc>(s.n_padded);
+    log_sum = arena.take<acc>(s.n_padded);
     coef_entropy = with_entropy ? arena.take<acc>(s.n_padded) : nullptr;
     entropy = with_entropy ? arena.take<acc>(s.n_padded) : nullptr;
   }
@@ -424,8 +431,10 @@ struct GradTiles {
   void load_coefficients(const BackwardArgs& args, acc slope) {
     for (int64_t t = 0; t < s.n_padded; ++t) {
       const bool real = t < s.n;  // padding: p = exp(z - inf) = 0 whatever z is
+      const acc* lse = static_cast<const acc*>(args.lse) + 2 * t;
       coef[t] = real && args.grad_logps ? slope * static_cast<const acc*>(args.grad_logps)[t] : acc(0);
-      lse[t] = real ? static_cast<const acc*>(args.lse)[t] : acc(INFINITY);
+      z_max[t] = real ? lse[0] : acc(0);
+      log_sum[t] = real ? lse[1] : acc(INFINITY);
       if (!coef_entropy) continue;
       coef_entropy[t] = real ? slope * static_cast<const acc*>(args.grad_entropy)[t] : acc(0);
       entropy[t] = real ? static_cast<const acc*>(args.entropy)[t] : acc(0);
@@ -450,7 +459,7 @@ struct GradTiles {
     const elem* e = cache.e + t0 * s.block;
     acc f[Shape<K>::P];
     for (int64_t t = 0; t < width; t += V::W) {
-      const reg p = V::exp(V::sub(V::load(cache.m + t0 + t), V::load(lse + t0 + t)));
+      const reg p = V::exp(V::sub(V::sub(V::load(cache.m + t0 + t), V::load(z_max + t0 + t)), V::load(log_sum + t0 + t)));
       V::store(f + t, V::sub(V::set1(0), V::mul(V::load(coef + t0 + t), p)));
     }
     for (int64_t r = 0; r < rows; r += 2)
@@ -465,7 +474,7 @@ struct GradTiles {
   DPOFAST_NOINLINE void from_logits(const acc* c, int64_t blk, int64_t panel, const Transform<K>& transform) const {
     const int64_t width = s.width(panel), t0 = panel * s.P, rows = round_up(s.rows(blk), 2);
     auto g = [&](reg z, int64_t t) {
-      const reg log_p = V::sub(z, V::load(lse + t)), p = V::exp(log_p);
+      const reg log_p = V::sub(V::sub(z, V::load(z_max + t)), V::load(log_sum + t)), p = V::exp(log_p);
       reg f = V::load(coef + t);
       if (coef_entropy) {
         const reg h = V::add(V::max(log_p, V::set1(acc(-1e4))), V::load(entropy + t));
@@ -488,7 +497,7 @@ struct GradTiles {
       const acc logp = logps[t0 + t];
       acc g = -std::expm1(logp) * coef[t0 + t];
       if (coef_entropy && logp > -acc(INFINITY)) g -= coef_entropy[t0 + t] * std::exp(logp) * (logp + entropy[t0 + t]);
-      const elem x = K::from_acc(g * transform.bend(lse[t0 + t] + logp));
+      const elem x = K::from_acc(g * transform.bend(z_max[t0 + t] + (log_sum[t0 + t] + logp)));
       if (need_b) K::at(panel_of(blk, panel), width, l, t) = x;
       if (need_a) a[blk & 1][l * ld + t0 + t] = x;
     }

@@ -64,7 +64,7 @@ struct Rows {
     for_tasks(a.threads, a.n, [&](int64_t row, int) {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       const acc inf = acc(INFINITY);
-      acc z[kChunk], m = -inf, m_before = -inf, z_label = 0, sum = 0, sum_x = 0, sum_sq = 0, sum_z = 0;
+      acc z[kChunk], m = -inf, top_before = -inf, z_label = 0, sum = 0, sum_x = 0, sum_sq = 0, sum_z = 0;
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
         const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
         const int64_t l = a.labels[row] - v0;
@@ -76,14 +76,14 @@ struct Rows {
           for (int64_t i = whole; i < n; ++i) sum_z += z[i];
         }
         if (uint64_t(l) < uint64_t(n)) {
-          for (int64_t i = 0; i < l; ++i) m_before = z[i] > m_before ? z[i] : m_before;
+          for (int64_t i = 0; i < l; ++i) top_before = z[i] > top_before ? z[i] : top_before;
           z_label = z[l];
           z[l] = -inf;
         }
         reg top = V::set1(-inf);
         for (int64_t i = 0; i < padded; i += V::W) top = V::max(top, V::load(z + i));
         const acc chunk_max = V::reduce_max(top);
-        if (l >= n && chunk_max > m_before) m_before = chunk_max;
+        if (l >= n && chunk_max > top_before) top_before = chunk_max;
         const acc m_new = chunk_max > m ? chunk_max : m, safe = m_new == -inf ? acc(0) : m_new;
         const acc f = std::exp(m - safe), shift = m == -inf ? acc(0) : m - safe;
         reg s = V::set1(0), sx = s, sq = s;
@@ -100,11 +100,11 @@ struct Rows {
         sum = sum * f + V::reduce_add(s);
         m = m_new;
       }
-      const Stats<acc> stats{&m, &sum, &sum_x, &sum_sq, &sum_z, &m_before, &z_label, 1, 1};
-      auto at = [&](void* p) -> void* { return p ? static_cast<acc*>(p) + row : nullptr; };
+      const Stats<acc> stats{&m, &sum, &sum_x, &sum_sq, &sum_z, &m, &top_before, &z_label, 1, 1};
+      auto at = [&](void* p, int64_t i) -> void* { return p ? static_cast<acc*>(p) + i : nullptr; };
       finish_rows(stats, 1, a.v,
-                  {at(a.logps), at(a.lse), at(a.entropy), at(a.log_sum_sq_probs), at(a.mean_logits),
-                   a.is_top1 ? a.is_top1 + row : nullptr});
+                  {at(a.logps, row), at(a.lse, 2 * row), at(a.entropy, row), at(a.log_sum_sq_probs, row),
+                   at(a.mean_logits, row), a.is_top1 ? a.is_top1 + row : nullptr});
     });
   }
 
@@ -115,7 +115,7 @@ struct Rows {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
       const acc c = scaling.scale * value(a.grad_logps, row), e = scaling.scale * value(a.grad_entropy, row);
-      const acc lse = value(a.lse, row), logp = value(a.logps, row), h = value(a.entropy, row);
+      const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row), h = value(a.entropy, row);
       acc z[kChunk];
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
         const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
@@ -123,7 +123,8 @@ struct Rows {
         const bool has_label = uint64_t(l) < uint64_t(n);
         const acc z_label = has_label ? z[l] : acc(0);
         for (int64_t i = 0; i < padded; i += V::W) {
-          const reg zi = V::load(z + i), log_p = V::sub(zi, V::set1(lse)), p = V::exp(log_p);
+          const reg zi = V::load(z + i), log_p = V::sub(V::sub(zi, V::set1(z_max)), V::set1(log_sum));
+          const reg p = V::exp(log_p);
           reg f = V::set1(-c);
           if (a.grad_entropy)
             f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));

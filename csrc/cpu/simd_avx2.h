@@ -14,6 +14,10 @@ struct Avx2Vec {
   static reg mul(reg a, reg b) { return _mm256_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm256_fmadd_ps(a, b, c); }
   static reg max(reg a, reg b) { return _mm256_max_ps(a, b); }  // b if either is NaN
+  // b where it is greater than a by more than slack, else a
+  static reg raise(reg a, reg b, float slack) {
+    return _mm256_blendv_ps(a, b, _mm256_cmp_ps(b, add(a, set1(slack)), _CMP_GT_OQ));
+  }
   static reg finite_max(reg a) { return _mm256_andnot_ps(_mm256_cmp_ps(a, set1(-INFINITY), _CMP_EQ_OQ), a); }
   static bool any_different(reg a, reg b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)) != 0; }
   static float reduce_add(reg a) {

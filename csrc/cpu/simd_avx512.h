@@ -14,6 +14,10 @@ struct Avx512Vec {
   static reg mul(reg a, reg b) { return _mm512_mul_ps(a, b); }
   static reg fma(reg a, reg b, reg c) { return _mm512_fmadd_ps(a, b, c); }
   static reg max(reg a, reg b) { return _mm512_max_ps(a, b); }  // b if either is NaN
+  // b where it is greater than a by more than slack, else a
+  static reg raise(reg a, reg b, float slack) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(b, add(a, set1(slack)), _CMP_GT_OQ), a, b);
+  }
   static reg finite_max(reg a) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, set1(-INFINITY), _CMP_EQ_OQ), a, _mm512_setzero_ps());
   }

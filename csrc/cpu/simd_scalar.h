@@ -26,6 +26,7 @@ struct ScalarVec {
   static reg max(reg a, reg b) { DPOFAST_LANES(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }  // b if either is NaN
   static reg exp(reg a) { DPOFAST_LANES(std::exp(a.x[i])); }
   static reg tanh(reg a) { DPOFAST_LANES(std::tanh(a.x[i])); }
+  static reg raise(reg a, reg b, T slack) { DPOFAST_LANES(b.x[i] > a.x[i] + slack ? b.x[i] : a.x[i]); }
   static reg finite_max(reg a) { DPOFAST_LANES(a.x[i] == -T(INFINITY) ? T(0) : a.x[i]); }
 #undef DPOFAST_LANES
   static void store(T* p, reg a) {

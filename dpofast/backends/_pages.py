@@ -1,8 +1,9 @@
-"""Memory for the cached schedules that is not faulted in anew on every step.
+"""Memory for the two largest buffers that is not faulted in anew on every step.
 
-A cache of hundreds of MB costs a page fault and a cleared page for each of its pages, a tenth of the whole
-computation on some machines, so the last one is kept for the next call, like the caching allocator of
-``torch.cuda``. It never exceeds the memory budget of the call that asked for it.
+A buffer of hundreds of MB costs a page fault and a cleared page for each of its pages, a tenth of the whole
+computation on some machines. So the last cache and the last gradient of the head are kept, once nobody uses them any
+more, and the next call takes their pages, as with the caching allocator of ``torch.cuda``. What is kept never exceeds
+what the call before it needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from torch import Tensor
 
 _SMALL = 1 << 20  # below it, malloc reuses its own pages
 _lock = threading.Lock()
-_kept: list[mmap.mmap] = []  # the last mapping, if any
+_kept: dict[str, list[mmap.mmap]] = {}  # by use: the last mapping, if any
+
+
+def _map(n_bytes: int) -> mmap.mmap:
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return mmap.mmap(-1, n_bytes)
+    pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork must not share it
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 def _references(holder: list[mmap.mmap]) -> int:
@@ -27,21 +37,23 @@ def _references(holder: list[mmap.mmap]) -> int:
 _UNUSED = _references([mmap.mmap(-1, mmap.PAGESIZE)])
 
 
-def cache_tensor(n_bytes: int) -> Tensor:
-    """uint8 [n_bytes], uninitialised, page-aligned if it is large."""
+def empty(shape: tuple[int, ...], dtype: torch.dtype, use: str) -> Tensor:
+    """An uninitialised tensor, on the pages that the last tensor of the same ``use`` left if they fit and are free."""
+    n_bytes = dtype.itemsize
+    for size in shape:
+        n_bytes *= size
     if n_bytes < _SMALL:
-        return torch.empty(n_bytes, dtype=torch.uint8)
+        return torch.empty(shape, dtype=dtype)
     with _lock:
-        if not _kept or not n_bytes <= len(_kept[0]) <= 2 * n_bytes or _references(_kept) != _UNUSED:
-            _kept.clear()  # its pages go back before the new ones come, unless a tensor still holds them
-            _kept.append(mmap.mmap(-1, n_bytes))
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                _kept[0].madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(_kept[0], dtype=torch.uint8, count=n_bytes)
+        kept = _kept.setdefault(use, [])
+        if not kept or not n_bytes <= len(kept[0]) <= 2 * n_bytes or _references(kept) != _UNUSED:
+            kept.clear()  # its pages go back before the new ones come, unless a tensor still holds them
+            kept.append(_map(n_bytes))
+        return torch.frombuffer(kept[0], dtype=dtype, count=n_bytes // dtype.itemsize).view(shape)
 
 
 def empty_cache() -> None:
-    """Gives the memory that is kept between calls back to the system, unless a graph still holds it.
+    """Gives the memory that is kept between calls back to the system; what a tensor still uses goes with the tensor.
 
     Example:
         >>> import dpofast

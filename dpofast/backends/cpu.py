@@ -32,19 +32,18 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _huge(x: Tensor) -> Tensor:
-    """Lets a buffer that is about to be filled be backed by huge pages: fewer page faults."""
-    _C.advise_huge_pages(x.data_ptr(), x.numel() * x.element_size())
-    return x
-
-
 def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
     """What the forward keeps for the backward, in pages that outlive the call."""
-    return _pages.cache_tensor(n_bytes)
+    return _pages.empty((n_bytes,), torch.uint8, "cache")
+
+
+def grad_weight_tensor(weight: Tensor) -> Tensor:
+    """Where d weight goes."""
+    return _pages.empty(tuple(weight.shape), weight.dtype, "grad_weight")
 
 
 def _alloc(n_bytes: int) -> Tensor:
-    return _huge(torch.empty(max(n_bytes, 1), dtype=torch.uint8))
+    return torch.empty(max(n_bytes, 1), dtype=torch.uint8)
 
 
 def _pointer(x: Tensor | None) -> int | None:
@@ -70,6 +69,12 @@ def _head(hidden, weight, bias, rows, y, transform, block):
     return args, (offsets, bias)
 
 
+def _results(n: int, outputs: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Room for what a forward returns. ``lse`` is in two parts, the largest z and log sum exp(z - it)."""
+    out = {"logps": torch.empty(n, dtype=dtype), "lse": torch.empty(n, 2, dtype=dtype)}
+    return out | {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in outputs}
+
+
 def _run(function, isa: str, args: dict) -> None:
     workspace = _alloc(function(isa, args))  # without a workspace it only says how much it needs
     function(isa, args | {"workspace": workspace.data_ptr()})
@@ -86,10 +91,9 @@ def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: i
 
 
 def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, cache: Tensor) -> dict[str, Tensor]:
-    """``logps``, ``lse`` and the statistics named in ``outputs``, each [N]; fills ``cache`` for the backward."""
-    n, acc = rows.numel(), wide_dtype(hidden.dtype, weight.dtype)
-    names = ["logps", "lse"] + [name for name in STATISTICS if name in outputs]
-    out = {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc) for name in names}
+    """``logps``, the statistics named in ``outputs``, each [N], and ``lse`` [N, 2]; fills ``cache`` for the backward."""
+    n = rows.numel()
+    out = _results(n, outputs, wide_dtype(hidden.dtype, weight.dtype))
     flags = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
     chunk = choice.token_chunk if choice.schedule in ("score", "recompute") and choice.token_chunk else n
     for start in range(0, n, chunk):
@@ -118,8 +122,6 @@ def backward(
     holds nor the jacobian is enough for it.
     """
     from_saved = grad_entropy is None
-    if grad_weight is not None:
-        _huge(grad_weight)
     if grad_logps is None:
         grad_logps = torch.zeros_like(saved["logps"])
     bias_out = None if grad_bias is None else torch.empty(grad_bias.shape, dtype=wide_dtype(hidden.dtype, weight.dtype))
@@ -172,9 +174,7 @@ def _rows_args(logits, rows, y, transform, threads=None):
 
 def rows_forward(isa, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
     """`forward` from logits [*, V] with unit stride along V."""
-    n, acc = rows.numel(), wide_dtype(logits.dtype)
-    names = ["logps", "lse"] + [name for name in STATISTICS if name in outputs]
-    out = {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else acc) for name in names}
+    out = _results(rows.numel(), outputs, wide_dtype(logits.dtype))
     args, alive = _rows_args(logits, rows, y, transform)
     args |= {name: x.data_ptr() for name, x in out.items()}
     args["outputs"] = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)

@@ -41,6 +41,11 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
     return x[torch.unravel_index(rows, x.shape[:-1])]
 
 
+def grad_weight_tensor(weight: Tensor) -> Tensor:
+    """Where d weight goes."""
+    return weight.new_empty(weight.shape)
+
+
 class _Statistics:
     """Running statistics of one chunk of tokens over all entries but the label's (RowStats in csrc/core/softmax.h)."""
 
@@ -73,17 +78,21 @@ class _Statistics:
         self.m = m
 
     def finish(self) -> dict[str, Tensor]:
-        lse_others = torch.where(self.sum == 0, -torch.inf, self.m + self.sum.log())
-        d = torch.where(self.z_label == torch.inf, torch.nan, lse_others - self.z_label)
+        none = self.sum == 0
+        d = torch.where(none, -torch.inf - self.z_label, self.m - self.z_label + self.sum.log())
+        d = torch.where(self.z_label == torch.inf, torch.nan, d)
         logps = -softplus(d, threshold=torch.inf)
         logps = torch.where(d > 30, -d - torch.log1p((-d).exp()), logps)
-        lse = torch.where(self.z_label == -torch.inf, lse_others, self.z_label - logps)
+        z_max = torch.maximum(self.m, self.z_label)
+        log_sum = (self.sum * (self.m - z_max).exp() + (self.z_label - z_max).exp()).log()
+        log_sum = torch.where(none, self.z_label - z_max, log_sum)
         p = logps.exp()
-        to_p = torch.where(self.sum == 0, 0.0, (self.m - lse).exp())
-        others = torch.where(self.sum == 0, 0.0, to_p * (self.sum_x + self.sum * (self.m - lse)))
+        to_z = self.m - z_max - log_sum
+        to_p = torch.where(none, 0.0, to_z.exp())
+        others = torch.where(none, 0.0, to_p * (self.sum_x + self.sum * to_z))
         return {
             "logps": logps,
-            "lse": lse,
+            "lse": torch.stack((z_max, log_sum), -1),
             "entropy": -(torch.where(p == 0, 0.0, p * logps) + others),
             "log_sum_sq_probs": (to_p * to_p * self.sum_sq + p * p).log(),
             "mean_logits": self.sum_z / self.n_vocab,
@@ -103,7 +112,8 @@ def _transform(x: Tensor, transform) -> tuple[Tensor, Tensor | float]:
 def _grad_logits(x, y, v0, transform, saved, grad_logps, grad_entropy) -> Tensor:
     """d loss / d x of one tile of untransformed logits."""
     z, slope = _transform(x, transform)
-    log_p = z - saved["lse"].unsqueeze(-1)
+    z_max, log_sum = saved["lse"].unsqueeze(-2).unbind(-1)
+    log_p = z - z_max - log_sum
     p = log_p.exp()
     local = (y - v0).unsqueeze(-1)
     is_label = torch.arange(x.shape[1], device=x.device) == local

@@ -40,12 +40,8 @@ def missing_packages() -> list[str]:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dpofast demo", description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--steps", type=int, default=32, help="training steps (default 32: about once over the pairs)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="decides the held-out families and the order of the pairs"
-    )
+    parser.add_argument("--steps", type=int, default=32, help="training steps (default 32: about once over the pairs)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the held-out families and the order of the pairs")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default demo.png)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
     parser.add_argument("--quick", action="store_true", help="2 steps on few pairs: only shows that it runs")
@@ -67,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dpofast demo needs packages that are not installed. Install them with\n", file=sys.stderr)
         print("\n".join(f"    {command}" for command in commands), file=sys.stderr)
         return 1
-    # both are read at import
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
     from dpofast.demo.run import run
 
     run(args)

@@ -94,9 +94,7 @@ def ruff_binary() -> str:
 
 def documented_pairs(ruff: str) -> tuple[list[Pair], int]:
     """All pairs in the documentation of ``ruff``, and the number of rules it has."""
-    listing = subprocess.run(
-        [ruff, "rule", "--all", "--output-format", "json"], capture_output=True, check=True
-    )
+    listing = subprocess.run([ruff, "rule", "--all", "--output-format", "json"], capture_output=True, check=True)
     rules = json.loads(listing.stdout)
     pairs = (split_rule(rule) for rule in rules)
     return [pair for pair in pairs if pair is not None], len(rules)
@@ -167,9 +165,7 @@ def encode(pair: Pair, tokenizer: Any) -> EncodedPair:
         {"role": "system", "content": "You write Python."},
         {"role": "user", "content": f"Write code that passes the lint rule {pair.rule}. {pair.task}"},
     ]
-    prompt = (
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
-    )
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -7,7 +7,9 @@ holds the prompt once, then both answers; neither answer may look at the other.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +42,8 @@ def load_tokenizer(path: Path) -> Any:
 def load_model(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader has a progress bar and no switch for it
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

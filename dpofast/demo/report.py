@@ -155,10 +155,10 @@ def print_result(console: Console, result: Result) -> None:
     table.add_row("", f"{plain.seconds / fast.seconds:.2f} x faster", ratio)
     console.print(table)
     console.print(
-        f"{positions:,} positions, {tokens:,} of them answer tokens, a vocabulary of {result.vocabulary:,}: "
-        f"one fp32 tensor of all logits is {mib(4.0 * positions * result.vocabulary)}. Seconds are medians "
-        "of runs in turns; memory is the process's peak resident size (VmHWM) above its size before the "
-        "call, the largest of the runs."
+        f"{positions:,} positions, {tokens:,} of them answer tokens; the plain head computes all of them. The "
+        f"vocabulary has {result.vocabulary:,} entries: one fp32 tensor of all logits is "
+        f"{mib(4.0 * positions * result.vocabulary)}. Seconds are medians of runs in turns; memory is the "
+        "process's peak resident size (VmHWM) above its size before the call, the largest of the runs."
     )
     console.print()
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items())

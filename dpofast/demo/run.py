@@ -120,13 +120,9 @@ def run(args: argparse.Namespace) -> None:
         settings = replace(settings, steps=2, batch_size=4, compared_steps=2, repeats=1)
 
     ruff = data.ruff_binary()
-    version = subprocess.run([ruff, "--version"], capture_output=True, text=True, check=True).stdout.split()[
-        -1
-    ]
+    version = subprocess.run([ruff, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     if version != data.RUFF_VERSION:
-        console.print(
-            f"ruff is {version}, not {data.RUFF_VERSION}: the pairs, and so the results, may differ"
-        )
+        console.print(f"ruff is {version}, not {data.RUFF_VERSION}: the pairs, and so the results, may differ")
     with screen.phase("pairs and model"), ThreadPoolExecutor(1) as beside:
         documented, rules = data.documented_pairs(ruff)
         if args.quick:
@@ -137,7 +133,8 @@ def run(args: argparse.Namespace) -> None:
         tokenizer, language_model = model.load_tokenizer(path), model.load_model(path)
         pairs = verified.result()
     console.print(
-        f"  {len(documented)} of {rules} rules of ruff {version} document a pair; {len(pairs)} pairs pass: "
+        f"  {len(documented)} pairs{' (--quick: every tenth)' if args.quick else ''} in the documentation of the "
+        f"{rules} rules of ruff {version}; {len(pairs)} pass: "
         "their rule fires on the rejected snippet and is silent on the chosen one"
     )
     training, held_out = encoded_split(console, pairs, tokenizer, settings.seed)

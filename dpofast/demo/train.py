@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dpofast._memory import peak_growth
 from dpofast.demo.data import EncodedPair
 from dpofast.demo.model import IGNORE, Batch, Upper, collate, lower_states, split_model
 from dpofast.functional import linear_dpo_loss, sequence_logps
@@ -51,17 +49,13 @@ class HeadLoss:
 Head = Callable[[Tensor, Tensor, Tensor, Tensor, float], HeadLoss]
 
 
-def dpofast_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, beta: float
-) -> HeadLoss:
+def dpofast_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> HeadLoss:
     """The DPO loss by dpofast: hidden ``[2B, T, H]``, weight ``[V, H]``, labels ``[2B, T]``, ref ``[2B]``."""
     out = linear_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, beta=beta, loss_type="sigmoid")
     return HeadLoss(out.loss, (out.chosen_rewards - out.rejected_rewards).detach())
 
 
-def plain_head_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, beta: float
-) -> HeadLoss:
+def plain_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> HeadLoss:
     """The same loss as most trainers write it: all logits, then log_softmax, gather, mask and sum."""
     logits = F.linear(hidden, weight)
     mask = labels != IGNORE
@@ -91,9 +85,7 @@ class Inputs:
 
 
 def stack(examples: Sequence[Example]) -> Inputs:
-    states = torch.nn.utils.rnn.pad_sequence(
-        [example.state.float() for example in examples], batch_first=True
-    )
+    states = torch.nn.utils.rnn.pad_sequence([example.state.float() for example in examples], batch_first=True)
     refs = [example.ref_chosen for example in examples] + [example.ref_rejected for example in examples]
     return Inputs(collate([example.pair for example in examples]), states, torch.tensor(refs))
 
@@ -267,27 +259,6 @@ class HeadCost:
 
     seconds: float
     peak_bytes: int | None
-
-
-def peak_growth(work: Callable[[], None]) -> int | None:
-    """Bytes by which ``work`` raises this process's resident memory at its worst moment.
-
-    The kernel keeps that mark (VmHWM) and lets a process reset its own. Freed memory that the allocator
-    holds is given back first: reusing it would not show. None where there is no such /proc.
-    """
-
-    def status(key: str) -> int:
-        return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before = status("VmRSS")
-    except (OSError, AttributeError):  # AttributeError: the C library is not glibc
-        work()
-        return None
-    work()
-    return status("VmHWM") - before
 
 
 def head_costs(

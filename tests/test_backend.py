@@ -1,0 +1,139 @@
+"""Which backend runs: names, the environment, and the reasons given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dpofast
+from dpofast import _backend
+
+ISAS = _backend.cpu_isas()
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    monkeypatch.delenv("DPOFAST_BACKEND", raising=False)
+    monkeypatch.delenv("DPOFAST_CPU_ISA", raising=False)
+
+
+def test_the_compiled_module_is_there_and_ends_with_the_scalar_kernels():
+    """Everything else tests little without it."""
+    assert ISAS and ISAS[-1] == "scalar" and len(set(ISAS)) == len(ISAS)
+    order = ("avx512_bf16", "avx512", "avx2", "scalar")
+    assert [isa for isa in order if isa in ISAS] == list(ISAS)
+
+
+def test_the_instruction_sets_are_those_the_machine_has():
+    features = _backend._C.cpu_features()
+    if not features:
+        assert ISAS == ("scalar",)
+        return
+    avx2 = features["avx2"] and features["fma"]
+    avx512 = avx2 and all(features[f"avx512{x}"] for x in ("f", "bw", "dq", "vl"))
+    assert ("avx2" in ISAS, "avx512" in ISAS) == (avx2, avx512)
+    assert ("avx512_bf16" in ISAS) == (avx512 and features["avx512bf16"])
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "exact"),
+    [
+        ("auto", "cpu", f"cpu:{ISAS[0]}"),
+        ("auto", "cuda", "torch"),
+        ("cpu", "cpu", f"cpu:{ISAS[0]}"),
+        ("cpu:scalar", "cpu", "cpu:scalar"),
+        ("torch", "cpu", "torch"),
+        ("torch", "cuda", "torch"),
+    ],
+)
+def test_resolve(backend, device, exact):
+    assert _backend.resolve(backend, device) == exact
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "message"),
+    [
+        ("gpu", "cpu", "backend: got 'gpu', expected 'auto', 'torch', 'cpu'"),
+        ("", "cpu", "backend: got ''"),
+        ("torch:avx2", "cpu", "backend: got 'torch:avx2'"),
+        ("cpu:sse9", "cpu", "backend asks for the CPU instruction set 'sse9'.*expected one of .*scalar"),
+        ("cpu", "cuda", "backend='cpu' needs tensors on the CPU, got device 'cuda'"),
+        ("cpu:scalar", "meta", "backend='cpu:scalar' needs tensors on the CPU"),
+    ],
+)
+def test_what_cannot_run_says_why(backend, device, message):
+    with pytest.raises(ValueError, match=message):
+        _backend.resolve(backend, device)
+
+
+def test_the_environment_answers_auto_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("DPOFAST_BACKEND", "torch")
+    assert _backend.resolve("auto", "cpu") == "torch"
+    assert _backend.resolve("cpu", "cpu") == f"cpu:{ISAS[0]}"
+    monkeypatch.setenv("DPOFAST_BACKEND", "cpu:scalar")
+    assert _backend.resolve("auto", "cpu") == "cpu:scalar"
+    monkeypatch.setenv("DPOFAST_BACKEND", "auto")
+    assert _backend.resolve("auto", "cpu") == f"cpu:{ISAS[0]}"
+    monkeypatch.setenv("DPOFAST_BACKEND", "")
+    assert _backend.resolve("auto", "cpu") == f"cpu:{ISAS[0]}"
+    monkeypatch.setenv("DPOFAST_BACKEND", "fast")
+    with pytest.raises(ValueError, match="backend: got 'fast'"):
+        _backend.resolve("auto", "cpu")
+
+
+def test_the_environment_chooses_the_instruction_set(monkeypatch):
+    monkeypatch.setenv("DPOFAST_CPU_ISA", "scalar")
+    assert _backend.resolve("auto", "cpu") == "cpu:scalar"
+    assert _backend.resolve("cpu", "cpu") == "cpu:scalar"
+    assert _backend.resolve(f"cpu:{ISAS[0]}", "cpu") == f"cpu:{ISAS[0]}"
+    monkeypatch.setenv("DPOFAST_CPU_ISA", "sse9")
+    with pytest.raises(ValueError, match="DPOFAST_CPU_ISA asks for the CPU instruction set 'sse9'"):
+        _backend.resolve("cpu", "cpu")
+    assert _backend.resolve("torch", "cpu") == "torch"
+
+
+def test_the_environment_reaches_the_kernels(monkeypatch):
+    """Not only names: the scalar exp and the vector exp differ in some last bit of 5,000."""
+    hidden, weight, labels = torch.randn(500, 16), torch.randn(300, 16), torch.arange(500) % 300
+
+    def logps(**kwargs):
+        return dpofast.linear_logprob(hidden, weight, labels, **kwargs).logps
+
+    scalar, torchs = logps(backend="cpu:scalar"), logps(backend="torch")
+    monkeypatch.setenv("DPOFAST_CPU_ISA", "scalar")
+    assert torch.equal(logps(), scalar)
+    monkeypatch.setenv("DPOFAST_BACKEND", "torch")
+    assert torch.equal(logps(), torchs) and not torch.equal(scalar, torchs)
+    if len(ISAS) > 1:
+        assert not torch.equal(logps(backend=f"cpu:{ISAS[0]}"), scalar)
+
+
+def test_without_the_compiled_module_torch_runs_and_cpu_says_why(monkeypatch):
+    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(_backend, "_ISAS", ())
+    monkeypatch.setattr(_backend, "_why_no_C", "no such file", raising=False)
+    assert _backend.cpu_isas() == () and _backend.resolve("auto", "cpu") == "torch"
+    with pytest.raises(ValueError, match="backend='cpu' cannot run: no such file.*use backend='torch'"):
+        _backend.resolve("cpu", "cpu")
+    assert [(name, runs) for name, runs, _ in _backend.explain()] == [("cpu", False), ("torch", True)]
+
+
+def test_explain_has_every_backend_and_the_default_first():
+    rows = _backend.explain()
+    assert [name for name, _, _ in rows] == [f"cpu:{ISAS[0]}", "torch", *(f"cpu:{isa}" for isa in ISAS[1:])]
+    assert all(runs and why for _, runs, why in rows)
+
+
+def test_explain_says_why_one_cannot_run(monkeypatch):
+    monkeypatch.setenv("DPOFAST_CPU_ISA", "sse9")
+    name, runs, why = _backend.explain()[0]
+    assert (name, runs) == ("cpu", False) and "sse9" in why
+
+
+def test_the_compiled_module_checks_what_it_is_given():
+    with pytest.raises(ValueError, match="missing argument n"):
+        _backend._C.forward("scalar", {})
+    with pytest.raises(ValueError, match="'sse9' is not available"):
+        _backend._C.traits("sse9", 0, 0)
+    with pytest.raises(ValueError, match="unknown dtype code"):
+        _backend._C.traits("scalar", 0, 4)

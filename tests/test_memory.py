@@ -1,0 +1,92 @@
+"""memory_budget is a promise: measured peaks of a process, not the planner's word."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from dpofast import _backend
+
+MIB = 1 << 20
+SLACK = 32 * MIB  # thread stacks, the allocator's own, row offsets, statistics, Python
+
+# SmolLM2's head in bf16. One process measures every case, since importing torch costs more than most of them.
+MEASURE = """
+import ctypes, gc, json, sys
+import torch, dpofast
+
+libc = ctypes.CDLL(None)
+
+def status(field):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) << 10 for line in f if line.startswith(field))
+
+def run(hidden, weight, labels, budget):
+    logps = dpofast.linear_logprob(hidden, weight, labels, memory_budget=budget).logps
+    if logps.requires_grad:
+        logps.sum().backward()
+    return logps
+
+def measure(n, budget, train):
+    torch.manual_seed(0)
+    weight = (torch.randn(49152, 576) * 0.1).bfloat16().requires_grad_("weight" in train)
+    hidden = torch.randn(n, 576).bfloat16().requires_grad_("hidden" in train)
+    labels = torch.randint(49152, (n,))
+    gc.collect()
+    libc.malloc_trim(0)  # what the heap holds free would hide a use of it
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")  # VmHWM starts again from here
+    before = status("VmRSS")
+    logps = run(hidden, weight, labels, budget)
+    peak = status("VmHWM") - before
+    kept = sum(x.nbytes for x in (logps, hidden.grad, weight.grad) if x is not None)
+    return peak - kept
+
+warm = torch.randn(4, 576).bfloat16().requires_grad_()
+run(warm, torch.randn(8, 576).bfloat16().requires_grad_(), torch.arange(4), 1 << 30)
+print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
+"""
+
+CASES = [
+    (n, budget, train)
+    for n in (1000, 8000)
+    for budget in (32 * MIB, 256 * MIB)
+    for train in (["hidden", "weight"], ["hidden"], ["weight"], [])
+    if not (n == 8000 and train == ["weight"])
+]
+
+
+def name(case) -> str:
+    n, budget, train = case
+    return f"{n} tokens, {budget // MIB} MiB, trains {' and '.join(train) or 'nothing'}"
+
+
+@pytest.fixture(scope="module")
+def peaks():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("peaks are read from Linux's /proc")
+    try:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    except OSError as error:
+        pytest.skip(f"the kernel does not reset peaks here: {error}")
+    command = [sys.executable, "-c", MEASURE, json.dumps(CASES)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(zip(map(name, CASES), json.loads(done.stdout)))
+
+
+@pytest.mark.skipif(not _backend.cpu_isas(), reason="no compiled kernels")
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_the_peak_keeps_to_the_budget(peaks, case):
+    peak, budget = peaks[name(case)], case[1]
+    assert peak <= budget + SLACK, f"{peak / MIB:.0f} MiB above inputs, outputs and gradients"
+
+
+def test_a_larger_budget_is_used(peaks):
+    """So that the measurement can see a workspace at all: 256 MiB buy a cache that 32 MiB cannot."""
+    small, large = (peaks[name((8000, b * MIB, ["hidden", "weight"]))] for b in (32, 256))
+    assert large > small + 100 * MIB

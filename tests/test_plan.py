@@ -1,0 +1,195 @@
+"""Plans: the layout's sizes against the kernels' own, the budget, the schedules, the report."""
+
+from __future__ import annotations
+
+import itertools
+
+import expecttest
+import pytest
+import torch
+
+import dpofast
+from dpofast import _backend
+from dpofast.plan import DTYPE_CODES, TRAITS, _Layout, choose, parse_bytes
+
+BF16, FP32 = torch.bfloat16, torch.float32
+ISAS = _backend.cpu_isas()
+KINDS = [(isa, dtype, dtype) for isa in ISAS for dtype in DTYPE_CODES] + [(ISAS[0], BF16, FP32)]
+
+
+def ask(function, isa, hidden, weight, n, h, v, block, threads, as_is, **more) -> int:
+    """Bytes of workspace that the kernels ask for; nothing is read, so any address will do."""
+    there = 64
+    args = {
+        "n": n, "h": h, "v": v, "hidden": there, "hidden_dtype": DTYPE_CODES[hidden], "row_offsets": there,
+        "hidden_col_stride": 1, "weight": there, "weight_dtype": DTYPE_CODES[weight],
+        "weight_row_stride": h if as_is else 1, "weight_col_stride": 1 if as_is else v, "bias": None, "labels": there,
+        "temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "block": block, "threads": threads,
+    }  # fmt: skip
+    return function(isa, args | more)
+
+
+SIZES = list(itertools.product((1, 17, 64, 130, 1024), (1, 33, 64, 700), (2, 193, 3000)))
+
+
+@pytest.mark.parametrize(("isa", "hidden", "weight"), KINDS)
+def test_the_layout_is_the_kernels_own(isa, hidden, weight):
+    """Never less than what the kernels ask for, and not more than 2 % and a page above it."""
+    traits = TRAITS[isa, hidden, weight]
+
+    def check(claimed: int, asked: int, what) -> None:
+        assert asked <= claimed <= asked * 1.02 + 4096, (what, claimed, asked)
+
+    for (n, h, v), threads, contiguous in itertools.product(SIZES, (1, 3), (True, False)):
+        as_is = contiguous and traits.elem == weight.itemsize and h % traits.unit == 0
+        for block in {min(b, v + v % 2) for b in (48, 96, 192)}:
+            layout = {
+                k: _Layout(n, h, v, traits, block, threads, as_is, k) for k in (0, 1, 4)
+            }
+            blocks = -(-v // block)
+            here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
+            for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 4)), (False, True)):
+                asked = ask(
+                    _backend._C.forward, *here, outputs=flags, cached_blocks=0, jacobian=64 if jacobian else None
+                )
+                check(layout[k].forward(jacobian), asked, ("forward", here, flags, jacobian))
+            for to_hidden, to_weight, recomputes, entropy in itertools.product((False, True), repeat=4):
+                if not (to_hidden or to_weight) or (entropy and not recomputes):
+                    continue
+                asked = ask(
+                    _backend._C.backward, *here, cached_blocks=0 if recomputes else blocks,
+                    grad_entropy=64 if entropy else None, grad_hidden=64 if to_hidden else None,
+                    grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None,
+                )  # fmt: skip
+                claimed = layout[0].backward(to_hidden, to_weight, recomputes, entropy)
+                check(claimed, asked, ("backward", here, to_hidden, to_weight, recomputes, entropy))
+
+
+def choice(n=1000, h=576, v=49152, budget=1 << 30, dtype=BF16, backend=f"cpu:{ISAS[0]}", **kwargs):
+    arguments = {"to_hidden": True, "to_weight": True, "threads": 2} | kwargs
+    return choose(n, h, v, backend=backend, hidden_dtype=dtype, weight_dtype=dtype, budget=budget, **arguments)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("train", ((False, False), (True, False), (True, True), (False, True)))
+def test_no_plan_exceeds_its_budget_and_more_budget_never_costs_a_product(isa, train):
+    products = {"score": 1, "jacobian": 2, "cached": 4, "mixed": 4, "recompute": 4, "recompute-split": 5}
+    last = None
+    for exponent in range(60, 136):
+        budget = int(2 ** (exponent / 4))
+        try:
+            c = choice(budget=budget, backend=f"cpu:{isa}", to_hidden=train[0], to_weight=train[1])
+        except ValueError:
+            assert last is None, "a larger budget is refused where a smaller one was not"
+            continue
+        assert c.workspace_bytes + c.cache_bytes <= budget and c.block % 2 == 0
+        assert (c.cache_bytes > 0) == (c.schedule in ("cached", "mixed", "jacobian"))
+        assert (c.cached_share == 1) == (c.schedule == "cached") and 0 <= c.cached_share <= 1
+        if last:
+            # A wider block may come at the price of a sliver of cache.
+            assert products[c.schedule] - c.cached_share <= products[last.schedule] - last.cached_share + 0.02
+        last = c
+    assert last.schedule in ("score", "jacobian", "cached")
+
+
+def test_the_schedules_of_design_section_2():
+    assert choice(to_hidden=False, to_weight=False).schedule == "score"
+    assert choice(to_weight=False).schedule == "jacobian"
+    assert choice().schedule == "cached"
+    assert choice(to_hidden=False).schedule == "cached"
+    assert choice(budget=64 << 20).schedule == "mixed" and 0 < choice(budget=64 << 20).cached_share < 1
+    assert choice(n=8000, budget=32 << 20).schedule in ("recompute", "recompute-split")
+    small = choice(n=8000, budget=4 << 20, to_hidden=False, to_weight=False)
+    assert small.schedule == "score" and 0 < small.token_chunk < 8000
+
+
+def test_a_budget_that_cannot_be_met_says_what_would_do():
+    with pytest.raises(ValueError, match=r"memory_budget: 1000 bytes cannot be met for 1000 completion tokens") as error:
+        choice(budget=1000)
+    needed = int(str(error.value).split("about ")[1].split(" bytes")[0])
+    assert choice(budget=int(needed * 1.5)).workspace_bytes <= needed * 1.5
+    with pytest.raises(ValueError, match="memory_budget"):
+        choice(budget=needed // 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [
+        (None, 1 << 30), (1, 1), (123456, 123456), ("512MiB", 512 << 20), ("1.5GiB", 3 << 29), ("2GB", 2 * 10**9),
+        ("10KB", 10**4), ("10 KiB", 10240), (" 7B ", 7), ("1000", 1000), ("1e3", 1000), ("0.5MB", 500_000),
+    ],
+)  # fmt: skip
+def test_parse_bytes(text, n_bytes):
+    assert parse_bytes(text) == n_bytes
+
+
+@pytest.mark.parametrize("text", ("", "MiB", "lots", "1TiB", "-1MiB", "0", "0.1B", "512mib", "inf", "nanGiB", "1 2", 0, -5))
+def test_parse_bytes_refuses(text):
+    with pytest.raises(ValueError, match="memory_budget: got"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("value", (1.5, True, [1], b"1MiB"))
+def test_parse_bytes_wants_an_int_or_a_string(value):
+    with pytest.raises(TypeError, match="memory_budget: got"):
+        parse_bytes(value)
+
+
+def test_plan_reports_what_the_op_will_choose(backend):
+    for options in ({}, {"train_head": False}, {"train_hidden": False, "train_head": False}, {"memory_budget": "64MiB"}):
+        p = dpofast.plan(1000, 576, 49152, "bf16", backend=backend, threads=2, **options)
+        c = choice(
+            backend=backend, budget=p.memory_budget, to_hidden=options.get("train_hidden", True),
+            to_weight=options.get("train_head", True),
+        )  # fmt: skip
+        assert (p.schedule, p.block, p.token_chunk, p.cache_bytes, p.workspace_bytes) == c[:5]
+        assert p.backend == backend and p.dtype == "bfloat16" and p.threads == 2
+        assert p.floor_gemms <= p.gemms <= p.floor_gemms + 2
+        assert (p.predicted_seconds is None) == (backend == "torch")
+        if p.predicted_seconds is not None:
+            assert 0 < p.floor_seconds <= p.predicted_seconds < 60
+
+
+def gemms(**options) -> tuple[str, float]:
+    p = dpofast.plan(1000, 576, 49152, "bf16", backend=f"cpu:{ISAS[0]}", threads=2, **options)
+    return p.schedule, round(p.gemms, 6)
+
+
+def test_plan_counts_products_as_design_section_2_does():
+    assert gemms(train_hidden=False, train_head=False) == ("score", 1)
+    assert gemms(train_head=False) == ("jacobian", 2)
+    assert gemms() == ("cached", 3)
+    assert gemms(train_hidden=False) == ("cached", 2)
+    schedule, n = gemms(memory_budget="64MiB")
+    assert schedule == "mixed" and 3 < n < 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 8, 8), "n_tokens: got 0"), ((8, 0, 8), "hidden_size: got 0"), ((8, 8, -1), "vocab_size: got -1"),
+        ((8, 8, 8, "int8"), "dtype: got 'int8', expected one of fp32"), ((8, 8, 8, torch.int8), "dtype: got torch.int8"),
+    ],
+)  # fmt: skip
+def test_plan_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dpofast.plan(*arguments)
+    with pytest.raises(ValueError, match="backend: got 'x'"):
+        dpofast.plan(8, 8, 8, backend="x")
+    with pytest.raises(ValueError, match="memory_budget"):
+        dpofast.plan(1000, 576, 49152, memory_budget="1KiB")
+
+
+def test_plan_prints_a_table():
+    p = dpofast.plan(1000, 576, 49152, "bf16", backend="torch", threads=2, memory_budget="64MiB")
+    expecttest.assert_expected_inline(
+        str(p),
+        """\
+problem      1000 completion tokens, H 576, V 49152, bfloat16
+backend      torch, 2 threads
+schedule     recompute
+tiles        1536 vocabulary rows a block, 1000 tokens a chunk
+products     4.00 (the least for these gradients: 3)
+memory       0.0 MiB cache + 34.6 MiB workspace, budget 64.0 MiB
+bytes moved  164 MiB""",
+    )
