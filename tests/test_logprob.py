@@ -62,6 +62,14 @@ def test_results_are_as_near_to_the_truth_as_plain_pytorchs(backend, v, dtype):
         assert_as_good_as_plain(got, logits, labels, c, e, **options)
 
 
+@pytest.mark.parametrize("per_chunk", (5, 14, -14, 40))
+def test_logits_that_climb_or_fall_through_the_vocabulary(backend, per_chunk):
+    logits, labels, c, e = case(12, 2050)
+    logits += torch.arange(2050) / 512 * per_chunk
+    got = run(dpofast.logprob, logits, labels, c, e, backend=backend)
+    assert_as_good_as_plain(got, logits, labels, c, e)
+
+
 @pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
 @pytest.mark.parametrize("options", ({}, {"softcap": 2.0}, {"temperature": 0.6}, {"logit_scale": -0.5}, TRANSFORM))
 @pytest.mark.parametrize("exact_backend", ("cpu:scalar", "torch"))
