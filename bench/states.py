@@ -72,5 +72,7 @@ def load(name: str, n_tokens: int) -> States:
         if count == n_tokens:
             break
     if count < n_tokens:
-        raise ValueError(f"n_tokens: only {count} completion tokens of real text are at hand, {n_tokens} were asked for")
+        raise ValueError(
+            f"n_tokens: only {count} completion tokens of real text are at hand, {n_tokens} were asked for"
+        )
     return States(name, torch.cat(hidden), model.lm_head.weight.detach().clone(), torch.cat(labels))

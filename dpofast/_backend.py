@@ -66,7 +66,9 @@ def explain() -> list[tuple[str, bool, str]]:
     for name in BACKENDS:
         try:
             exact = resolve(name, "cpu")
-            rows.append((exact, True, "plain PyTorch, chunked; runs on every device" if name == "torch" else "compiled"))
+            rows.append(
+                (exact, True, "plain PyTorch, chunked; runs on every device" if name == "torch" else "compiled")
+            )
         except ValueError as error:
             rows.append((name, False, str(error)))
     if rows[0][1]:

@@ -42,7 +42,8 @@ def _rows(labels: Tensor, ignore_index: int, n_vocab: int) -> tuple[Tensor, Tens
         if low < 0 or high >= n_vocab:
             bad = low if low < 0 else high
             raise ValueError(
-                f"labels: got {bad}, expected values in [0, {n_vocab}) (the rows of weight) or ignore_index={ignore_index}"
+                f"labels: got {bad}, expected values in [0, {n_vocab}) (the rows of weight) or "
+                f"ignore_index={ignore_index}"
             )
     return rows, y
 
@@ -131,8 +132,8 @@ def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
 
 
 @linear_logprob_backward.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, ignore_index, temperature,
-      logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
+def _(grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, ignore_index,
+      temperature, logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
     return tuple(_empty_grads(hidden, weight, bias, needs))
 
 
@@ -167,7 +168,11 @@ def logprob(
     results = _empty_results(labels, _result_dtype(logits), outputs)
     if rows.numel():
         module, isa = _module(backend)
-        _scatter(results, rows, module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs)))
+        _scatter(
+            results,
+            rows,
+            module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs)),
+        )
     return tuple(results)
 
 
@@ -205,7 +210,20 @@ def logprob_backward(
 
 
 @logprob_backward.register_fake
-def _(grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, temperature, logit_scale, softcap, backend):
+def _(
+    grad_logps,
+    grad_entropy,
+    logits,
+    labels,
+    logps,
+    lse,
+    entropy,
+    ignore_index,
+    temperature,
+    logit_scale,
+    softcap,
+    backend,
+):
     return logits.new_empty(logits.shape)
 
 

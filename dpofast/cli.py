@@ -24,9 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="dpofast", description="The language-model head of preference training."
-    )
+    parser = argparse.ArgumentParser(prog="dpofast", description="The language-model head of preference training.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     env = commands.add_parser("env", help="versions, CPU and GPU, backends, build: what a bug report needs")

@@ -79,9 +79,7 @@ def sequence_logps(
         values = values * token_weights
     if ld_alpha is not None:
         if lengths.shape[0] % 2:
-            raise ValueError(
-                f"ld_alpha needs [chosen; rejected], and the batch has {lengths.shape[0]} sequences"
-            )
+            raise ValueError(f"ld_alpha needs [chosen; rejected], and the batch has {lengths.shape[0]} sequences")
         values = torch.where(_tail(mask, lengths, cu_seqlens), ld_alpha * values, values)
     sums = _sums(torch.where(mask, values, 0.0), cu_seqlens)
     return sums / lengths.clamp(min=1) if average else sums
@@ -123,24 +121,19 @@ def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> None:
         raise TypeError(f"labels are of {labels.dtype}; expected integer token ids")
     if cu_seqlens is None:
         if labels.dim() != 2:
-            raise ValueError(
-                f"labels have shape {list(labels.shape)}; expected [S, T], or cu_seqlens with [N]"
-            )
+            raise ValueError(f"labels have shape {list(labels.shape)}; expected [S, T], or cu_seqlens with [N]")
         return
     if cu_seqlens.is_floating_point():
         raise TypeError(f"cu_seqlens is of {cu_seqlens.dtype}; expected integers")
     if labels.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
-            f"labels have shape {list(labels.shape)} and cu_seqlens {list(cu_seqlens.shape)}; "
-            "expected [N] and [S + 1]"
+            f"labels have shape {list(labels.shape)} and cu_seqlens {list(cu_seqlens.shape)}; expected [N] and [S + 1]"
         )
     # on a GPU the values can't be looked at without waiting for it
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
-            raise ValueError(
-                f"cu_seqlens={ends}; expected boundaries from 0 to N={labels.shape[0]}, not decreasing"
-            )
+            raise ValueError(f"cu_seqlens={ends}; expected boundaries from 0 to N={labels.shape[0]}, not decreasing")
 
 
 def _check_ld_alpha(ld_alpha: float | None) -> None:
@@ -337,21 +330,15 @@ def linear_dpo_loss(
     if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
         raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
     if ref_hidden is not None and ref_weight is None:
-        raise ValueError(
-            "ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)"
-        )
+        raise ValueError("ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)")
     _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
     head, rest = _split(options, linear_logprob)
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
-        return linear_logprob(
-            hidden, weight, labels, bias=bias, ignore_index=ignore_index, outputs=outputs, **head
-        )
+        return linear_logprob(hidden, weight, labels, bias=bias, ignore_index=ignore_index, outputs=outputs, **head)
 
     def score_reference() -> Tensor:
-        return linear_logprob(
-            ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head
-        ).logps
+        return linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_hidden is not None else None
     return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, make_objective(**rest))
@@ -416,16 +403,13 @@ _HEAD_OPTIONS = {
     primitive: frozenset(
         parameter.name
         for parameter in inspect.signature(primitive).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-        and parameter.name not in ("bias", "ignore_index", "outputs")
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("bias", "ignore_index", "outputs")
     )
     for primitive in (linear_logprob, logprob)
 }
 
 
-def _split(
-    options: Mapping[str, Any], primitive: Callable[..., Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(options: Mapping[str, Any], primitive: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the primitive, and those of the loss."""
     names = head_options(primitive)
     head = {name: value for name, value in options.items() if name in names}
@@ -469,9 +453,7 @@ def _preference(
     _check_tokens(labels, cu_seqlens)
     sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if sequences % 2:
-        raise ValueError(
-            f"labels hold {sequences} sequences; a paired loss expects [chosen; rejected], an even number"
-        )
+        raise ValueError(f"labels hold {sequences} sequences; a paired loss expects [chosen; rejected], an even number")
     if ref_logps is not None:
         if score_reference is not None:
             raise ValueError("ref_logps and a reference to score are both given; pass one of them")
@@ -481,19 +463,13 @@ def _preference(
                 f"token {list(labels.shape)} or per sequence [{sequences}]"
             )
     has_reference = ref_logps is not None or score_reference is not None
-    losses.check_reference(
-        objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits"
-    )
+    losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
     losses.check_per_pair(objective.terms, sequences // 2)
     if objective.pair_weight is not None and objective.pair_weight.shape != (sequences // 2,):
-        raise ValueError(
-            f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]"
-        )
+        raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]")
 
     def total(logps: Tensor, ld_alpha: float | None) -> Tensor:
-        return sequence_logps(
-            logps, labels, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index
-        )
+        return sequence_logps(logps, labels, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index)
 
     policy = score(objective.outputs)
     lengths = _lengths(labels != ignore_index, cu_seqlens)
@@ -520,17 +496,13 @@ def _preference(
     rewards = losses.implicit_rewards(objective.terms, given)
     given.pop("chosen_nll", None)
     statistics = _statistics(policy, lengths, cu_seqlens) if objective.metrics else {}
-    return DPOLossOutput(
-        loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics
-    )
+    return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
 
 
 def _statistics(policy: LogprobOutput, lengths: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """Token means of the primitive's statistics, which are 0 where a token does not count."""
     dtype = policy.logps.dtype
-    sums = {
-        name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens).chunk(2) for name in _STATISTICS
-    }
+    sums = {name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens).chunk(2) for name in _STATISTICS}
     chosen, rejected = (half.sum().clamp(min=1) for half in lengths.chunk(2))
     return {
         "entropy": sum(half.sum() for half in sums["entropy"]) / lengths.sum().clamp(min=1),

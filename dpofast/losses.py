@@ -386,9 +386,7 @@ def resolve(
             )
         for option, default in loss.options.items():
             if default is REQUIRED and option not in chosen:
-                raise ValueError(
-                    f"{option} must be given, and not be 0, for loss_type={loss.name!r}: {loss.equation}"
-                )
+                raise ValueError(f"{option} must be given, and not be 0, for loss_type={loss.name!r}: {loss.equation}")
     return tuple(
         Term(loss, float(factor), {**loss.options, **chosen})
         for loss, factor, chosen in zip(losses, factors, given, strict=True)
@@ -511,9 +509,7 @@ def _derive(term: Term, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values["delta"] = values["chosen_scores"] - values["rejected_scores"]
     if "normalized_delta" in loss.inputs:
         chosen = values["chosen_scores"] / values["chosen_lengths"].clamp(min=1)
-        values["normalized_delta"] = chosen - values["rejected_scores"] / values["rejected_lengths"].clamp(
-            min=1
-        )
+        values["normalized_delta"] = chosen - values["rejected_scores"] / values["rejected_lengths"].clamp(min=1)
     return values
 
 

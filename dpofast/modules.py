@@ -25,9 +25,7 @@ class _Options(nn.Module):
         super().__init__()
         for name, value in options.items():
             if isinstance(value, Tensor):
-                raise TypeError(
-                    f"{name} is a tensor; a module's options are plain values, pass it to forward()"
-                )
+                raise TypeError(f"{name} is a tensor; a module's options are plain values, pass it to forward()")
         self.options = options
 
     def extra_repr(self) -> str:
@@ -56,9 +54,7 @@ class LinearLogprob(_Options):
         super().__init__(options)
         functional.check_head(linear_logprob, options)
 
-    def forward(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None
-    ) -> LogprobOutput:
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> LogprobOutput:
         return linear_logprob(hidden, weight, labels, bias=bias, **self.options)
 
 

@@ -106,7 +106,9 @@ class _Layout:
     def tiles(self):
         """What the threads have of their own: at most the sum over forward's and backward's buffers."""
         t = self.t
-        per_thread = (self.block + 2) * t.panel * t.acc + self.block * t.panel * t.elem + max(self.h_pad, t.panel) * t.acc
+        per_thread = (
+            (self.block + 2) * t.panel * t.acc + self.block * t.panel * t.elem + max(self.h_pad, t.panel) * t.acc
+        )
         return _up(self.threads * per_thread, 64) + 128
 
     def forward(self, jacobian=False):
@@ -114,7 +116,9 @@ class _Layout:
         prepares = jacobian or not self.as_is
         pieces = 1 if prepares else min(self.blocks, PIECES)
         stats = (2 + self.outputs) * _up(pieces * self.n_pad * t.acc, 64) + _up(self.n_pad * t.acc, 64)
-        scratch = _up(self.threads * (self.block + 2) * t.panel * t.acc, 64) + _up(self.threads * self.h_pad * t.elem, 64)
+        scratch = _up(self.threads * (self.block + 2) * t.panel * t.acc, 64) + _up(
+            self.threads * self.h_pad * t.elem, 64
+        )
         exps = _up(self.threads * self.block * t.panel * t.elem, 64) if jacobian else 0
         packed = _up(self.h_pad * self.n_pad * t.elem, 64)
         return self._weight_blocks(True, jacobian) + packed + stats + scratch + exps
@@ -290,7 +294,6 @@ class Plan(NamedTuple):
                  "(products alone at this machine's measured peak)")
             )  # fmt: skip
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
-
 
 
 @functools.lru_cache(maxsize=64)

@@ -22,7 +22,9 @@ def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
     if isinstance(x, DTensor):
-        raise TypeError(f"{name}: got a DTensor, which is not handled here; pass {name}.full_tensor() or its local shard")
+        raise TypeError(
+            f"{name}: got a DTensor, which is not handled here; pass {name}.full_tensor() or its local shard"
+        )
     if x.is_meta:
         raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
     if x.dtype not in DTYPE_CODES:
@@ -38,7 +40,9 @@ def _check_labels(labels: Tensor, lead: torch.Size, device: torch.device, of: st
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"labels: got dtype {labels.dtype}, expected int64 (or int32)")
     if labels.shape != lead:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {tuple(lead)}, {of} without its last dimension")
+        raise ValueError(
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(lead)}, {of} without its last dimension"
+        )
     if labels.device != device:
         raise ValueError(f"labels: on device {labels.device}, expected {device}, where {of} is")
     return labels.long()  # compared in eight bits, a label of 156 would be an ignore_index of -100

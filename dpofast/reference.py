@@ -63,7 +63,9 @@ def logprob(
     return LogprobOutput(
         logps=scatter(log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)),
         # where(): 0 * log 0 is 0, so that a logit of -inf adds nothing
-        entropy=scatter(-torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1)) if want["entropy"] else None,
+        entropy=scatter(-torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1))
+        if want["entropy"]
+        else None,
         log_sum_sq_probs=scatter(torch.logsumexp(2 * log_p.detach(), -1)) if want["log_sum_sq_probs"] else None,
         mean_logits=scatter(z.detach().mean(-1)) if want["mean_logits"] else None,
         is_top1=scatter(torch.where(z == z.amax(-1, keepdim=True), first, z.shape[-1]).amin(-1) == y)
@@ -87,9 +89,7 @@ def linear_logprob(
 ) -> LogprobOutput:
     """`logprob` of ``hidden @ weight.T + bias``: hidden ``[*, H]``, weight ``[V, H]``, labels ``[*]``."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    logits = torch.nn.functional.linear(
-        hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    )
+    logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     return logprob(
         logits,
         labels,

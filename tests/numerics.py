@@ -64,9 +64,7 @@ def run(function, p: Problem, *, train=("hidden", "weight", "bias"), outputs=STA
     """Values by name, and gradients as "d hidden" and so on, for those inputs that ``train`` names."""
     names = ("hidden", "weight", "bias")
     inputs = {name: getattr(p, name) for name in names}
-    inputs = {
-        name: None if x is None else x.detach().requires_grad_(name in train) for name, x in inputs.items()
-    }
+    inputs = {name: None if x is None else x.detach().requires_grad_(name in train) for name, x in inputs.items()}
     out = function(
         inputs["hidden"], inputs["weight"], p.labels, bias=inputs["bias"], outputs=outputs, **p.options, **more
     )
@@ -189,7 +187,7 @@ SCHEDULES = {
 TORCH_SCHEDULES = ("score", "score, chunked", "recompute", "recompute, frozen head, chunked")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _budget(schedule: str, n: int, backend: str, **shape) -> int:
     """The largest budget, of a fine grid, that gives this schedule."""
     is_it = SCHEDULES[schedule][1]
@@ -216,7 +214,9 @@ def forced(schedule: str, p: Problem, backend: str, outputs=STATISTICS) -> dict:
     return {"train": train, "memory_budget": budget}
 
 
-def run_forced(schedule: str, p: Problem, backend: str, outputs=STATISTICS, replay=None, choices=None) -> dict[str, Tensor]:
+def run_forced(
+    schedule: str, p: Problem, backend: str, outputs=STATISTICS, replay=None, choices=None
+) -> dict[str, Tensor]:
     """linear_logprob under this schedule; fails if another one ran. Appends what ran to ``choices``."""
     how = forced(schedule, p, backend, outputs)
     with recorded_choices(replay) as ran:

@@ -15,8 +15,8 @@ transformers = pytest.importorskip("transformers")
 from rich.console import Console  # noqa: E402
 
 from dpofast import demo  # noqa: E402
-from dpofast.demo import data, model, report, train  # noqa: E402
 from dpofast._memory import peak_growth  # noqa: E402
+from dpofast.demo import data, model, report, train  # noqa: E402
 from dpofast.demo.data import EncodedPair, Pair  # noqa: E402
 
 EXPLANATION = """## What it does

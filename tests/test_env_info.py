@@ -28,9 +28,7 @@ sys.meta_path.insert(0, Breaker)
 """
 
 
-def report(
-    tmp_path, *, module=None, error=None, environment=(), command=("-m", "dpofast.env_info", "--json")
-):
+def report(tmp_path, *, module=None, error=None, environment=(), command=("-m", "dpofast.env_info", "--json")):
     """Run the command with one import broken; return its standard output."""
     if module:
         text = BREAK_AN_IMPORT.format(module=module, error=error)
@@ -112,7 +110,5 @@ def test_bogus_setting_is_shown_and_explained(tmp_path, name):
 
 def test_missing_torch_is_named_on_first_use(tmp_path):
     program = "import dpofast\ntry: dpofast.linear_logprob\nexcept ImportError as error: print(error)"
-    printed = report(
-        tmp_path, module="torch", error="ModuleNotFoundError('no torch')", command=("-c", program)
-    )
+    printed = report(tmp_path, module="torch", error="ModuleNotFoundError('no torch')", command=("-c", program))
     assert "torch" in printed

@@ -56,9 +56,7 @@ class Batch:
 
 def assert_same(a: DPOLossOutput, b: DPOLossOutput) -> None:
     torch.testing.assert_close(a._asdict(), b._asdict())
-    assert {name for name, x in a._asdict().items() if x is None} == {
-        n for n, x in b._asdict().items() if x is None
-    }
+    assert {name for name, x in a._asdict().items() if x is None} == {n for n, x in b._asdict().items() if x is None}
 
 
 LENGTHS = [5, 1, 3, 4, 0, 2]
@@ -87,9 +85,7 @@ def by_hand(logps, labels, ld_alpha=None, average=False, weights=None):
         for t, y in enumerate(row):
             if y != -100:
                 seen += 1
-                factor = (1.0 if seen <= shared else ld_alpha) * (
-                    1.0 if weights is None else weights[i, t].item()
-                )
+                factor = (1.0 if seen <= shared else ld_alpha) * (1.0 if weights is None else weights[i, t].item())
                 total += factor * logps[i, t].item()
         out.append(total / max(lengths[i], 1) if average else total)
     return torch.tensor(out, dtype=torch.float64)
@@ -213,9 +209,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_pairs(chosen, seed):
 def test_swapping_chosen_and_rejected_swaps_the_output(seed):
     batch, swap = Batch(LENGTHS, seed), [3, 4, 5, 0, 1, 2]
     one = batch.loss(ld_alpha=0.5)
-    batch.hidden, batch.ref_hidden, batch.labels = (
-        x[swap] for x in (batch.hidden, batch.ref_hidden, batch.labels)
-    )
+    batch.hidden, batch.ref_hidden, batch.labels = (x[swap] for x in (batch.hidden, batch.ref_hidden, batch.labels))
     other = batch.loss(ld_alpha=0.5)
     torch.testing.assert_close(one.chosen_logps, other.rejected_logps)
     torch.testing.assert_close(one.chosen_rewards, other.rejected_rewards)

@@ -23,7 +23,12 @@ def case(n: int, v: int, dtype=torch.float32, seed: int = 0):
     logits = (3 * torch.randn(n, v, generator=g, dtype=torch.float64)).to(dtype)
     labels = torch.randint(v, (n,), generator=g)
     labels[3::4] = -100
-    return logits, labels, torch.randn(n, generator=g, dtype=torch.float64), torch.randn(n, generator=g, dtype=torch.float64)
+    return (
+        logits,
+        labels,
+        torch.randn(n, generator=g, dtype=torch.float64),
+        torch.randn(n, generator=g, dtype=torch.float64),
+    )
 
 
 def run(function, logits, labels, c, e, *, outputs=STATISTICS, **options):

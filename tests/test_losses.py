@@ -102,9 +102,7 @@ def test_loss_equals_its_formula_written_out(name):
     w, l, ref_w, ref_l, n, m, nlls = (value.tolist() for value in data.values())  # noqa: E741
     nll = sum(nlls) / sum(n)
     expected = [
-        formula(
-            SimpleNamespace(w=w[i], l=l[i], rw=w[i] - ref_w[i], rl=l[i] - ref_l[i], n=n[i], m=m[i], nll=nll)
-        )
+        formula(SimpleNamespace(w=w[i], l=l[i], rw=w[i] - ref_w[i], rl=l[i] - ref_l[i], n=n[i], m=m[i], nll=nll))
         for i in range(PAIRS)
     ]
     assert loss.item() == pytest.approx(sum(expected) / PAIRS, rel=1e-12)
@@ -125,9 +123,7 @@ def test_every_loss_has_a_paper_an_equation_and_options_that_are_described():
         for name, loss in table.items():
             assert name == loss.name and loss.paper and loss.equation
             assert set(loss.options) <= set(OPTIONS) and "beta" in loss.options
-    used = {
-        option for table in (LOSSES, UNPAIRED_LOSSES) for loss in table.values() for option in loss.options
-    }
+    used = {option for table in (LOSSES, UNPAIRED_LOSSES) for loss in table.values() for option in loss.options}
     assert used == set(OPTIONS)
 
 
@@ -205,17 +201,13 @@ def test_gradient_of_every_unpaired_loss_and_option(name, option, value):
 # An option that is accepted changes the number: nothing is silently ignored
 
 
-@pytest.mark.parametrize(
-    "name, option, value", [case for case in walk(LOSSES) if case[0] not in ("sft", "sft_norm")]
-)
+@pytest.mark.parametrize("name, option, value", [case for case in walk(LOSSES) if case[0] not in ("sft", "sft_norm")])
 def test_every_option_that_is_accepted_has_an_effect(name, option, value):
     data = inputs_of(name, pairs())
     # with alpha_divergence as the common ground, its coefficient is an option like the others
     base = {**required(name), **({"f_divergence_type": "alpha_divergence"} if "coef" in option else {})}
     plain = preference_loss(**data, loss_type=name, **base)
-    assert not torch.equal(
-        plain, preference_loss(**data, loss_type=name, **{**base, **sample(option, value)})
-    )
+    assert not torch.equal(plain, preference_loss(**data, loss_type=name, **{**base, **sample(option, value)}))
 
 
 # Properties
@@ -314,9 +306,7 @@ def test_f_divergence_scores_are_0_at_0_and_increase(divergence):
 def test_alpha_divergence_near_1_is_reverse_kl():
     options = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1 + 1e-5}
     data = pairs()
-    torch.testing.assert_close(
-        preference_loss(**data, **options), preference_loss(**data), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(preference_loss(**data, **options), preference_loss(**data), rtol=1e-4, atol=1e-4)
 
 
 # Edges
@@ -373,9 +363,7 @@ def test_running_mean_is_that_of_all_rewards_and_is_frozen_in_eval_mode():
     torch.testing.assert_close(latest, torch.cat(rewards).mean())
     restored = RunningMean()
     restored.load_state_dict(running.state_dict())
-    torch.testing.assert_close(
-        restored.update(torch.tensor([4.0])), torch.cat([*rewards, torch.tensor([4.0])]).mean()
-    )
+    torch.testing.assert_close(restored.update(torch.tensor([4.0])), torch.cat([*rewards, torch.tensor([4.0])]).mean())
     assert running.eval().update(torch.tensor([100.0])).equal(latest)
 
 

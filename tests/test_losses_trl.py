@@ -24,9 +24,7 @@ class Head(torch.nn.Module):
     def __init__(self, distance: float) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        hidden, weight, change = (
-            torch.randn(*n, generator=generator) for n in ((2 * B, T, H), (V, H), (V, H))
-        )
+        hidden, weight, change = (torch.randn(*n, generator=generator) for n in ((2 * B, T, H), (V, H), (V, H)))
         self.hidden = torch.nn.Parameter(hidden)
         self.weight = torch.nn.Parameter(weight + distance * change)
 
@@ -37,9 +35,7 @@ class Head(torch.nn.Module):
             labels[:, 1:],
             outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
         )
-        return SimpleNamespace(
-            log_probs=out.logps, **{name: getattr(out, name) for name in reference.OUTPUTS}
-        )
+        return SimpleNamespace(log_probs=out.logps, **{name: getattr(out, name) for name in reference.OUTPUTS})
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -68,9 +64,7 @@ def trl_dpo(policy: Head, ref: Head, inputs: dict, **options):
         model=policy,
         ref_model=ref,
         accelerator=ACCELERATOR,
-        args=SimpleNamespace(
-            discopop_tau=options.get("discopop_tau", 0.05), gradient_checkpointing_kwargs=None
-        ),
+        args=SimpleNamespace(discopop_tau=options.get("discopop_tau", 0.05), gradient_checkpointing_kwargs=None),
         aux_loss_enabled=False,
         precompute_ref_logps=False,
         loss_types=loss_types,
@@ -232,8 +226,7 @@ def test_unpaired_losses_equal_those_of_the_kto_trainer(loss_type, kl, labels):
 
     completion_labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     logps, ref_logps = (
-        functional.sequence_logps(head(completion_labels).log_probs, completion_labels[:, 1:])
-        for head in (policy, ref)
+        functional.sequence_logps(head(completion_labels).log_probs, completion_labels[:, 1:]) for head in (policy, ref)
     )
     loss = losses.unpaired_preference_loss(
         logps,
@@ -268,11 +261,7 @@ def test_simpo_and_alphapo_equal_those_of_the_cpo_trainer(label_smoothing, alpha
     shared = {"beta": 2.0, "simpo_gamma": 0.9, "label_smoothing": label_smoothing}
     expected, *rewards = trl_cpo("simpo", *averages, alpha=alpha, **shared)
     given = dict(chosen_lengths=LENGTHS[0], rejected_lengths=LENGTHS[1])
-    options = (
-        {**shared, "loss_type": "alphapo", "alphapo_alpha": alpha}
-        if alpha
-        else {**shared, "loss_type": "simpo"}
-    )
+    options = {**shared, "loss_type": "alphapo", "alphapo_alpha": alpha} if alpha else {**shared, "loss_type": "simpo"}
     loss = losses.preference_loss(*LOGPS, **given, **options, reduction="none")
     torch.testing.assert_close(loss, expected)
     terms = losses.resolve(**options)

@@ -43,9 +43,7 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
     for (n, h, v), threads, contiguous in itertools.product(SIZES, (1, 3), (True, False)):
         as_is = contiguous and traits.elem == weight.itemsize and h % traits.unit == 0
         for block in {min(b, v + v % 2) for b in (48, 96, 192)}:
-            layout = {
-                k: _Layout(n, h, v, traits, block, threads, as_is, k) for k in (0, 1, 5)
-            }
+            layout = {k: _Layout(n, h, v, traits, block, threads, as_is, k) for k in (0, 1, 5)}
             blocks = -(-v // block)
             here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
             for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 5)), (False, True)):
@@ -104,7 +102,9 @@ def test_the_schedules_of_design_section_2():
 
 
 def test_a_budget_that_cannot_be_met_says_what_would_do():
-    with pytest.raises(ValueError, match=r"memory_budget: 1000 bytes cannot be met for 1000 completion tokens") as error:
+    with pytest.raises(
+        ValueError, match=r"memory_budget: 1000 bytes cannot be met for 1000 completion tokens"
+    ) as error:
         choice(budget=1000)
     needed = int(str(error.value).split("about ")[1].split(" bytes")[0])
     assert choice(budget=int(needed * 1.5)).workspace_bytes <= needed * 1.5
@@ -123,7 +123,9 @@ def test_parse_bytes(text, n_bytes):
     assert parse_bytes(text) == n_bytes
 
 
-@pytest.mark.parametrize("text", ("", "MiB", "lots", "1TiB", "-1MiB", "0", "0.1B", "512mib", "inf", "nanGiB", "1 2", 0, -5))
+@pytest.mark.parametrize(
+    "text", ("", "MiB", "lots", "1TiB", "-1MiB", "0", "0.1B", "512mib", "inf", "nanGiB", "1 2", 0, -5)
+)
 def test_parse_bytes_refuses(text):
     with pytest.raises(ValueError, match="memory_budget: got"):
         parse_bytes(text)
@@ -136,7 +138,12 @@ def test_parse_bytes_wants_an_int_or_a_string(value):
 
 
 def test_plan_reports_what_the_op_will_choose(backend):
-    for options in ({}, {"train_head": False}, {"train_hidden": False, "train_head": False}, {"memory_budget": "64MiB"}):
+    for options in (
+        {},
+        {"train_head": False},
+        {"train_hidden": False, "train_head": False},
+        {"memory_budget": "64MiB"},
+    ):
         p = dpofast.plan(1000, 576, 49152, "bf16", backend=backend, threads=2, **options)
         c = choice(
             backend=backend, budget=p.memory_budget, to_hidden=options.get("train_hidden", True),
@@ -168,7 +175,8 @@ def test_plan_counts_products_as_design_section_2_does():
     ("arguments", "message"),
     [
         ((0, 8, 8), "n_tokens: got 0"), ((8, 0, 8), "hidden_size: got 0"), ((8, 8, -1), "vocab_size: got -1"),
-        ((8, 8, 8, "int8"), "dtype: got 'int8', expected one of fp32"), ((8, 8, 8, torch.int8), "dtype: got torch.int8"),
+        ((8, 8, 8, "int8"), "dtype: got 'int8', expected one of fp32"),
+        ((8, 8, 8, torch.int8), "dtype: got torch.int8"),
     ],
 )  # fmt: skip
 def test_plan_errors(arguments, message):

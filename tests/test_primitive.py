@@ -348,7 +348,11 @@ def check_vocabulary(backend, seed):
 
 
 @quick
-@given(seed=seeds, budget=st.integers(1 << 12, 1 << 24), train=st.sampled_from([(), ("hidden",), ("hidden", "weight", "bias")]))
+@given(
+    seed=seeds,
+    budget=st.integers(1 << 12, 1 << 24),
+    train=st.sampled_from([(), ("hidden",), ("hidden", "weight", "bias")]),
+)
 def check_budget(backend, seed, budget, train):
     p = small(seed, **EVERYTHING)
     try:
@@ -405,7 +409,9 @@ def test_property(backend, check):
 
 def test_no_tokens_at_all(backend):
     hidden, weight = torch.randn(2, 0, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
-    out = dpofast.linear_logprob(hidden, weight, torch.empty(2, 0, dtype=torch.long), backend=backend, outputs=STATISTICS)
+    out = dpofast.linear_logprob(
+        hidden, weight, torch.empty(2, 0, dtype=torch.long), backend=backend, outputs=STATISTICS
+    )
     assert all(x.shape == (2, 0) for x in out if x is not None)
     out.logps.sum().backward()
     assert hidden.grad.shape == (2, 0, 8) and torch.equal(weight.grad, torch.zeros(20, 8))
@@ -414,7 +420,9 @@ def test_no_tokens_at_all(backend):
 @pytest.mark.parametrize("train", (("hidden", "weight", "bias"), ("hidden",)), ids=("all", "frozen head"))
 def test_everything_masked_is_a_differentiable_zero(backend, train):
     p = problem(12, 8, 30, bias=True, entropy=True)
-    got = linear_logprob(numerics.dataclasses.replace(p, labels=torch.full_like(p.labels, -100)), backend=backend, train=train)
+    got = linear_logprob(
+        numerics.dataclasses.replace(p, labels=torch.full_like(p.labels, -100)), backend=backend, train=train
+    )
     assert {f"d {name}" for name in train} < got.keys()
     assert all((x == 0).all() for x in got.values())
 
@@ -660,7 +668,9 @@ def test_outputs_come_only_when_asked_for(backend):
 
 def test_only_logps_and_entropy_are_differentiable(backend):
     hidden = torch.randn(5, 8, requires_grad=True)
-    out = dpofast.linear_logprob(hidden, torch.randn(20, 8), torch.arange(5), outputs=reference.OUTPUTS, backend=backend)
+    out = dpofast.linear_logprob(
+        hidden, torch.randn(20, 8), torch.arange(5), outputs=reference.OUTPUTS, backend=backend
+    )
     differentiable = {name for name, x in out._asdict().items() if x.requires_grad}
     assert differentiable == {"logps", "entropy"}
 
@@ -691,7 +701,8 @@ ERRORS = [
     (ValueError, "hidden: got a tensor on the meta device", {"hidden": H8.to("meta")}),
     (TypeError, "weight: got NoneType", {"weight": None}),
     (TypeError, r"weight: got dtype torch.int8.*dequantise", {"weight": W8.to(torch.int8)}),
-    (TypeError, r"weight: got dtype torch.quint8.*dequantise", {"weight": torch.quantize_per_tensor(W8, 1.0, 0, torch.quint8)}),
+    (TypeError, r"weight: got dtype torch.quint8.*dequantise",
+     {"weight": torch.quantize_per_tensor(W8, 1.0, 0, torch.quint8)}),
     (TypeError, r"weight: got dtype torch.float8_e4m3fn", {"weight": W8.to(torch.float8_e4m3fn)}),
     (ValueError, r"weight: got shape \(20,\), expected 2 dimensions", {"weight": W8[:, 0]}),
     (ValueError, r"weight: got shape \(20, 7\), expected \[V, 8\]", {"weight": W8[:, 1:]}),
@@ -747,8 +758,8 @@ def test_errors_name_the_argument(error, message, change):
 
 
 def test_a_dtensor_is_refused():
-    from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Replicate
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

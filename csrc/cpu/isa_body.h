@@ -135,6 +135,8 @@ DPOFAST_UNROLL
 };
 #endif
 
+#include "cpu/transform.h"
+
 #include "cpu/linear_logprob.h"
 #include "cpu/rows.h"
 

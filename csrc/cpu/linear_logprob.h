@@ -61,41 +61,18 @@ struct CacheBlock {
   }
 };
 
-// z = (x + bias) * scale, or cap * tanh((x + bias) * inner) with d z / d x = slope * (1 - (z / cap)^2)
+// Logits c [rows, width] of vocabulary v0.., in place: the bias [v] or null, then the transform.
 template <class K>
-struct Transform {
-  using acc = typename K::acc;
-  const acc* bias;
-  bool has_cap;
-  acc scale, inner, cap, inv_cap, slope;
-
-  explicit Transform(const Head& a)
-      : bias(static_cast<const acc*>(a.bias)), has_cap(a.softcap != 0), scale(acc(a.logit_scale / a.temperature)),
-        inner(has_cap ? acc(a.logit_scale / a.softcap) : acc(0)), cap(acc(a.softcap / a.temperature)),
-        inv_cap(has_cap ? acc(a.temperature / a.softcap) : acc(0)), slope(scale) {}
-
-  bool is_identity() const { return !bias && !has_cap && scale == acc(1); }
-
-  void apply(acc* c, int64_t width, int64_t rows, int64_t v0) const {
-    using V = typename K::Vec;
-    if (is_identity()) return;
-    for (int64_t r = 0; r < rows; ++r) {
-      const auto b = V::set1(bias ? bias[v0 + r] : acc(0));
-      for (int64_t t = 0; t < width; t += V::W) {
-        acc* p = c + r * width + t;
-        const auto x = V::add(V::load(p), b);
-        V::store(p, has_cap ? V::mul(V::set1(cap), V::tanh(V::mul(x, V::set1(inner)))) : V::mul(x, V::set1(scale)));
-      }
-    }
+static void transform_tile(const Transform<typename K::Vec>& transform, const typename K::acc* bias, int64_t v0,
+                           typename K::acc* c, int64_t width, int64_t rows) {
+  using V = typename K::Vec;
+  if (!bias && transform.is_identity()) return;
+  for (int64_t r = 0; r < rows; ++r) {
+    const auto b = V::set1(bias ? bias[v0 + r] : typename K::acc(0));
+    typename K::acc* row = c + r * width;
+    for (int64_t t = 0; t < width; t += V::W) V::store(row + t, transform.apply(V::add(V::load(row + t), b)));
   }
-  // 1 - (z / cap)^2, kept >= 0 so that z = -inf, the left-out label, gives 0 and not NaN
-  typename K::Vec::reg bend(typename K::Vec::reg z) const {
-    using V = typename K::Vec;
-    const auto u = V::mul(z, V::set1(inv_cap));
-    return V::max(V::set1(0), V::sub(V::set1(1), V::mul(u, u)));
-  }
-  acc bend(acc z) const { return has_cap ? acc(1) - z * inv_cap * z * inv_cap : acc(1); }
-};
+}
 
 // Running statistics of one (piece, panel), and where its exponentials go.
 template <class K>
@@ -107,17 +84,18 @@ struct Fold {
 
   Stats<acc> stats;
   const int64_t* labels;
-  Transform<K> transform;
+  const acc* bias;
+  Transform<V> transform;
 
   // Folds the logits c [rows, width] of vocabulary v0.. and tokens t0.. into piece `piece`. If `e` is given it
   // receives exp(z - m) (times bend) as a B operand, and `m_out` the m of each token; `factor`, if given,
-  // exp(m_before - m_after): by what an accumulator relative to the old m must be scaled.
+  // exp(m before - m after): by what an accumulator relative to the old m must be scaled.
   // c has room for a row more. Returns whether any token's m changed.
   bool operator()(acc* c, int64_t width, int64_t rows, int64_t v0, int64_t t0, int64_t n_tokens, int64_t piece, elem* e,
                   acc* m_out, acc* factor) const {
     const acc inf = acc(INFINITY);
     const int64_t at = piece * stats.stride + t0;
-    transform.apply(c, width, rows, v0);
+    transform_tile<K>(transform, bias, v0, c, width, rows);
     if (stats.sum_z) add_rows(c, width, rows, stats.sum_z + at);
     for (int64_t t = 0; t < n_tokens; ++t) {
       const int64_t l = labels[t0 + t] - v0;
@@ -322,8 +300,9 @@ static int64_t forward(const ForwardArgs& a) {
     if (stats.sum_z) stats.sum_z[i] = 0;
     if (stats.top) stats.top[i] = stats.top_before[i] = -acc(INFINITY);
   }
-  const Transform<K> transform(a.head);
-  const Fold<K> fold{stats, a.head.labels, transform};
+  const Transform<V> transform(a.head.temperature, a.head.logit_scale, a.head.softcap);
+  const acc* bias = static_cast<const acc*>(a.head.bias);
+  const Fold<K> fold{stats, a.head.labels, bias, transform};
 
   // Step 0 packs hidden and prepares block 0; step i works on blocks (i - 1) * pieces onward.
   auto n_tasks = [&](int64_t step) {
@@ -471,7 +450,7 @@ struct GradTiles {
   }
 
   // From transformed logits c [rows, width], a padding row -inf in it. The label's entry is patched later.
-  DPOFAST_NOINLINE void from_logits(const acc* c, int64_t blk, int64_t panel, const Transform<K>& transform) const {
+  DPOFAST_NOINLINE void from_logits(const acc* c, int64_t blk, int64_t panel, const Transform<V>& transform) const {
     const int64_t width = s.width(panel), t0 = panel * s.P, rows = round_up(s.rows(blk), 2);
     auto g = [&](reg z, int64_t t) {
       const reg log_p = V::sub(V::sub(z, V::load(z_max + t)), V::load(log_sum + t)), p = V::exp(log_p);
@@ -489,7 +468,7 @@ struct GradTiles {
   }
 
   // The label's own entry: c (1 - p) - e p (log p + entropy), with 1 - p from log p, so that nothing cancels.
-  DPOFAST_NOINLINE void patch_labels(int64_t blk, int64_t panel, const acc* logps, const Transform<K>& transform) const {
+  DPOFAST_NOINLINE void patch_labels(int64_t blk, int64_t panel, const acc* logps, const Transform<V>& transform) const {
     const int64_t width = s.width(panel), t0 = panel * s.P, v0 = blk * s.block;
     for (int64_t t = 0; t < s.tokens(panel); ++t) {
       const int64_t l = s.head.labels[t0 + t] - v0;
@@ -518,12 +497,13 @@ static int64_t backward(const BackwardArgs& a) {
   acc* rows = arena.take<acc>(threads * (s.h_padded > s.P ? s.h_padded : s.P));
   elem* elem_rows = reinterpret_cast<elem*>(rows);  // never used at the same time, and elem is no larger
   const int64_t row_size = s.h_padded > s.P ? s.h_padded : s.P;
-  const Transform<K> transform(a.head);
+  const Transform<V> transform(a.head.temperature, a.head.logit_scale, a.head.softcap);
+  const acc* bias = static_cast<const acc*>(a.head.bias);
 
   if (a.jacobian) {
     acc* scale = arena.take<acc>(s.n_padded);
     if (!a.workspace) return arena.used;
-    for (int64_t t = 0; t < s.n; ++t) scale[t] = transform.slope * static_cast<const acc*>(a.grad_logps)[t];
+    for (int64_t t = 0; t < s.n; ++t) scale[t] = transform.scale * static_cast<const acc*>(a.grad_logps)[t];
     for_tasks(threads, s.panels, [&](int64_t panel, int thread) {
       write_tokens<K>(s, a, panel, static_cast<const acc*>(a.jacobian) + panel * s.P * s.h, scale, rows + thread * row_size);
     });
@@ -541,7 +521,7 @@ static int64_t backward(const BackwardArgs& a) {
   elem* columns = a.grad_weight ? arena.take<elem>(s.h_panels() * column_panel) : nullptr;
   if (!a.workspace) return arena.used;
 
-  g.load_coefficients(a, transform.slope);
+  g.load_coefficients(a, transform.scale);
   const int64_t weight_tasks = a.grad_weight ? s.h_panels() : 0, bias_tasks = a.grad_bias ? 1 : 0;
   constexpr int64_t kHiddenRows = 128 * K::MR;
   const int64_t chunks = ceil_div(s.h, kHiddenRows), hidden_tasks = to_hidden ? s.panels * chunks : 0;
@@ -567,7 +547,7 @@ static int64_t backward(const BackwardArgs& a) {
       acc* c = tiles + thread * (s.block + 1) * s.P;
       const int64_t width = s.width(panel), n_rows = s.rows(b);
       logits_tile<K>(s, w, packed, b, panel, c);
-      transform.apply(c, width, n_rows, b * s.block);
+      transform_tile<K>(transform, bias, b * s.block, c, width, n_rows);
       for (int64_t t = 0; n_rows % 2 && t < width; ++t) c[n_rows * width + t] = -acc(INFINITY);
       g.from_logits(c, b, panel, transform);
     }

@@ -30,43 +30,27 @@ struct Rows {
     else *p = x;
   }
 
-  struct Scaling {
-    bool has_cap;
-    acc scale, inner, cap, inv_cap;
-    explicit Scaling(const RowsArgs& a)
-        : has_cap(a.softcap != 0), scale(acc(a.logit_scale / a.temperature)),
-          inner(has_cap ? acc(a.logit_scale / a.softcap) : acc(0)), cap(acc(a.softcap / a.temperature)),
-          inv_cap(has_cap ? acc(a.temperature / a.softcap) : acc(0)) {}
-    reg apply(reg x) const {
-      return has_cap ? V::mul(V::set1(cap), V::tanh(V::mul(x, V::set1(inner)))) : V::mul(x, V::set1(scale));
-    }
-    reg bend(reg z) const {
-      const reg u = V::mul(z, V::set1(inv_cap));
-      return V::sub(V::set1(1), V::mul(u, u));
-    }
-  };
-
   // z of a chunk, padded with -inf to whole vectors; returns the padded length.
-  static int64_t read_chunk(const Scaling& scaling, const stored* x, int64_t n, acc* z) {
+  static int64_t read_chunk(const Transform<V>& transform, const stored* x, int64_t n, acc* z) {
     const int64_t whole = n / V::W * V::W, padded = round_up(n, V::W);
-    for (int64_t i = 0; i < whole; i += V::W) V::store(z + i, scaling.apply(load(x + i)));
+    for (int64_t i = 0; i < whole; i += V::W) V::store(z + i, transform.apply(load(x + i)));
     if (padded > whole) {
       for (int64_t i = whole; i < n; ++i) z[i] = get(x[i]);
       for (int64_t i = n; i < padded; ++i) z[i] = 0;
-      V::store(z + whole, scaling.apply(V::load(z + whole)));
+      V::store(z + whole, transform.apply(V::load(z + whole)));
       for (int64_t i = n; i < padded; ++i) z[i] = -acc(INFINITY);
     }
     return padded;
   }
 
   static void forward(const RowsArgs& a) {
-    const Scaling scaling(a);
+    const Transform<V> transform(a.temperature, a.logit_scale, a.softcap);
     for_tasks(a.threads, a.n, [&](int64_t row, int) {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       const acc inf = acc(INFINITY);
       acc z[kChunk], m = -inf, top_before = -inf, z_label = 0, sum = 0, sum_x = 0, sum_sq = 0, sum_z = 0;
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
-        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
+        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(transform, x + v0, n, z);
         const int64_t l = a.labels[row] - v0;
         if (a.outputs & kMeanLogits) {
           reg s = V::set1(0);
@@ -109,16 +93,16 @@ struct Rows {
   }
 
   static void backward(const RowsArgs& a) {
-    const Scaling scaling(a);
+    const Transform<V> transform(a.temperature, a.logit_scale, a.softcap);
     auto value = [](const void* p, int64_t i) { return p ? static_cast<const acc*>(p)[i] : acc(0); };
     for_tasks(a.threads, a.n, [&](int64_t row, int) {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
-      const acc c = scaling.scale * value(a.grad_logps, row), e = scaling.scale * value(a.grad_entropy, row);
+      const acc c = transform.scale * value(a.grad_logps, row), e = transform.scale * value(a.grad_entropy, row);
       const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row), h = value(a.entropy, row);
       acc z[kChunk];
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
-        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(scaling, x + v0, n, z);
+        const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(transform, x + v0, n, z);
         const int64_t l = a.labels[row] - v0;
         const bool has_label = uint64_t(l) < uint64_t(n);
         const acc z_label = has_label ? z[l] : acc(0);
@@ -129,7 +113,7 @@ struct Rows {
           if (a.grad_entropy)
             f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));
           reg g = V::mul(p, f);
-          if (scaling.has_cap) g = V::mul(g, scaling.bend(zi));
+          if (transform.has_cap) g = V::mul(g, transform.bend(zi));
           if (i + V::W <= n) store(out + v0 + i, g);
           else V::store(z + i, g);
         }
@@ -137,7 +121,7 @@ struct Rows {
         if (!has_label) continue;
         acc g = -std::expm1(logp) * c;
         if (a.grad_entropy && logp > -acc(INFINITY)) g -= e * std::exp(logp) * (logp + h);
-        if (scaling.has_cap) g *= acc(1) - z_label * scaling.inv_cap * z_label * scaling.inv_cap;
+        g *= transform.bend(z_label);
         put(out + v0 + l, g);
       }
     });

@@ -91,7 +91,7 @@ def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: i
 
 
 def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, cache: Tensor) -> dict[str, Tensor]:
-    """``logps``, the statistics named in ``outputs``, each [N], and ``lse`` [N, 2]; fills ``cache`` for the backward."""
+    """``logps`` and the statistics in ``outputs``, each [N], and ``lse`` [N, 2]; fills ``cache`` for the backward."""
     n = rows.numel()
     out = _results(n, outputs, wide_dtype(hidden.dtype, weight.dtype))
     flags = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
@@ -116,7 +116,7 @@ def backward(
     grad_logps: Tensor | None, grad_entropy: Tensor | None,
     grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fills the gradients that are given: grad_hidden's completion rows (the rest must be 0 already), all of the others.
+    """Fills the gradients that are given: grad_hidden's completion rows (the rest must be 0), all of the others.
 
     ``saved`` is the forward's result. An entropy gradient always recomputes the logits: neither what the cache
     holds nor the jacobian is enough for it.

@@ -170,7 +170,9 @@ def backward(
 
     # Vocabulary outside, so that each slice of d weight is accumulated in a tile and rounded once; d hidden
     # is then accumulated over slices in a wide buffer of its own, one chunk of tokens being the usual case.
-    sums = None if grad_hidden is None else torch.zeros(rows.numel(), hidden.shape[-1], dtype=dtype, device=hidden.device)
+    sums = (
+        None if grad_hidden is None else torch.zeros(rows.numel(), hidden.shape[-1], dtype=dtype, device=hidden.device)
+    )
     for v0 in range(0, n_vocab, choice.block):
         d_weight = d_bias = 0
         for part in chunks:

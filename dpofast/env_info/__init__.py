@@ -18,9 +18,7 @@ from typing import Any
 
 __all__ = ["env_info", "format_env_info"]
 
-_ENVIRONMENT = re.compile(
-    r"DPOFAST_|OMP_NUM_THREADS$|MKL_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|TRITON_INTERPRET$"
-)
+_ENVIRONMENT = re.compile(r"DPOFAST_|OMP_NUM_THREADS$|MKL_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|TRITON_INTERPRET$")
 
 
 def env_info() -> dict[str, dict[str, Any]]:
@@ -84,9 +82,7 @@ def _probe(function: Callable[..., Any], *args: Any) -> Any:
 
 def _one_line(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(
-            str(name) if on is True else f"{name}={on}" for name, on in value.items() if on is not False
-        )
+        return " ".join(str(name) if on is True else f"{name}={on}" for name, on in value.items() if on is not False)
     if isinstance(value, (list, tuple)):
         return " ".join(map(str, value)) or "none"
     return " ".join(str(value).split())
