@@ -15,14 +15,9 @@ SLACK = 32 * MIB  # thread stacks, the allocator's own, row offsets, statistics,
 
 # SmolLM2's head in bf16. One process measures every case, since importing torch costs more than most of them.
 MEASURE = """
-import ctypes, gc, json, sys
+import json, sys
 import torch, dpofast
-
-libc = ctypes.CDLL(None)
-
-def status(field):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) << 10 for line in f if line.startswith(field))
+from dpofast._memory import peak_growth
 
 def run(hidden, weight, labels, budget):
     logps = dpofast.linear_logprob(hidden, weight, labels, memory_budget=budget).logps
@@ -30,23 +25,20 @@ def run(hidden, weight, labels, budget):
         logps.sum().backward()
     return logps
 
+def warm_up():  # a system may have dropped the libraries' pages meanwhile: touching them again is not growth
+    run(torch.randn(4, 576).bfloat16().requires_grad_(), torch.randn(8, 576).bfloat16().requires_grad_(),
+        torch.arange(4), 1 << 30)
+
 def measure(n, budget, train):
     torch.manual_seed(0)
     weight = (torch.randn(49152, 576) * 0.1).bfloat16().requires_grad_("weight" in train)
     hidden = torch.randn(n, 576).bfloat16().requires_grad_("hidden" in train)
     labels = torch.randint(49152, (n,))
-    gc.collect()
-    libc.malloc_trim(0)  # what the heap holds free would hide a use of it
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")  # VmHWM starts again from here
-    before = status("VmRSS")
-    logps = run(hidden, weight, labels, budget)
-    peak = status("VmHWM") - before
-    kept = sum(x.nbytes for x in (logps, hidden.grad, weight.grad) if x is not None)
-    return peak - kept
+    warm_up()
+    kept = []
+    peak = peak_growth(lambda: kept.append(run(hidden, weight, labels, budget)))
+    return peak - sum(x.nbytes for x in (*kept, hidden.grad, weight.grad) if x is not None)
 
-warm = torch.randn(4, 576).bfloat16().requires_grad_()
-run(warm, torch.randn(8, 576).bfloat16().requires_grad_(), torch.arange(4), 1 << 30)
 print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
 """
 

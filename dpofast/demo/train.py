@@ -35,7 +35,7 @@ class Settings:
     beta: float = 0.1
     seed: int = 0
     compared_steps: int = 5
-    repeats: int = 5
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
