@@ -130,7 +130,7 @@ class _Layout:
         total += self._weight_blocks(recomputes or to_hidden, to_hidden)
         ld = self.n_pad + (64 // t.elem if self.n_pad * t.elem % 4096 == 0 else 0)
         total += 2 * _up(self.block * ld * t.elem, 64) if to_weight else 0
-        total += 2 * _up(self.block * self.n_pad * t.elem, 64) if to_hidden else 0
+        total += 2 * _up(self.block * self.n_pad * t.elem, 64) if to_hidden and not (to_weight and t.unit == 1) else 0
         total += (5 if entropy else 3) * _up(self.n_pad * t.acc, 64)
         total += _up(self.h_pad * self.n_pad * t.elem, 64) if recomputes else 0
         total += _up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0

@@ -71,14 +71,15 @@ DPOFAST_UNROLL
 }
 #endif
 
-// All rows of A against one panel. A sum over k is a sum of sums over kDepth terms each, which rounds far less
-// than one long sum; its order depends on kDepth alone, so an element's bits depend neither on how rows and
+// All rows of A against one panel. A sum over k is a sum of sums over at most kDepth terms each, which rounds far
+// less than one long sum; its order depends on k alone, so an element's bits depend neither on how rows and
 // columns are tiled nor on who computes them.
 template <class K>
 static void gemm_panel(const typename K::elem* a, int64_t lda, int64_t rows, const typename K::elem* b, int64_t ldb,
                        int nv, int64_t k, typename K::acc* c, int64_t ldc, bool accumulate) {
-  for (int64_t k0 = 0; k0 < k; k0 += K::kDepth) {
-    const int64_t depth = k - k0 < K::kDepth ? k - k0 : K::kDepth;
+  const int64_t even = round_up(ceil_div(k, ceil_div(k, K::kDepth)), K::unit);  // no short sum at the end
+  for (int64_t k0 = 0; k0 < k; k0 += even) {
+    const int64_t depth = k - k0 < even ? k - k0 : even;
     const bool add = accumulate || k0 > 0;
     for (int64_t r = 0; r < rows; r += K::MR) {
       const int64_t left = rows - r;

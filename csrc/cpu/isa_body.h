@@ -30,7 +30,7 @@ struct WideKind {
   using elem = acc;
   using reg = typename V::reg;
   static constexpr int unit = 1, MR = Mr, NV = Nv;
-  static constexpr int64_t kDepth = 192;  // terms added up at a time; a slice of B that long fits an L2 cache
+  static constexpr int64_t kDepth = 384;  // terms added up at a time; a slice of B that long fits an L2 cache
   static constexpr DType kElemType = D;
 
   static elem from_acc(acc x) { return x; }

@@ -387,13 +387,13 @@ struct GradTiles {
   using reg = typename V::reg;
 
   const Shape<K>& s;
-  bool need_a, need_b;  // g^T [block, ld] for d weight, and panels of B operands for d hidden
+  bool need_a, need_b;  // g^T [block, ld] for d weight, and panels of B operands for d hidden, where those differ
   int64_t ld;
   elem *a[2] = {}, *b[2] = {};
   acc *coef, *coef_entropy, *z_max, *log_sum, *entropy;  // [n_padded]; coefficients include the transform's slope
 
   GradTiles(const Shape<K>& shape, bool for_weight, bool for_hidden, bool with_entropy, Arena& arena)
-      : s(shape), need_a(for_weight), need_b(for_hidden) {
+      : s(shape), need_a(for_weight), need_b(for_hidden && !(for_weight && K::unit == 1)) {
     ld = s.n_padded;
     if (ld * int64_t(sizeof(elem)) % 4096 == 0) ld += 64 / int64_t(sizeof(elem));  // rows would share cache sets
     for (int i = 0; i < 2; ++i) {
@@ -420,7 +420,10 @@ struct GradTiles {
     }
   }
 
-  elem* panel_of(int64_t blk, int64_t panel) const { return b[blk & 1] + panel * s.P * s.block; }
+  elem* panel_of(int64_t blk, int64_t panel) const {
+    return need_b ? b[blk & 1] + panel * s.P * s.block : a[blk & 1] + panel * s.P;
+  }
+  int64_t ld_panel(int64_t panel) const { return need_b ? s.width(panel) : ld; }
   const elem* rows_of(int64_t blk) const { return a[blk & 1]; }
 
   void put(int64_t blk, int64_t panel, int64_t r, int64_t t, reg g0, reg g1) const {
@@ -570,7 +573,7 @@ static int64_t backward(const BackwardArgs& a) {
   auto hidden_grad = [&](int64_t b, int64_t panel, int64_t chunk) {
     const int64_t k0 = chunk * kHiddenRows, n_rows = s.h - k0 < kHiddenRows ? s.h - k0 : kHiddenRows;
     const int64_t width = s.width(panel);
-    gemm_panel<K>(w.transposed_of(b) + k0 * s.block, s.block, n_rows, g.panel_of(b, panel), width, int(width / V::W),
+    gemm_panel<K>(w.transposed_of(b) + k0 * s.block, s.block, n_rows, g.panel_of(b, panel), g.ld_panel(panel), int(width / V::W),
                   round_up(s.rows(b), K::unit), sums + panel * s.P * s.h + k0 * width, width, b > 0);
   };
 
