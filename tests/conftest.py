@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parent))  # numerics.py, which --import-mode=importlib does not put there
 pytest.register_assert_rewrite("numerics")
+
+import numerics  # noqa: E402
 
 from dpofast import _backend  # noqa: E402
 
@@ -24,10 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(params=PRESENT)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that this machine can run."""
     request.config.stash[_RAN].add(request.param)
-    return request.param
+    with numerics.threads(1 if request.param == "torch" else torch.get_num_threads()):
+        yield request.param
 
 
 @pytest.fixture(params=CPU)

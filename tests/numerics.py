@@ -79,6 +79,20 @@ def run(function, p: Problem, *, train=("hidden", "weight", "bias"), outputs=STA
     return results
 
 
+@contextlib.contextmanager
+def threads(n: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# PyTorch's own work here is so small that a second thread costs ten times what it saves.
+
+
+@threads(1)
 def truth(p: Problem, **kwargs) -> dict[str, Tensor]:
     return run(reference.linear_logprob, p.to(torch.float64), **kwargs)
 
@@ -90,6 +104,7 @@ def _plain_linear_logprob(hidden, weight, labels, *, bias=None, **options):
     return reference.logprob(logits, labels, **options)
 
 
+@threads(1)
 def plain(p: Problem, **kwargs) -> dict[str, Tensor]:
     return run(_plain_linear_logprob, p, **kwargs)
 
@@ -153,16 +168,6 @@ def recorded_choices(replay: Choice | None = None):
         yield choices
     finally:
         primitive.choose = choose
-
-
-@contextlib.contextmanager
-def threads(n: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # What a schedule's name in the tests means: which inputs train, and what its plan looks like.

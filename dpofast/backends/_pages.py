@@ -1,7 +1,7 @@
 """Memory for the two largest buffers that is not faulted in anew on every step.
 
-A buffer of hundreds of MB costs a page fault and a cleared page for each of its pages, a tenth of the whole
-computation on some machines. So the last cache and the last gradient of the head are kept, once nobody uses them any
+A buffer of hundreds of MB costs a page fault and a cleared page for each of its pages, which shows in a profile of
+the whole computation. So the last cache and the last gradient of the head are kept, once nobody uses them any
 more, and the next call takes their pages, as with the caching allocator of ``torch.cuda``. What is kept never exceeds
 what the call before it needed.
 """
