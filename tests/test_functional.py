@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dpofast
 from dpofast import functional, losses, reference
 from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss, sequence_logps, wpo_weights
 
@@ -435,3 +436,19 @@ def test_bad_tokens_raise():
     ):
         with pytest.raises(error, match=message):
             sequence_logps(**{"logps": torch.zeros(3, 2), "labels": labels, **arguments})
+
+
+def test_linear_dpo_loss_compiles_to_one_graph_forward_and_backward():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+    labels, ref_logps = torch.randint(100, (4, 6)), torch.randn(4)
+    labels[:, :2] = -100
+
+    def loss(hidden, weight):
+        return dpofast.linear_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, beta=0.1).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want, got = loss(hidden, weight), compiled(hidden, weight)
+    torch.testing.assert_close(got, want)
+    for x, y in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight))):
+        torch.testing.assert_close(x, y)
