@@ -15,7 +15,7 @@ def _status(key: str) -> int:
 
 
 def peak_growth(work: Callable[[], object]) -> int | None:
-    """Bytes by which ``work`` raises this process's resident memory at its worst moment.
+    """Bytes by which ``work`` raises this process's resident memory at its worst moment, without pages of files.
 
     Linux keeps that mark (VmHWM) and lets a process reset its own. Freed memory that the allocator or dpofast's
     own cache holds is given back first: reusing it would not show. None where there is no such /proc.
@@ -24,9 +24,10 @@ def peak_growth(work: Callable[[], object]) -> int | None:
     try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before, files = _status("VmRSS"), _status("RssFile")
     except (OSError, AttributeError):  # AttributeError: the C library is not glibc
         work()
         return None
     work()
-    return _status("VmHWM") - before
+    # Pages of libraries, which a system drops when they are cold, may have come back meanwhile.
+    return _status("VmHWM") - before - max(0, _status("RssFile") - files)

@@ -240,11 +240,10 @@ static void pack_tokens(const Shape<K>& s, typename K::elem* out, typename K::el
   const int64_t width = s.width(panel);
   elem* b = out + panel * s.P * s.h_padded;
   for (int64_t t = 0; t < width; ++t) {
+    // Lanes without a token repeat the last one: zeros would make NaN of an infinite weight, and 0 times that is not 0.
     if (t < s.tokens(panel))
       read_row<K>(s.head.hidden, s.head.hidden_dtype, s.head.row_offsets[panel * s.P + t], s.head.hidden_col_stride, s.h,
                   s.h_padded, row);
-    else
-      for (int64_t k = 0; k < s.h_padded; ++k) row[k] = elem(0);
     put_column<K>(b, width, t, row, s.h_padded);
   }
 }
