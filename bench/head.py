@@ -183,7 +183,8 @@ def workspace(states: States, n_tokens: int, budget: str, train_head: bool, fold
         hidden, labels = states.completion
         torch.save({"hidden": hidden.bfloat16(), "weight": states.weight.bfloat16(), "labels": labels}, file)
     command = [sys.executable, "-c", PEAK, states.name, str(n_tokens), budget, str(int(train_head)), str(file)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # In `folder`: beside the sources, `-c` would import those instead of the installed package.
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder).stdout)
 
 
 def memory(states: States, budgets: tuple[str, ...], n_tokens: tuple[int, ...]) -> dict[str, tuple[float, float]]:
@@ -222,7 +223,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="SmolLM2's head only, fewer rounds")
     parser.add_argument("--peers", action="store_true", help="also time the other libraries that import here")
     parser.add_argument("--tokens", type=int, default=1000, help="completion tokens (default 1000)")
-    parser.add_argument("--rounds", type=int, default=9, help="runs per row, median taken (default 9)")
+    parser.add_argument("--rounds", type=int, default=15, help="runs per row, median taken (default 15)")
     parser.add_argument("--out", type=Path, default=None, help="where the results go (default bench/results/)")
     args = parser.parse_args()
 

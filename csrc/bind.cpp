@@ -1,37 +1,17 @@
 // The Python module: the only file that knows Python. Pointers arrive as integers (tensor.data_ptr()),
 // arguments were checked in Python; the GIL is released while a kernel runs.
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "bind_args.h"
+#include "bind_cuda.h"
 #include "cpu/kernels.h"
 
-namespace py = pybind11;
 using namespace dpofast;
 using namespace dpofast::cpu;
 
 namespace {
-
-template <class T = void>
-T* pointer(const py::dict& d, const char* key) {
-  return d.contains(key) && !d[key].is_none() ? reinterpret_cast<T*>(d[key].cast<uintptr_t>()) : nullptr;
-}
-
-template <class T>
-T value(const py::dict& d, const char* key) {
-  if (!d.contains(key)) throw std::invalid_argument(std::string("dpofast._C: missing argument ") + key);
-  return d[key].cast<T>();
-}
-
-DType dtype(int code) {
-  if (code < 0 || code > int(DType::f16)) throw std::invalid_argument("dpofast._C: unknown dtype code");
-  return DType(code);
-}
-
-DType dtype(const py::dict& d, const char* key) { return dtype(value<int>(d, key)); }
 
 const Table& table(const std::string& isa) {
   const Table* t = find(isa.c_str());
@@ -181,6 +161,10 @@ py::dict build_info() {
   d["compiler"] = "gcc " __VERSION__;
 #endif
   d["cpp_standard"] = int64_t(__cplusplus);
+#if defined(DPOFAST_CUDA_ARCHS)
+  d["cuda_archs"] = DPOFAST_CUDA_ARCHS;
+  d["cuda_compiler"] = DPOFAST_CUDA_COMPILER;
+#endif
   return d;
 }
 
@@ -210,5 +194,8 @@ PYBIND11_MODULE(_C, m) {
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread in the micro-kernel");
   m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
   m.def("cpu_features", &cpu_features, "CPU features that decide among them");
+#if defined(DPOFAST_CUDA_ARCHS)
+  bind_cuda(m);
+#endif
   m.def("build_info", &build_info, "how this module was built");
 }

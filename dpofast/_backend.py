@@ -1,12 +1,15 @@
 """Which backend runs, and why each other one would not.
 
-A backend is named ``"cpu"``, ``"cpu:avx2"`` (one instruction set) or ``"torch"``. ``resolve`` turns what
-the user wrote into the exact name that an op is called with, so that forward and backward agree.
+A backend is named ``"cpu"``, ``"cpu:avx2"`` (one instruction set), ``"cuda"``, ``"triton"`` or ``"torch"``. ``resolve``
+turns what the user wrote into the exact name that an op is called with, so that forward and backward agree.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+
+import torch
 
 try:
     from dpofast import _C
@@ -14,7 +17,9 @@ except ImportError as error:  # the package also works as plain Python, on backe
     _C = None
     _why_no_C = f"the compiled module dpofast._C cannot be imported ({error})"
 
-BACKENDS = ("cpu", "torch")
+BACKENDS = ("cpu", "cuda", "torch")
+added: dict[str, object] = {}
+"""Backends beside these, by exact name: objects with the functions of `dpofast.backends.cpu`."""
 _ISAS = tuple(_C.cpu_isas()) if _C is not None else ()  # asked once: torch.compile cannot look into _C
 
 
@@ -38,40 +43,71 @@ def _cpu_isa(requested: str | None) -> str:
     return requested
 
 
+def _why_not(name: str, device_type: str) -> str | None:
+    """Why a backend cannot take tensors on a device of this type, or None."""
+    if name == "cpu":
+        return None if device_type == "cpu" else f"needs tensors on the CPU, got device {device_type!r}"
+    if name == "cuda":
+        if _C is None:
+            return f"cannot run: {_why_no_C}"
+        if not hasattr(_C, "cuda_logprob_fold"):
+            return "is not compiled in: nvcc was not found when dpofast was built (or DPOFAST_BUILD_CUDA=0 was set)"
+        if device_type != "cuda":
+            return f"needs tensors on a CUDA device, got device {device_type!r}"
+        if torch.version.cuda is None:
+            return "is for NVIDIA GPUs; this torch is built for another vendor's"
+    return None
+
+
 def resolve(backend: str, device_type: str) -> str:
-    """The exact backend for tensors on ``device_type``: ``"cpu:<instruction set>"`` or ``"torch"``.
+    """The exact backend for tensors on ``device_type``: ``"cpu:<instruction set>"``, ``"cuda"`` or ``"torch"``.
 
     ``"auto"`` takes ``DPOFAST_BACKEND`` if it is set, else the fastest that can run here, and never fails for
     lack of one. Raises ValueError for a name that is unknown or cannot run.
     """
     if backend == "auto":
         backend = os.environ.get("DPOFAST_BACKEND") or "auto"
+    if backend in added:
+        return backend
     if backend == "auto":
         if device_type == "cpu" and _C is not None:
             return f"cpu:{_cpu_isa(None)}"
-        return "torch"
+        return next(name for name in BACKENDS[1:] if _why_not(name, device_type) is None)
     name, _, isa = backend.partition(":")
     if name not in BACKENDS or (isa and name != "cpu"):
-        raise ValueError(f"backend: got {backend!r}, expected 'auto', 'torch', 'cpu' or 'cpu:<instruction set>'")
-    if name == "torch":
-        return name
-    if device_type != "cpu":
-        raise ValueError(f"backend={backend!r} needs tensors on the CPU, got device {device_type!r}")
-    return f"cpu:{_cpu_isa(isa or None)}"
+        known = ", ".join(f"'{known}'" for known in BACKENDS)
+        raise ValueError(f"backend: got {backend!r}, expected 'auto', {known} or 'cpu:<instruction set>'")
+    why_not = _why_not(name, device_type)
+    if why_not is not None:
+        raise ValueError(f"backend={backend!r} {why_not}")
+    return f"cpu:{_cpu_isa(isa or None)}" if name == "cpu" else name
+
+
+_WHAT = {"cpu": "compiled", "cuda": "compiled for CUDA", "torch": "plain PyTorch, chunked; runs on every device"}
 
 
 def explain() -> list[tuple[str, bool, str]]:
     """``(backend, can run, why or why not)`` for every backend, the one that ``"auto"`` takes on a CPU first."""
+    gpu = torch.cuda.is_available()
     rows = []
     for name in BACKENDS:
         try:
-            exact = resolve(name, "cpu")
-            rows.append(
-                (exact, True, "plain PyTorch, chunked; runs on every device" if name == "torch" else "compiled")
-            )
+            rows.append((resolve(name, "cuda" if name != "cpu" and gpu else "cpu"), True, _WHAT[name]))
         except ValueError as error:
             rows.append((name, False, str(error)))
     if rows[0][1]:
         best = rows[0][0].partition(":")[2]
         rows += [(f"cpu:{isa}", True, "compiled, not the default here") for isa in cpu_isas() if isa != best]
     return rows
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def l2_bytes(device: torch.device) -> int | None:
+    """The size of a CUDA device's L2 cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None

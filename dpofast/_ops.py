@@ -6,21 +6,39 @@ completion tokens stays inside, in the cache buffer, whose size in bytes is an a
 
 from __future__ import annotations
 
+import functools
+import os
+
 import torch
 from torch import Tensor
 
-from dpofast.backends import torch as torch_backend
+from dpofast import _backend
+from dpofast.backends.tiled import TiledBackend
+from dpofast.backends.torch import TorchPasses
 from dpofast.plan import Choice
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def _module(backend: str):
-    if backend == "torch":
-        return torch_backend, ""
-    from dpofast.backends import cpu
+    """What runs an exact backend, and the instruction set that it is told."""
+    if backend in _backend.added:
+        return _backend.added[backend], ""
+    name, _, isa = backend.partition(":")
+    if name == "cpu":
+        from dpofast.backends import cpu
 
-    return cpu, backend.partition(":")[2]
+        return cpu, isa
+    return _tiled(name), ""
+
+
+@functools.cache
+def _tiled(name: str) -> TiledBackend:
+    if name == "cuda":
+        from dpofast.backends.cuda import CudaPasses
+
+        return TiledBackend(CudaPasses(_backend._C))
+    return TiledBackend(TorchPasses())
 
 
 def wanted(outputs: int) -> tuple[str, ...]:
@@ -33,11 +51,20 @@ def mask(names: tuple[str, ...]) -> int:
     return sum(1 << i for i, name in enumerate(STATISTICS) if name in names)
 
 
-def _rows(labels: Tensor, ignore_index: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is unknown, -1."""
     flat = labels.reshape(-1)
-    rows = torch.nonzero(flat != ignore_index).squeeze(-1)
+    positions = torch.arange(flat.numel(), device=flat.device)
+    if ignore_index is None or n_tokens == flat.numel():
+        rows = positions
+    elif n_tokens < 0:
+        rows = torch.nonzero(flat != ignore_index).squeeze(-1)
+    else:  # each position goes to its place among those that count, the others to a place too many
+        counts = flat != ignore_index
+        place = torch.where(counts, counts.cumsum(0) - 1, n_tokens)
+        rows = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device).scatter_(0, place, positions)[:-1]
     y = flat[rows].long()
-    if y.numel() and labels.device.type == "cpu":
+    if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = int(y.min()), int(y.max())
         if low < 0 or high >= n_vocab:
             bad = low if low < 0 else high
@@ -75,12 +102,12 @@ def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Te
 
 @torch.library.custom_op("dpofast::linear_logprob", mutates_args=())
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, temperature: float,
-    logit_scale: float, softcap: float, outputs: int, backend: str, schedule: str, block: int, token_chunk: int,
-    cache_bytes: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int | None, n_tokens: int,
+    temperature: float, logit_scale: float, softcap: float, outputs: int, backend: str, schedule: str, block: int,
+    token_chunk: int, cache_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`."""
-    rows, y = _rows(labels, ignore_index, weight.shape[0])
+    rows, y = _rows(labels, ignore_index, n_tokens, weight.shape[0])
     results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
     module, isa = _module(backend)
     cache = module.cache_tensor(cache_bytes, hidden.device)
@@ -93,8 +120,8 @@ def linear_logprob(
 
 
 @linear_logprob.register_fake
-def _(hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend, schedule, block,
-      token_chunk, cache_bytes):  # fmt: skip
+def _(hidden, weight, bias, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend,
+      schedule, block, token_chunk, cache_bytes):  # fmt: skip
     results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
     return (*results, hidden.new_empty(cache_bytes, dtype=torch.uint8))
 
@@ -102,15 +129,16 @@ def _(hidden, weight, bias, labels, ignore_index, temperature, logit_scale, soft
 @torch.library.custom_op("dpofast::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward(
     grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    labels: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, cache: Tensor, needs: list[bool], ignore_index: int,
-    temperature: float, logit_scale: float, softcap: float, backend: str, schedule: str, block: int, token_chunk: int,
+    labels: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, cache: Tensor, needs: list[bool],
+    ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float, backend: str,
+    schedule: str, block: int, token_chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements."""
     module, isa = _module(backend)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
         grads[1] = module.grad_weight_tensor(weight)
-    rows, y = _rows(labels, ignore_index, weight.shape[0])
+    rows, y = _rows(labels, ignore_index, n_tokens, weight.shape[0])
     if not rows.numel() or (grad_logps is None and grad_entropy is None):
         return tuple(g.zero_() for g in grads)
     choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
@@ -133,17 +161,17 @@ def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
 
 @linear_logprob_backward.register_fake
 def _(grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, ignore_index,
-      temperature, logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
+      n_tokens, temperature, logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
     return tuple(_empty_grads(hidden, weight, bias, needs))
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, bias, labels, ignore_index, temperature, logit_scale, softcap = inputs[:8]
-    _, backend, schedule, block, token_chunk, _ = inputs[8:]
+    hidden, weight, bias, labels, *shared = inputs[:9]
+    _, backend, schedule, block, token_chunk, _ = inputs[9:]
     logps, lse, entropy, *_, cache = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, entropy, cache)
-    ctx.options = (ignore_index, temperature, logit_scale, softcap, backend, schedule, block, token_chunk)
+    ctx.options = (*shared, backend, schedule, block, token_chunk)
 
 
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
@@ -152,7 +180,7 @@ def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
     grads = linear_logprob_backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, *ctx.options
     )
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 11)
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 12)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup)
@@ -160,11 +188,11 @@ linear_logprob.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("dpofast::logprob", mutates_args=())
 def logprob(
-    logits: Tensor, labels: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float,
-    outputs: int, backend: str,
+    logits: Tensor, labels: Tensor, ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float,
+    softcap: float, outputs: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
-    rows, y = _rows(labels, ignore_index, logits.shape[-1])
+    rows, y = _rows(labels, ignore_index, n_tokens, logits.shape[-1])
     results = _empty_results(labels, _result_dtype(logits), outputs)
     if rows.numel():
         module, isa = _module(backend)
@@ -177,14 +205,15 @@ def logprob(
 
 
 @logprob.register_fake
-def _(logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend):
+def _(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend):
     return tuple(_empty_results(labels, _result_dtype(logits), outputs))
 
 
 def _fill_grad_logits(
-    grad_logits, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, transform, backend
+    grad_logits, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens, transform,
+    backend,
 ) -> None:
-    rows, y = _rows(labels, ignore_index, logits.shape[-1])
+    rows, y = _rows(labels, ignore_index, n_tokens, logits.shape[-1])
     module, isa = _module(backend)
     packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
     incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
@@ -192,38 +221,28 @@ def _fill_grad_logits(
         module.rows_backward(
             isa, logits, rows, y, transform, packed, incoming.get("logps"), incoming.get("entropy"), grad_logits
         )
-    grad_logits[labels == ignore_index] = 0
+    if ignore_index is not None:
+        grad_logits.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
 
 
 @torch.library.custom_op("dpofast::logprob_backward", mutates_args=())
 def logprob_backward(
     grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor,
-    entropy: Tensor, ignore_index: int, temperature: float, logit_scale: float, softcap: float, backend: str,
+    entropy: Tensor, ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float,
+    backend: str,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits, in new memory."""
     grad = logits.new_empty(logits.shape)
     _fill_grad_logits(
-        grad, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index,
+        grad, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens,
         (temperature, logit_scale, softcap), backend,
     )  # fmt: skip
     return grad
 
 
 @logprob_backward.register_fake
-def _(
-    grad_logps,
-    grad_entropy,
-    logits,
-    labels,
-    logps,
-    lse,
-    entropy,
-    ignore_index,
-    temperature,
-    logit_scale,
-    softcap,
-    backend,
-):
+def _(grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens, temperature, logit_scale,
+      softcap, backend):  # fmt: skip
     return logits.new_empty(logits.shape)
 
 
@@ -237,8 +256,8 @@ def _setup_logprob(ctx, inputs, output):
 
 def _backward_logprob(ctx, grad_logps, _lse, grad_entropy, *_):
     if grad_logps is None and grad_entropy is None:
-        return (None,) * 8
-    return (logprob_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options), *(None,) * 7)
+        return (None,) * 9
+    return (logprob_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options), *(None,) * 8)
 
 
 logprob.register_autograd(_backward_logprob, setup_context=_setup_logprob)
@@ -251,11 +270,11 @@ class InplaceLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend):
-        results = logprob(logits, labels, ignore_index, temperature, logit_scale, softcap, outputs, backend)
+    def forward(ctx, logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend):
+        results = logprob(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, *results[:3])
-        ctx.options = (ignore_index, (temperature, logit_scale, softcap), backend)
+        ctx.options = (ignore_index, n_tokens, (temperature, logit_scale, softcap), backend)
         ctx.mark_non_differentiable(results[1], *results[3:])
         ctx.overwritten = False
         return results
@@ -268,14 +287,14 @@ class InplaceLogprob(torch.autograd.Function):
                 "create_graph=True, or pass inplace_grad=False"
             )
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 8
+            return (None,) * 9
         if ctx.overwritten:
             raise RuntimeError("dpofast.logprob(inplace_grad=True): a second backward, but the logits are overwritten")
         ctx.overwritten = True
         logits, labels, logps, lse, entropy = ctx.saved_tensors
         grad = logits.detach()
         _fill_grad_logits(grad, grad_logps, grad_entropy, grad, labels, logps, lse, entropy, *ctx.options)
-        return (grad, *(None,) * 7)
+        return (grad, *(None,) * 8)
 
 
 def _no_second_derivative(ctx, *_):

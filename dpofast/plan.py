@@ -20,6 +20,9 @@ BLOCK = 192
 """Vocabulary rows per block: deep enough that accumulators are loaded and stored rarely, and small enough that a
 block of W, its transpose and a panel of tokens share a 1 MiB L2 cache at common hidden sizes."""
 
+TILE_BYTES = 16 << 20
+"""A tile of logits where products are `torch.mm`: large enough for those, and small beside a budget."""
+
 PIECES = 8  # kPieces of csrc/cpu/linear_logprob.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 
@@ -51,7 +54,7 @@ TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
 class Choice(NamedTuple):
     """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
 
-    schedule: str  # score | jacobian | cached | mixed | recompute | recompute-split | chunked (torch)
+    schedule: str  # score | jacobian | cached | mixed | recompute | recompute-split
     block: int  # vocabulary rows per block
     token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
     cache_bytes: int  # kept from the forward to the backward
@@ -153,6 +156,7 @@ def choose(
     as_is: bool = True,
     outputs: int = 0,
     entropy: bool = False,
+    tile_bytes: int = TILE_BYTES,
 ) -> Choice:
     """The schedule for n completion tokens under ``budget`` bytes of workspace.
 
@@ -161,12 +165,14 @@ def choose(
 
     ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's
     columns have unit stride; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
+    ``tile_bytes`` is the largest tile of logits, for a backend whose products are `torch.mm`.
 
     Raises:
         ValueError: if no schedule fits the budget.
     """
-    if backend == "torch":
-        return _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight)
+    if not backend.startswith("cpu:"):
+        tiled = tiled_traits(backend, hidden_dtype, weight_dtype)
+        return _choose_tiled(n, h, v, tiled, budget, tile_bytes, to_hidden, to_weight, entropy)
     traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
     # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
     as_is = as_is and traits.elem == weight_dtype.itemsize and h % traits.unit == 0
@@ -234,24 +240,128 @@ def _fitting_chunk(n, panel, budget, need):
     return 0
 
 
-def _choose_torch(n, h, v, hidden_dtype, weight_dtype, budget, to_hidden, to_weight) -> Choice:
-    acc = 8 if torch.float64 in (hidden_dtype, weight_dtype) else 4
-    # Eight tiles of logits are alive at once (z, p, g, temporaries), and two of W in the wide type.
-    chunk = min(n, max(1, budget // (8 * acc * 64)))
-    block = v
-    while block > 64 and (8 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc > budget:
-        if chunk >= block:
-            chunk = (chunk + 1) // 2
-        else:
-            block = (block + 1) // 2
-    workspace = (8 * chunk * block + 2 * block * h) * acc + 2 * chunk * h * acc
-    if workspace > budget:
-        raise ValueError(
-            f"memory_budget: {budget} bytes cannot be met by backend='torch' for hidden size {h}; "
-            f"the smallest tile takes about {workspace} bytes: raise memory_budget"
-        )
-    schedule = "recompute" if to_hidden or to_weight else "score"
-    return Choice(schedule, block, chunk, 0, workspace, 0.0)
+class TiledTraits(NamedTuple):
+    """Of a backend whose products are `torch.mm` (dpofast/backends/tiled.py)."""
+
+    elem: int  # bytes of a product's operand, and so of g
+    acc: int  # bytes of an accumulator, and so of a logit
+    forward_tiles: int  # tiles of logits alive at once, temporaries included
+    backward_tiles: int
+    hidden: int  # bytes of an element of hidden
+    converts_hidden: bool  # rows of hidden and weight that are not of the product's dtype are converted
+    converts_weight: bool
+
+
+def tiled_traits(backend: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> TiledTraits:
+    wide = torch.float64 if torch.float64 in (hidden_dtype, weight_dtype) else torch.float32
+    dtypes = hidden_dtype, weight_dtype
+    product, tiles = (wide, 3) if backend == "torch" else (torch.promote_types(*dtypes), 1)
+    return TiledTraits(
+        product.itemsize, wide.itemsize, tiles, tiles, hidden_dtype.itemsize, *(d != product for d in dtypes)
+    )
+
+
+def kept_columns(choice: Choice, n: int, v: int, elem: int) -> tuple[int, int]:
+    """How many vocabulary columns of g [n, columns] a tiled backend's cache holds, and the stride of its rows."""
+    if choice.schedule not in ("cached", "mixed"):
+        return 0, 0
+    fit, whole = choice.cache_bytes // (n * elem), _up(v, 8)
+    columns = fit // choice.block * choice.block
+    return (v, whole) if fit >= whole else (columns, columns)
+
+
+class _TiledNeeds:
+    """Bytes of the buffers of dpofast/backends/tiled.py, for one size of tile."""
+
+    def __init__(self, n, h, v, traits: TiledTraits, chunk, block):
+        self.n, self.h, self.v, self.t, self.chunk, self.block = n, h, v, traits, chunk, block
+        self.weight_slice = block * h * traits.elem if traits.converts_weight else 0
+
+    def _tokens(self, n):
+        return n * self.h * (self.t.elem + (self.t.hidden if self.t.converts_hidden else 0))
+
+    def forward(self, kept=0, g_rows=0):
+        t, c = self.t, self.chunk
+        references = -(-kept // self.block) * c * t.acc
+        tiles = c * self.block * t.acc * t.forward_tiles
+        return self._tokens(c) + tiles + self.weight_slice + 8 * 8 * c + references + g_rows * c * t.elem
+
+    def _sums(self, n):
+        return n * self.h * (self.t.acc + self.t.hidden)  # and their rounded copy
+
+    def from_kept(self, to_hidden):
+        t = self.t
+        scaled = self._tokens(self.n) + self.n * self.h * (t.acc + t.elem)
+        return self._sums(self.n if to_hidden else 0) + scaled + self.weight_slice + self.block * self.h * t.acc
+
+    def recompute(self, to_hidden, to_weight):
+        t, c = self.t, self.chunk
+        tiles = c * self.block * (t.acc * t.backward_tiles + (t.elem if t.elem != t.acc else 0))
+        sums = self._sums((self.n if to_weight else c) if to_hidden else 0)
+        d_weight = self.block * (self.h + 1) * t.acc if to_weight else 0
+        return self._tokens(c) + tiles + self.weight_slice + sums + d_weight
+
+
+def tile_bytes(device: torch.device) -> int:
+    """The largest tile of logits: half of a GPU's L2 cache, where it costs no memory traffic."""
+    return (_backend.l2_bytes(device) or 2 * TILE_BYTES) // 2
+
+
+def _tile_sizes(n, v, acc, tile_bytes):
+    """(tokens, vocabulary rows) of a tile, from the largest wanted down to a few rows of one token."""
+    block, last = 0, None
+    while (last is None or last[0] > 1 or block > 64) and tile_bytes >= acc:
+        block = min(v, max(64, tile_bytes // (acc * min(n, 4096)) // 64 * 64))
+        parts = -(-n // max(1, tile_bytes // (acc * block)))
+        if last != (-(-n // parts), block):
+            last = (-(-n // parts), block)
+            yield last
+        tile_bytes //= 2
+
+
+def _choose_tiled(n, h, v, traits: TiledTraits, budget, tile_bytes, to_hidden, to_weight, entropy) -> Choice:
+    sizes = [
+        _TiledNeeds(n, h, v, traits, *size) for size in _tile_sizes(n, v, traits.acc, min(tile_bytes, budget // 8))
+    ]
+
+    def choice(schedule, need, workspace, cache=0, share=0.0):
+        return Choice(schedule, need.block, need.chunk, cache, workspace, share)
+
+    if not to_weight and to_hidden:
+        jacobian = n * h * traits.acc
+        for need in sizes:
+            workspace = max(need.forward(v, v), need.recompute(True, False) if entropy else need.chunk * h * traits.acc)
+            if need.chunk >= min(n, 128) and jacobian + workspace <= budget:
+                return choice("jacobian", need, workspace, jacobian)
+    if not to_weight:
+        for need in sizes:
+            workspace = max(need.forward(), need.recompute(True, False) if to_hidden else 0)
+            if workspace <= budget:
+                return choice("recompute" if to_hidden else "score", need, workspace)
+    else:
+        whole = n * _up(v, 8) * traits.elem
+        for need in sizes:
+            recompute = need.recompute(to_hidden, True)
+            workspace = max(need.forward(v), need.from_kept(to_hidden), recompute if entropy else 0)
+            if whole + workspace <= budget:
+                return choice("cached", need, workspace, whole, 1.0)
+        # In a mixed backward the sums and the tokens of both halves are alive together. A small tile leaves more for g.
+        mixed = [max(need.forward(v), need.from_kept(to_hidden) + need.recompute(False, True)) for need in sizes[:4]]
+        columns = [max(0, budget - m) // (n * traits.elem) // need.block * need.block for m, need in zip(mixed, sizes)]
+        if any(columns):
+            i = columns.index(max(columns))
+            return choice("mixed", sizes[i], mixed[i], columns[i] * n * traits.elem, columns[i] / v)
+        for schedule in ("recompute", "recompute-split") if to_hidden else ("recompute",):
+            for need in sizes:
+                at_once = need.recompute(to_hidden and schedule == "recompute", True)
+                workspace = max(need.forward(), at_once, need.recompute(to_hidden, False))
+                if workspace <= budget:
+                    return choice(schedule, need, workspace)
+    least = min((max(x.forward(), x.recompute(to_hidden, to_weight)) for x in sizes), default=64 * h * traits.acc)
+    raise ValueError(
+        f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
+        f"the smallest workspace is about {least} bytes: raise memory_budget or pass fewer sequences at a time"
+    )
 
 
 class Plan(NamedTuple):
@@ -334,7 +444,7 @@ def plan(
     Example:
         >>> import dpofast
         >>> dpofast.plan(1000, 576, 49152, "bf16", train_head=False, backend="torch").schedule
-        'recompute'
+        'jacobian'
     """
     for name, size in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
         if size < 1:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dpofast import _backend, _ops
-from dpofast.plan import DTYPE_CODES, choose, parse_bytes
+from dpofast.plan import DTYPE_CODES, choose, parse_bytes, tile_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -75,6 +75,13 @@ def _check_exact(grad_filter) -> None:
         raise ValueError(f"grad_filter: got {grad_filter!r}, but only None (exact gradients) is available")
 
 
+def _count(labels: Tensor, ignore_index: int | None) -> int:
+    """How many labels count, the one thing that is waited for; -1 where a compiled graph cannot depend on it."""
+    if ignore_index is None:
+        return labels.numel()
+    return -1 if torch.compiler.is_compiling() else int((labels != ignore_index).sum())
+
+
 def _output(results, names: tuple[str, ...]) -> LogprobOutput:
     logps, _, entropy, log_sum_sq_probs, mean_logits, is_top1 = results
     return LogprobOutput(
@@ -93,7 +100,7 @@ def linear_logprob(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -121,7 +128,8 @@ def linear_logprob(
         weight: ``[V, H]``, the head.
         labels: ``[*]``, integers in ``[0, V)`` or ``ignore_index``; aligned with ``hidden``, nothing is shifted.
         bias: ``[V]`` or None.
-        ignore_index: the label of positions that do not count.
+        ignore_index: the label of positions that do not count; None: all count, as in packed rows, and then nothing
+            waits for a GPU, so that the call can be captured in a CUDA graph.
         temperature, logit_scale, softcap: the transform above; temperature > 0, softcap > 0 or None.
         outputs: optional statistics, among "entropy" (of the softmax, nats, differentiable), "log_sum_sq_probs"
             (``log sum_v p_v^2``), "mean_logits" (of z over V), "is_top1" (the label is the first maximum) and
@@ -129,14 +137,15 @@ def linear_logprob(
         grad_filter: None; gradients are exact.
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB. What fits
             decides the schedule, see `dpofast.plan`.
-        backend: "auto", "cpu", "cpu:<instruction set>" or "torch"; environment: ``DPOFAST_BACKEND``.
+        backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.
         group: None; a head that is split over processes is not handled.
 
     Returns:
         `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if an input is fp64).
 
     Raises:
-        TypeError, ValueError: naming the argument, before anything is computed; a label out of range included.
+        TypeError, ValueError: naming the argument, before anything is computed. A label out of range is among them on
+            the CPU; on a GPU, which is not asked, it makes its row NaN, unless ``DPOFAST_CHECK_LABELS=1`` is set.
 
     Example:
         >>> import torch, dpofast
@@ -180,11 +189,9 @@ def linear_logprob(
         bias = None if bias is None else bias.to(dtype)
 
     grad = torch.is_grad_enabled()
-    compiling = torch.compiler.is_compiling()
-    # A compiled graph cannot depend on how many labels count: it plans for all of them.
-    n = labels.numel() if compiling else max(1, int((labels != ignore_index).sum()))
+    n_tokens = _count(labels, ignore_index)
     choice = choose(
-        n,
+        labels.numel() if n_tokens < 0 else max(1, n_tokens),
         weight.shape[1],
         weight.shape[0],
         backend=exact_backend,
@@ -196,10 +203,11 @@ def linear_logprob(
         as_is=weight.stride(1) == 1,
         outputs=len(names) + ("is_top1" in names),  # it has two running numbers
         entropy="entropy" in names,
+        tile_bytes=tile_bytes(hidden.device),
     )
     *results, _ = _ops.linear_logprob(
-        hidden, weight, bias, labels, ignore_index, *transform, _ops.mask(names), exact_backend, choice.schedule,
-        choice.block, choice.token_chunk, choice.cache_bytes,
+        hidden, weight, bias, labels, ignore_index, n_tokens, *transform, _ops.mask(names), exact_backend,
+        choice.schedule, choice.block, choice.token_chunk, choice.cache_bytes,
     )  # fmt: skip
     return _output(results, names)
 
@@ -208,7 +216,7 @@ def logprob(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -256,4 +264,5 @@ def logprob(
     if logits.stride(-1) != 1 or shares_rows:
         logits = logits.contiguous()
     op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
-    return _output(op(logits, labels, ignore_index, *transform, _ops.mask(names), exact_backend), names)
+    n_tokens = _count(labels, ignore_index)
+    return _output(op(logits, labels, ignore_index, n_tokens, *transform, _ops.mask(names), exact_backend), names)

@@ -42,14 +42,14 @@ def logprob(
     logits: Tensor,
     labels: Tensor,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: tuple[str, ...] = (),
 ) -> LogprobOutput:
     """Per-token log-probabilities and statistics from logits ``[*, V]``, in the logits' dtype (at least fp32)."""
-    valid = labels != ignore_index
+    valid = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
     dtype = torch.promote_types(logits.dtype, torch.float32)
     z = transform(logits[valid].to(dtype), temperature, logit_scale, softcap)
     y = labels[valid]
@@ -81,7 +81,7 @@ def linear_logprob(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,

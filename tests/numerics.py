@@ -189,7 +189,6 @@ SCHEDULES = {
     "cached, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "cached"),
     "recompute, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "recompute"),
 }
-TORCH_SCHEDULES = ("score", "score, chunked", "recompute", "recompute, frozen head, chunked")
 
 
 @functools.cache

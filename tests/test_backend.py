@@ -53,7 +53,7 @@ def test_resolve(backend, device, exact):
 @pytest.mark.parametrize(
     ("backend", "device", "message"),
     [
-        ("gpu", "cpu", "backend: got 'gpu', expected 'auto', 'torch', 'cpu'"),
+        ("gpu", "cpu", "backend: got 'gpu', expected 'auto', 'cpu', 'cuda'"),
         ("", "cpu", "backend: got ''"),
         ("torch:avx2", "cpu", "backend: got 'torch:avx2'"),
         ("cpu:sse9", "cpu", "backend asks for the CPU instruction set 'sse9'.*expected one of .*scalar"),
@@ -115,13 +115,15 @@ def test_without_the_compiled_module_torch_runs_and_cpu_says_why(monkeypatch):
     assert _backend.cpu_isas() == () and _backend.resolve("auto", "cpu") == "torch"
     with pytest.raises(ValueError, match="backend='cpu' cannot run: no such file.*use backend='torch'"):
         _backend.resolve("cpu", "cpu")
-    assert [(name, runs) for name, runs, _ in _backend.explain()] == [("cpu", False), ("torch", True)]
+    assert [(name, runs) for name, runs, _ in _backend.explain()] == [(b, b == "torch") for b in _backend.BACKENDS]
 
 
 def test_explain_has_every_backend_and_the_default_first():
     rows = _backend.explain()
-    assert [name for name, _, _ in rows] == [f"cpu:{ISAS[0]}", "torch", *(f"cpu:{isa}" for isa in ISAS[1:])]
-    assert all(runs and why for _, runs, why in rows)
+    others = _backend.BACKENDS[1:]
+    assert [name for name, _, _ in rows] == [f"cpu:{ISAS[0]}", *others, *(f"cpu:{isa}" for isa in ISAS[1:])]
+    for name, runs, why in rows:
+        assert why and runs == (name not in ("cuda", "triton") or torch.cuda.is_available()), (name, why)
 
 
 def test_explain_says_why_one_cannot_run(monkeypatch):

@@ -22,8 +22,10 @@ from dpofast import _C, demo
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"dpofast/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 SOURCES = {"csrc/bind.cpp", *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))}
+CUDA_SOURCES = {str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu")}
 
 COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo "release 99.1, V99.1.0"; exit; fi
 echo "begin $*" >> "$COMPILER_LOG"
 while [ $# -gt 0 ]; do
     case $1 in -o) output=$2 ;; -MF) : > "$2" ;; esac
@@ -54,6 +56,15 @@ class Project:
         for name in ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py"):
             shutil.copy(ROOT / name, self.root)
 
+    def toolkit(self):
+        """What makes the build see a CUDA toolkit: the environment, with a stand-in nvcc."""
+        home = self.root.parent / "toolkit"
+        (home / "bin").mkdir(parents=True)
+        (home / "lib64").mkdir()
+        (home / "lib64" / "libcudart_static.a").touch()
+        shutil.copy(self.tools / "c++", home / "bin" / "nvcc")
+        return {"CUDA_HOME": str(home), "DPOFAST_BUILD_CUDA": "auto"}
+
     def build(self, kind, root=None, **environment):
         """Build a "wheel" or an "sdist" as pip would; return its path and the compiler's log since."""
         self.log.write_text("", encoding="utf-8")
@@ -66,6 +77,7 @@ class Project:
                 "COMPILER_LOG": str(self.log),
                 "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
                 "PYTHONPATH": str(self.tools),
+                "DPOFAST_BUILD_CUDA": "0",
                 **environment,
             },
             capture_output=True,
@@ -140,6 +152,40 @@ def test_compiler_flags_from_the_environment_are_used_and_recorded(project):
     for call in compiled(log).values():
         assert "-DEXTRA=1" in call
     assert "-Wl,-rpath,$ORIGIN" in log[-2]
+
+
+def test_the_cuda_half_is_built_where_there_is_a_toolkit(project):
+    _, log = project.build("wheel", **project.toolkit(), TORCH_CUDA_ARCH_LIST="")
+    calls = compiled(log)
+    assert CUDA_SOURCES and set(calls) == SOURCES | CUDA_SOURCES | {"csrc/bind_cuda.cpp"}
+    for source in CUDA_SOURCES:
+        targets = [arg for arg in calls[source] if arg.startswith("-gencode")]
+        assert [arg.rpartition("code=")[2] for arg in targets] == [
+            "[sm_80]", "[sm_86]", "[sm_89]", "[sm_90]", "[sm_100]", "[sm_120,compute_120]",
+        ]  # fmt: skip
+    assert "-lcudart_static" in log[-2]  # no shared runtime, so that it imports where there is no CUDA
+
+
+def test_architectures_are_chosen_as_torch_chooses_them(project):
+    toolkit = project.toolkit()
+    _, log = project.build("wheel", **toolkit, TORCH_CUDA_ARCH_LIST="9.0a 8.0+PTX", NVCCFLAGS="-lineinfo")
+    for source in CUDA_SOURCES:
+        call = compiled(log)[source]
+        assert "-gencode=arch=compute_90a,code=[sm_90a]" in call and "-lineinfo" in call
+        assert "-gencode=arch=compute_80,code=[sm_80,compute_80]" in call
+    with pytest.raises(AssertionError, match="TORCH_CUDA_ARCH_LIST: got 'Hopper'"):
+        project.build("wheel", **toolkit, TORCH_CUDA_ARCH_LIST="Hopper")
+
+
+def test_the_cuda_half_can_be_left_out_or_insisted_on(project, tmp_path):
+    _, log = project.build("wheel", **project.toolkit() | {"DPOFAST_BUILD_CUDA": "0"})
+    assert set(compiled(log)) == SOURCES
+    (tmp_path / "toolkit" / "bin" / "nvcc").unlink()
+    empty = {"CUDA_HOME": str(tmp_path / "toolkit")}
+    with pytest.raises(AssertionError, match="DPOFAST_BUILD_CUDA: got 'yes', expected auto, 0 or 1"):
+        project.build("wheel", **empty, DPOFAST_BUILD_CUDA="yes")
+    with pytest.raises(AssertionError, match="DPOFAST_BUILD_CUDA=1, but there is no nvcc: install the CUDA toolkit"):
+        project.build("wheel", **empty, DPOFAST_BUILD_CUDA="1")
 
 
 def test_missing_compiler_is_named(project):

@@ -36,12 +36,11 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
     # Whole vectors of tokens, none masked: opcheck compares every byte of the cache, written or not.
     hidden, labels = torch.randn(2, 8, 8, requires_grad=True), torch.arange(16).view(2, 8)
     plan = choice(backend, 1 << 20, train_head, n=16)
-    if backend != "torch":
-        assert plan.schedule == ("cached" if train_head else "jacobian")
+    assert plan.schedule == ("cached" if train_head else "jacobian")
     args = (
         hidden, weight if train_head else weight.detach(),
         (bias if train_head else bias.detach()) if with_bias else None,
-        labels, -100, 0.7, 1.3, 4.0, outputs, backend, plan.schedule, plan.block, plan.token_chunk, plan.cache_bytes,
+        labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend, plan.schedule, plan.block, plan.token_chunk, plan.cache_bytes,
     )  # fmt: skip
     torch.library.opcheck(_ops.linear_logprob, args, test_utils=OPCHECK)
 
@@ -51,7 +50,7 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
 def test_opcheck_linear_logprob_backward(backend, entropy, needs):
     hidden, weight, bias, labels = inputs(grad=False)
     plan = choice(backend, 1 << 20)
-    options = (-100, 0.7, 1.3, 4.0)
+    options = (-100, -1, 0.7, 1.3, 4.0)
     schedule = (backend, plan.schedule, plan.block, plan.token_chunk)
     logps, lse, h, *_, cache = _ops.linear_logprob(
         hidden, weight, bias, labels, *options, 15, *schedule, plan.cache_bytes
@@ -67,14 +66,14 @@ def test_opcheck_linear_logprob_backward(backend, entropy, needs):
 def test_opcheck_logprob(backend, outputs):
     labels = inputs()[3]
     logits = torch.randn(2, 6, 40, requires_grad=True)
-    torch.library.opcheck(_ops.logprob, (logits, labels, -100, 0.7, 1.3, 4.0, outputs, backend), test_utils=OPCHECK)
+    torch.library.opcheck(_ops.logprob, (logits, labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend), test_utils=OPCHECK)
 
 
 @pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
 def test_opcheck_logprob_backward(backend, entropy):
     labels = inputs()[3]
     logits, c = torch.randn(2, 6, 40), torch.randn(2, 6)
-    options = (-100, 0.7, 1.3, 4.0)
+    options = (-100, -1, 0.7, 1.3, 4.0)
     logps, lse, h, *_ = _ops.logprob(logits, labels, *options, 15, backend)
     args = (c, c if entropy else None, logits, labels, logps, lse, h, *options, backend)
     torch.library.opcheck(_ops.logprob_backward, args, test_utils=OPCHECK)

@@ -1,208 +1,167 @@
 """Plain PyTorch, chunked over tokens and vocabulary: the readable twin of the kernels and the last resort.
 
-Works on any device. Same interface as `dpofast.backends.cpu`; the logits of a tile are recomputed in the
-backward, and the label's own entry is kept apart as in csrc/core/softmax.h.
+Works on any device. The schedules are those of `dpofast.backends.tiled`; here is what happens to one tile, in place
+and with at most two tiles more. The label's own entry is kept apart as in csrc/core/softmax.h. Products are made in
+the wide type, since that is where PyTorch keeps an unrounded sum on every device.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dpofast.plan import Choice
+from dpofast.backends import tiled
+from dpofast.backends.tiled import take, wide_dtype
+
+_TINY = -1e30  # stands for a logit of -inf where exp(it) = 0 is a factor: 0 * -inf would be NaN
 
 
-def _wide(*dtypes: torch.dtype) -> torch.dtype:
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+class Stat:
+    """Rows of the tensor of running statistics, over all entries but the label's (RowStats in csrc/core/softmax.h)."""
+
+    M, SUM, SUM_X, SUM_SQ, SUM_Z, TOP_BEFORE, Z_LABEL, COUNT = range(8)
 
 
-def cache_tensor(n_bytes: int, device: torch.device) -> Tensor:
-    """Nothing is cached by this backend; the op's output has to exist all the same."""
-    return torch.empty(n_bytes, dtype=torch.uint8, device=device)
+def _label_place(y: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
+    """Whether each label lies in this tile, [n], and the column it has there (any, if not), [n, 1]."""
+    local = y - v0
+    return (local >= 0) & (local < width), local.clamp(0, width - 1).unsqueeze(-1)
 
 
-def _without_autocast(function):
-    """Autocast reaches into the body of an op, where it would round the logits of a wide tile."""
-
-    @functools.wraps(function)
-    def inner(isa, x, *args):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(isa, x, *args)
-
-    return inner
+def _transform(x: Tensor, transform: tiled.Transform) -> None:
+    """z in the place of x."""
+    temperature, logit_scale, softcap = transform
+    if softcap:
+        x.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
+    else:
+        x.mul_(logit_scale / temperature)
 
 
-def _take(x: Tensor, rows: Tensor) -> Tensor:
-    """Rows of ``x`` [*, H] by number, whatever its strides."""
-    x = x.unsqueeze(0) if x.ndim == 1 else x
-    return x[torch.unravel_index(rows, x.shape[:-1])]
+def _slope(z: Tensor, transform: tiled.Transform) -> Tensor | float:
+    """dz / dx."""
+    temperature, logit_scale, softcap = transform
+    if not softcap:
+        return logit_scale / temperature
+    return (z * (temperature / softcap)).square_().neg_().add_(1).mul_(logit_scale / temperature)
 
 
-def grad_weight_tensor(weight: Tensor) -> Tensor:
-    """Where d weight goes."""
-    return weight.new_empty(weight.shape)
+class TorchPasses:
+    """`dpofast.backends.tiled.Passes`, written with PyTorch."""
 
+    def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
+        return wide_dtype(hidden, weight)
 
-class _Statistics:
-    """Running statistics of one chunk of tokens over all entries but the label's (RowStats in csrc/core/softmax.h)."""
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        if out.dtype == a.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(a @ b)
 
-    def __init__(self, y: Tensor, dtype: torch.dtype):
-        zeros = torch.zeros(y.shape, dtype=dtype, device=y.device)
-        self.y = y
-        self.m, self.m_before = zeros - torch.inf, zeros - torch.inf
-        self.sum, self.sum_x, self.sum_sq, self.sum_z, self.z_label = (zeros.clone() for _ in range(5))
-        self.n_vocab = 0
+    def accumulate(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
+        sums.addmm_(a, b)
 
-    def fold(self, z: Tensor, v0: int) -> None:
-        self.n_vocab += z.shape[1]
-        self.sum_z += z.sum(-1)
-        local = (self.y - v0).unsqueeze(-1)
-        column = torch.arange(z.shape[1], device=z.device)
-        is_label = column == local
-        self.z_label = torch.where(is_label.any(-1), z.masked_fill(~is_label, 0).sum(-1), self.z_label)
-        before = z.masked_fill(~(column < local), -torch.inf).amax(-1)
-        self.m_before = torch.maximum(self.m_before, before)
-        z = z.masked_fill(is_label, -torch.inf)
-        m = torch.maximum(self.m, z.amax(-1))
+    def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
+        stats = torch.zeros(Stat.COUNT, n, dtype=wide, device=device)
+        stats[Stat.M] = stats[Stat.TOP_BEFORE] = -torch.inf
+        return stats
+
+    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference) -> None:
+        if bias is not None:
+            x += bias
+        _transform(x, transform)
+        z, S = x, Stat
+        inside, index = _label_place(y, v0, x.shape[1])
+        own = z.gather(1, index)
+        stats[S.Z_LABEL] = torch.where(inside, own.squeeze(-1), stats[S.Z_LABEL])
+        if "mean_logits" in outputs:
+            stats[S.SUM_Z] += z.sum(-1)
+        if "is_top1" in outputs:
+            before = torch.arange(v0, v0 + x.shape[1], device=x.device) < y.unsqueeze(-1)
+            stats[S.TOP_BEFORE] = torch.maximum(stats[S.TOP_BEFORE], torch.where(before, z, -torch.inf).amax(-1))
+        z.scatter_(1, index, torch.where(inside.unsqueeze(-1), -torch.inf, own))
+
+        m = torch.maximum(stats[S.M], z.amax(-1))
         safe = torch.where(m == -torch.inf, 0.0, m)
-        x = z - safe.unsqueeze(-1)
-        e = x.exp()
-        shift = torch.where(self.m == -torch.inf, 0.0, self.m - safe)
-        f = (self.m - safe).exp()
-        self.sum_x = (self.sum_x + shift * self.sum) * f + torch.where(e == 0, 0.0, e * x).sum(-1)
-        self.sum_sq = self.sum_sq * f * f + (e * e).sum(-1)
-        self.sum = self.sum * f + e.sum(-1)
-        self.m = m
+        shift = torch.where(stats[S.M] == -torch.inf, 0.0, stats[S.M] - safe)
+        factor = (stats[S.M] - safe).exp()
+        slope = _slope(z, transform) if keep is not None else 1.0
+        e = (z - safe.unsqueeze(-1)).exp_()
+        if keep is not None:
+            torch.mul(e, slope, out=keep)
+            reference.copy_(safe)
+        if "entropy" in outputs:
+            z.sub_(safe.unsqueeze(-1)).clamp_(min=_TINY).mul_(e)
+            stats[S.SUM_X] = (stats[S.SUM_X] + shift * stats[S.SUM]) * factor + z.sum(-1)
+        stats[S.SUM] = stats[S.SUM] * factor + e.sum(-1)
+        if "log_sum_sq_probs" in outputs:
+            stats[S.SUM_SQ] = stats[S.SUM_SQ] * factor * factor + e.square_().sum(-1)
+        stats[S.M] = m
 
-    def finish(self) -> dict[str, Tensor]:
-        none = self.sum == 0
-        d = torch.where(none, -torch.inf - self.z_label, self.m - self.z_label + self.sum.log())
-        d = torch.where(self.z_label == torch.inf, torch.nan, d)
+    def finish(self, stats, y, n_vocab, outputs) -> dict[str, Tensor]:
+        m, total, sum_x, sum_sq, sum_z, top_before, z_label = stats.unbind()
+        valid = (y >= 0) & (y < n_vocab)
+        z_label = torch.where(valid, z_label, torch.nan)
+        none = total == 0
+        d = torch.where(none, -torch.inf - z_label, m - z_label + total.log())
+        d = torch.where(z_label == torch.inf, torch.nan, d)
         logps = -softplus(d, threshold=torch.inf)
         logps = torch.where(d > 30, -d - torch.log1p((-d).exp()), logps)
-        z_max = torch.maximum(self.m, self.z_label)
-        log_sum = (self.sum * (self.m - z_max).exp() + (self.z_label - z_max).exp()).log()
-        log_sum = torch.where(none, self.z_label - z_max, log_sum)
+        z_max = torch.maximum(m, z_label)
+        log_sum = (total * (m - z_max).exp() + (z_label - z_max).exp()).log()
+        log_sum = torch.where(none, z_label - z_max, log_sum)
         p = logps.exp()
-        to_z = self.m - z_max - log_sum
+        to_z = m - z_max - log_sum
         to_p = torch.where(none, 0.0, to_z.exp())
-        others = torch.where(none, 0.0, to_p * (self.sum_x + self.sum * to_z))
-        return {
+        others = torch.where(none, 0.0, to_p * (sum_x + total * to_z))
+        results = {
             "logps": logps,
             "lse": torch.stack((z_max, log_sum), -1),
             "entropy": -(torch.where(p == 0, 0.0, p * logps) + others),
-            "log_sum_sq_probs": (to_p * to_p * self.sum_sq + p * p).log(),
-            "mean_logits": self.sum_z / self.n_vocab,
-            "is_top1": (self.z_label >= self.m) & (self.z_label > self.m_before),
+            "log_sum_sq_probs": (to_p * to_p * sum_sq + p * p).log(),
+            "mean_logits": torch.where(valid, sum_z / n_vocab, torch.nan),
+            "is_top1": (z_label >= m) & (z_label > top_before),
         }
+        return {name: results[name] for name in ("logps", "lse", *outputs)}
+
+    def normalise(self, kept, references, block, y, transform, stats, results) -> None:
+        z_max, log_sum = results["lse"].unbind(-1)
+        for reference, v0 in zip(references, range(0, kept.shape[1], block)):
+            kept[:, v0 : v0 + block] *= -((reference - z_max) - log_sum).exp().unsqueeze(-1)
+        inside, index = _label_place(y, 0, kept.shape[1])
+        own = -torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)
+        kept.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.unsqueeze(-1), kept.gather(1, index)))
+
+    def grad(self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out) -> None:
+        if bias is not None:
+            x += bias
+        _transform(x, transform)
+        slope = _slope(x, transform)
+        z_max, log_sum = saved["lse"].unsqueeze(-2).unbind(-1)
+        log_p = x.sub_(z_max).sub_(log_sum)
+        p = log_p.exp()
+        inside, index = _label_place(y, v0, x.shape[1])
+        c = torch.zeros_like(saved["logps"]) if grad_logps is None else grad_logps
+        if grad_entropy is None:
+            g = p.mul_(c.unsqueeze(-1)).neg_()
+            own = torch.zeros_like(c)
+        else:  # d logps: -p c; d entropy: -p (log p + entropy) e
+            g = log_p.clamp_(min=_TINY).add_(saved["entropy"].unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
+            own = -(p.gather(1, index) * g.gather(1, index)).squeeze(-1)
+            g.add_(c.unsqueeze(-1)).mul_(p).neg_()
+        own = (own - torch.expm1(saved["logps"]) * c).unsqueeze(-1)
+        g.scatter_(1, index, torch.where(inside.unsqueeze(-1), own, g.gather(1, index)))
+        torch.mul(g, slope, out=out)
 
 
-def _transform(x: Tensor, transform) -> tuple[Tensor, Tensor | float]:
-    """z and d z / d x."""
-    temperature, logit_scale, softcap = transform
-    if not softcap:
-        return x * (logit_scale / temperature), logit_scale / temperature
-    t = torch.tanh(x * (logit_scale / softcap))
-    return t * (softcap / temperature), (1 - t * t) * (logit_scale / temperature)
+    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
+        x = take(logits, rows).to(wide_dtype(logits.dtype))
+        stats = self.new_stats(rows.numel(), x.dtype, x.device)
+        self.fold(x, None, y, 0, transform, stats, outputs, None, None)
+        return self.finish(stats, y, logits.shape[-1], outputs)
 
-
-def _grad_logits(x, y, v0, transform, saved, grad_logps, grad_entropy) -> Tensor:
-    """d loss / d x of one tile of untransformed logits."""
-    z, slope = _transform(x, transform)
-    z_max, log_sum = saved["lse"].unsqueeze(-2).unbind(-1)
-    log_p = z - z_max - log_sum
-    p = log_p.exp()
-    local = (y - v0).unsqueeze(-1)
-    is_label = torch.arange(x.shape[1], device=x.device) == local
-    g = torch.zeros_like(z)
-    if grad_logps is not None:
-        own = -torch.expm1(saved["logps"]).unsqueeze(-1)
-        g = g + torch.where(is_label, own, -p) * grad_logps.unsqueeze(-1)
-    if grad_entropy is not None:
-        h = torch.where(p == 0, 0.0, log_p) + saved["entropy"].unsqueeze(-1)
-        g = g - p * h * grad_entropy.unsqueeze(-1)
-    return g * slope
-
-
-def _wide_tile(hidden_rows, weight, bias, v0, v1, dtype):
-    w = weight[v0:v1].to(dtype)
-    x = hidden_rows @ w.T
-    if bias is not None:
-        x += bias[v0:v1].to(dtype)
-    return x, w
-
-
-@_without_autocast
-def forward(_isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, _cache) -> dict[str, Tensor]:
-    """See `dpofast.backends.cpu.forward`."""
-    dtype, n_vocab = _wide(hidden.dtype, weight.dtype), weight.shape[0]
-    names = ("logps", "lse", *outputs)
-    parts = []
-    for start in range(0, rows.numel(), choice.token_chunk):
-        part = slice(start, start + choice.token_chunk)
-        h = _take(hidden, rows[part]).to(dtype)
-        stats = _Statistics(y[part], dtype)
-        for v0 in range(0, n_vocab, choice.block):
-            x, _ = _wide_tile(h, weight, bias, v0, v0 + choice.block, dtype)
-            stats.fold(_transform(x, transform)[0], v0)
-        parts.append(stats.finish())
-    return {name: torch.cat([p[name] for p in parts]) for name in names}
-
-
-@_without_autocast
-def backward(
-    _isa, hidden, weight, bias, rows, y, transform, choice: Choice, _cache, saved, grad_logps, grad_entropy,
-    grad_hidden, grad_weight, grad_bias,
-) -> None:  # fmt: skip
-    """See `dpofast.backends.cpu.backward`."""
-    dtype, n_vocab = _wide(hidden.dtype, weight.dtype), weight.shape[0]
-    chunks = [slice(i, i + choice.token_chunk) for i in range(0, rows.numel(), choice.token_chunk)]
-
-    def tile(part, v0):
-        h = _take(hidden, rows[part]).to(dtype)
-        x, w = _wide_tile(h, weight, bias, v0, v0 + choice.block, dtype)
-        held = {name: s[part] for name, s in saved.items()}
-        c, e = (None if g is None else g[part] for g in (grad_logps, grad_entropy))
-        return h, w, _grad_logits(x, y[part], v0, transform, held, c, e)
-
-    # Vocabulary outside, so that each slice of d weight is accumulated in a tile and rounded once; d hidden
-    # is then accumulated over slices in a wide buffer of its own, one chunk of tokens being the usual case.
-    sums = (
-        None if grad_hidden is None else torch.zeros(rows.numel(), hidden.shape[-1], dtype=dtype, device=hidden.device)
-    )
-    for v0 in range(0, n_vocab, choice.block):
-        d_weight = d_bias = 0
-        for part in chunks:
-            h, w, g = tile(part, v0)
-            if sums is not None:
-                sums[part] += g @ w
-            if grad_weight is not None:
-                d_weight = d_weight + g.T @ h
-            if grad_bias is not None:
-                d_bias = d_bias + g.sum(0)
-        if grad_weight is not None:
-            grad_weight[v0 : v0 + choice.block] = d_weight
-        if grad_bias is not None:
-            grad_bias[v0 : v0 + choice.block] = d_bias
-    if grad_hidden is not None:
-        grad_hidden.view(-1, grad_hidden.shape[-1])[rows] = sums.to(grad_hidden.dtype)
-
-
-def rows_forward(_isa, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
-    """See `dpofast.backends.cpu.rows_forward`."""
-    stats = _Statistics(y, _wide(logits.dtype))
-    x = _take(logits, rows).to(_wide(logits.dtype))
-    stats.fold(_transform(x, transform)[0], 0)
-    results = stats.finish()
-    return {name: results[name] for name in ("logps", "lse", *outputs)}
-
-
-def rows_backward(_isa, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
-    """See `dpofast.backends.cpu.rows_backward`."""
-    x = _take(logits, rows).to(_wide(logits.dtype))
-    grad = _grad_logits(x, y, 0, transform, saved, grad_logps, grad_entropy).to(grad_logits.dtype)
-    out = grad_logits.unsqueeze(0) if grad_logits.ndim == 1 else grad_logits
-    out[torch.unravel_index(rows, out.shape[:-1])] = grad
+    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
+        x = take(logits, rows).to(wide_dtype(logits.dtype))
+        self.grad(x, None, y, 0, transform, saved, grad_logps, grad_entropy, x)
+        out = grad_logits.unsqueeze(0) if grad_logits.ndim == 1 else grad_logits
+        out[torch.unravel_index(rows, out.shape[:-1])] = x.to(grad_logits.dtype)

@@ -1,0 +1,67 @@
+// What the CUDA kernels take, and their launchers: for the bindings and the emulator. Needs no CUDA header.
+//
+// Pointers are the device's. "acc" is the accumulator's type: double for fp64 logits, else float.
+#pragma once
+#include <cstdint>
+
+#include "core/types.h"
+
+namespace dpofast::cuda {
+
+// Columns of the statistics [kStats, n], in acc (_Stats in dpofast/backends/torch.py).
+enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
+
+struct FoldArgs {
+  const void* x;                // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)
+  const int64_t* row_offsets;   // [n] or null, in elements
+  int64_t ld, n, width;
+  int64_t v0;                   // vocabulary number of the first column
+  const void* bias;             // [width] of acc, or null
+  const int64_t* labels;        // [n]
+  double temperature, logit_scale, softcap;  // softcap 0: none
+  unsigned outputs;             // bits of Output
+  void* stats;                  // [kStats, n], read and written
+  void* partials;               // [splits, kStats, n] where splits > 1
+  int64_t splits, part;         // `part` columns each
+};
+
+struct GradArgs {
+  const void* x;               // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)
+  const int64_t* row_offsets;  // [n] or null, in elements
+  int64_t ld, n, width;
+  int64_t v0;                  // vocabulary number of the first column
+  const void* bias;            // [width] of acc, or null
+  const int64_t* labels;       // [n] or null: no entry is a label's
+  double temperature, logit_scale, softcap;
+  // Per row, of acc, `*_stride` apart; null: see each.
+  const void* z_max;           // -inf counts as 0
+  const void* log_sum;         // null: 0
+  int64_t lse_stride;          // of both
+  const void* logps;           // needed with labels
+  const void* grad_logps;      // null: grad_logps_value for every row
+  double grad_logps_value;
+  const void* entropy;         // needed with grad_entropy
+  const void* grad_entropy;    // null: none
+  void* out;                   // as x, of x's type or of a 16-bit one; may be x
+  const int64_t* out_offsets;
+  int64_t out_ld;
+  double cut;                  // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
+  void* dropped;               // kFilter: [parts, n], sum of p over entries that became 0, per part of a row
+  int64_t splits, part;        // a row is cut into `splits` parts of `part` columns
+};
+
+struct FinishArgs {
+  const void* stats;      // [kStats, n]
+  const int64_t* labels;  // [n]; one outside [0, v) makes every result of its row NaN (is_top1 false)
+  int64_t n, v;
+  // Results [n] of acc (lse: [n, 2]), is_top1 bytes; optional ones are null.
+  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
+  uint8_t* is_top1;
+};
+
+// `x`, `out`: types of logits and of what is written in their stead. `stream` is a cudaStream_t.
+void launch_logprob_fold(DType x, const FoldArgs&, void* stream);
+void launch_logprob_grad(DType x, DType out, bool filter, const GradArgs&, void* stream);
+void launch_logprob_finish(DType acc, const FinishArgs&, void* stream);
+
+}  // namespace dpofast::cuda
