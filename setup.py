@@ -7,10 +7,11 @@ best one is chosen at run time, so a wheel built on one machine runs on another.
 The CUDA half is built where nvcc is found, whatever torch there is, and needs neither a GPU nor a driver. The runtime
 is linked statically, so the module imports on machines without CUDA.
 
-The metadata is in pyproject.toml. Heeds CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, DPOFAST_BUILD_CUDA (auto, 0, 1), CUDA_HOME,
-NVCCFLAGS and TORCH_CUDA_ARCH_LIST (as torch does: "8.0;9.0+PTX").
+The metadata is in pyproject.toml. Heeds CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, PYBIND11_INCLUDE, DPOFAST_BUILD_CUDA
+(auto, 0, 1), CUDA_HOME, NVCCFLAGS and TORCH_CUDA_ARCH_LIST (as torch does: "8.0;9.0+PTX").
 """
 
+import importlib.util
 import json
 import os
 import shlex
@@ -66,7 +67,7 @@ class Cuda:
         self.found = wanted != "0" and self.nvcc is not None and self.libraries is not None
         if wanted == "1" and not self.found:
             missing = "nvcc" if self.nvcc is None else "libcudart_static.a"
-            raise CompileError(f"DPOFAST_BUILD_CUDA=1, but there is no {missing}: install the CUDA toolkit, set CUDA_HOME")
+            raise CompileError(f"DPOFAST_BUILD_CUDA=1, but no {missing}: install the CUDA toolkit or set CUDA_HOME")
         self.archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
 
     def flags(self):
@@ -96,16 +97,21 @@ class NinjaBuildExt(build_ext):
         ninja_file = build_dir / "build.ninja"
         ninja_file.write_text(self._ninja_file(ext, cxx, build_dir))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [sys.executable, "-m", "ninja", "-f", str(ninja_file), *jobs]
+        ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
+        command = [*ninja, "-f", str(ninja_file), *jobs]
         if subprocess.run(command, check=False).returncode != 0:
             raise CompileError(f"the compilation of {ext.name} failed: see the compiler's messages above")
 
     def _ninja_file(self, ext, cxx, build_dir):
-        import pybind11
+        if "PYBIND11_INCLUDE" in os.environ:  # headers alone are enough: torch has them, too
+            pybind11_include = os.environ["PYBIND11_INCLUDE"]
+        else:
+            import pybind11
 
+            pybind11_include = pybind11.get_include()
         cxxflags = shlex.split(f"{CXXFLAGS} {os.environ.get('CXXFLAGS', '')}")
         ldflags = shlex.split(f"{LDFLAGS} {os.environ.get('LDFLAGS', '')}")
-        bindflags = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
+        bindflags = [f"-I{path}" for path in (pybind11_include, sysconfig.get_path("include"))]
         bindflags += [
             f"-DDPOFAST_VERSION={json.dumps(self.distribution.get_version())}",
             f"-DDPOFAST_BUILD_FLAGS={json.dumps(shlex.join(cxxflags))}",
@@ -146,7 +152,9 @@ def _path(path):
 
 
 setup(
-    packages=find_packages(include=["dpofast", "dpofast.*"]),
+    # The Triton kernels lie at the top, but a package named "kernels" would be somebody else's.
+    packages=[*find_packages(include=["dpofast", "dpofast.*"]), "dpofast.kernels"],
+    package_dir={"dpofast.kernels": "kernels"},
     ext_modules=[Extension("dpofast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])],
     cmdclass={"build_ext": NinjaBuildExt},
 )

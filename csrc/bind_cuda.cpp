@@ -1,6 +1,8 @@
 // The CUDA launchers in Python. The emulator's module (tests/emu) is made of this file, too.
 #include "bind_cuda.h"
 
+#include <iterator>
+
 #include "bind_args.h"
 #include "cuda/kernels.h"
 
@@ -87,12 +89,60 @@ void logprob_finish(const py::dict& d) {
   launch_logprob_finish(acc, a, on);
 }
 
+template <class Name>
+Name named(const py::dict& d, const char* key, int count) {
+  const int i = value<int>(d, key);
+  if (i < 0 || i >= count) throw std::invalid_argument(std::string("dpofast._C: unknown ") + key);
+  return Name(i);
+}
+
+void sequence_dpo(const py::dict& d) {
+  SequenceDpoArgs a{};
+  a.logps = pointer(d, "logps");
+  a.cu_seqlens = pointer<int64_t>(d, "cu_seqlens");
+  a.labels = pointer<int64_t>(d, "labels");
+  a.mask = pointer<uint8_t>(d, "mask");
+  a.ignore_index = value<int64_t>(d, "ignore_index");
+  a.pairs = value<int64_t>(d, "pairs");
+  a.width = value<int64_t>(d, "width");
+  a.ref_logps = pointer(d, "ref_logps");
+  a.loss = named<PairLoss>(d, "loss", int(std::size(kPairLosses)));
+  a.options.label_smoothing = value<double>(d, "label_smoothing");
+  a.options.discopop_tau = value<double>(d, "discopop_tau");
+  a.options.simpo_gamma = value<double>(d, "simpo_gamma");
+  a.options.alphapo_alpha = value<double>(d, "alphapo_alpha");
+  a.options.dpop_lambda = value<double>(d, "dpop_lambda");
+  a.options.f_divergence = named<FDivergence>(d, "f_divergence", int(FDivergence::alpha_divergence) + 1);
+  a.options.f_alpha_divergence_coef = value<double>(d, "f_alpha_divergence_coef");
+  a.options.beta = value<double>(d, "beta_value");
+  a.options.margin = value<double>(d, "margin_value");
+  a.beta = pointer(d, "beta");
+  a.margin = pointer(d, "margin");
+  a.weight = pointer(d, "weight");
+  a.losses = pointer(d, "losses");
+  a.sums = pointer(d, "sums");
+  a.lengths = pointer<int64_t>(d, "lengths");
+  a.coefficients = pointer(d, "coefficients");
+  const DType acc = dtype(d, "dtype");
+  void* const on = stream(d);
+  py::gil_scoped_release unlocked;
+  launch_sequence_dpo(acc, a, on);
+}
+
+py::tuple pair_losses() {
+  py::tuple names(std::size(kPairLosses));
+  for (size_t i = 0; i < names.size(); ++i) names[i] = kPairLosses[i];
+  return names;
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_logprob_fold", &logprob_fold, py::arg("args"), "folds a tile of logits into running statistics");
   m.def("cuda_logprob_grad", &logprob_grad, py::arg("args"), "turns a tile of logits into its gradient");
   m.def("cuda_logprob_finish", &logprob_finish, py::arg("args"), "results of rows from their statistics");
+  m.def("cuda_sequence_dpo", &sequence_dpo, py::arg("args"), "log-probs of tokens to losses of pairs and gradients");
+  m.attr("cuda_pair_losses") = pair_losses();  // those of cuda_sequence_dpo; args["loss"] is an index
 }
 
 }  // namespace dpofast

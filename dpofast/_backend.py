@@ -7,6 +7,7 @@ turns what the user wrote into the exact name that an op is called with, so that
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 
 import torch
@@ -17,7 +18,7 @@ except ImportError as error:  # the package also works as plain Python, on backe
     _C = None
     _why_no_C = f"the compiled module dpofast._C cannot be imported ({error})"
 
-BACKENDS = ("cpu", "cuda", "torch")
+BACKENDS = ("cpu", "cuda", "triton", "torch")
 added: dict[str, object] = {}
 """Backends beside these, by exact name: objects with the functions of `dpofast.backends.cpu`."""
 _ISAS = tuple(_C.cpu_isas()) if _C is not None else ()  # asked once: torch.compile cannot look into _C
@@ -56,11 +57,17 @@ def _why_not(name: str, device_type: str) -> str | None:
             return f"needs tensors on a CUDA device, got device {device_type!r}"
         if torch.version.cuda is None:
             return "is for NVIDIA GPUs; this torch is built for another vendor's"
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "cannot run: the package triton is missing: pip install triton"
+        if device_type not in ("cuda", "xpu"):
+            return f"needs tensors on a GPU, got device {device_type!r}"
     return None
 
 
 def resolve(backend: str, device_type: str) -> str:
-    """The exact backend for tensors on ``device_type``: ``"cpu:<instruction set>"``, ``"cuda"`` or ``"torch"``.
+    """The exact backend for tensors on ``device_type``: ``"cpu:<instruction set>"``, ``"cuda"``, ``"triton"``,
+    ``"torch"`` or one that was added.
 
     ``"auto"`` takes ``DPOFAST_BACKEND`` if it is set, else the fastest that can run here, and never fails for
     lack of one. Raises ValueError for a name that is unknown or cannot run.
@@ -83,7 +90,12 @@ def resolve(backend: str, device_type: str) -> str:
     return f"cpu:{_cpu_isa(isa or None)}" if name == "cpu" else name
 
 
-_WHAT = {"cpu": "compiled", "cuda": "compiled for CUDA", "torch": "plain PyTorch, chunked; runs on every device"}
+_WHAT = {
+    "cpu": "compiled",
+    "cuda": "compiled",
+    "triton": "compiled when first used",
+    "torch": "plain PyTorch, chunked; runs on every device",
+}
 
 
 def explain() -> list[tuple[str, bool, str]]:
@@ -105,9 +117,3 @@ def explain() -> list[tuple[str, bool, str]]:
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-@functools.cache
-def l2_bytes(device: torch.device) -> int | None:
-    """The size of a CUDA device's L2 cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else None

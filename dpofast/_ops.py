@@ -38,6 +38,10 @@ def _tiled(name: str) -> TiledBackend:
         from dpofast.backends.cuda import CudaPasses
 
         return TiledBackend(CudaPasses(_backend._C))
+    if name == "triton":
+        from dpofast.backends.triton import TritonBackend, TritonPasses
+
+        return TritonBackend(TritonPasses())
     return TiledBackend(TorchPasses())
 
 
@@ -52,7 +56,7 @@ def mask(names: tuple[str, ...]) -> int:
 
 
 def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is unknown, -1."""
+    """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
     flat = labels.reshape(-1)
     positions = torch.arange(flat.numel(), device=flat.device)
     if ignore_index is None or n_tokens == flat.numel():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpofast import _backend
+from dpofast import _backend, cost
 
 DEFAULT_MEMORY_BUDGET = 1 << 30
 """Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
@@ -19,9 +19,6 @@ DEFAULT_MEMORY_BUDGET = 1 << 30
 BLOCK = 192
 """Vocabulary rows per block: deep enough that accumulators are loaded and stored rarely, and small enough that a
 block of W, its transpose and a panel of tokens share a 1 MiB L2 cache at common hidden sizes."""
-
-TILE_BYTES = 16 << 20
-"""A tile of logits where products are `torch.mm`: large enough for those, and small beside a budget."""
 
 PIECES = 8  # kPieces of csrc/cpu/linear_logprob.h
 BUFFERS = 3  # WeightBlocks::kBuffers
@@ -156,7 +153,7 @@ def choose(
     as_is: bool = True,
     outputs: int = 0,
     entropy: bool = False,
-    tile_bytes: int = TILE_BYTES,
+    device: cost.Device = cost.HOST,
 ) -> Choice:
     """The schedule for n completion tokens under ``budget`` bytes of workspace.
 
@@ -165,14 +162,15 @@ def choose(
 
     ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's
     columns have unit stride; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
-    ``tile_bytes`` is the largest tile of logits, for a backend whose products are `torch.mm`.
+    ``device`` has the figures by which a backend whose products are `torch.mm` chooses its tiles.
 
     Raises:
         ValueError: if no schedule fits the budget.
     """
     if not backend.startswith("cpu:"):
         tiled = tiled_traits(backend, hidden_dtype, weight_dtype)
-        return _choose_tiled(n, h, v, tiled, budget, tile_bytes, to_hidden, to_weight, entropy)
+        dtypes = hidden_dtype, weight_dtype
+        return _choose_tiled(n, h, v, dtypes, tiled, budget, device, to_hidden, to_weight, entropy)
     traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
     # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
     as_is = as_is and traits.elem == weight_dtype.itemsize and h % traits.unit == 0
@@ -298,66 +296,84 @@ class _TiledNeeds:
         t, c = self.t, self.chunk
         tiles = c * self.block * (t.acc * t.backward_tiles + (t.elem if t.elem != t.acc else 0))
         sums = self._sums((self.n if to_weight else c) if to_hidden else 0)
-        d_weight = self.block * (self.h + 1) * t.acc if to_weight else 0
-        return self._tokens(c) + tiles + self.weight_slice + sums + d_weight
-
-
-def tile_bytes(device: torch.device) -> int:
-    """The largest tile of logits: half of a GPU's L2 cache, where it costs no memory traffic."""
-    return (_backend.l2_bytes(device) or 2 * TILE_BYTES) // 2
+        d_weight = self.block * (self.h + -(-self.n // c)) * t.acc if to_weight else 0
+        return self._tokens(self.n if to_weight else c) + tiles + self.weight_slice + sums + d_weight
 
 
 def _tile_sizes(n, v, acc, tile_bytes):
-    """(tokens, vocabulary rows) of a tile, from the largest wanted down to a few rows of one token."""
-    block, last = 0, None
-    while (last is None or last[0] > 1 or block > 64) and tile_bytes >= acc:
-        block = min(v, max(64, tile_bytes // (acc * min(n, 4096)) // 64 * 64))
-        parts = -(-n // max(1, tile_bytes // (acc * block)))
-        if last != (-(-n // parts), block):
-            last = (-(-n // parts), block)
-            yield last
-        tile_bytes //= 2
+    """(tokens, vocabulary rows) of tiles worth considering: ``tile_bytes``, down to an eighth, and the narrowest."""
+    for halvings in range(max(1, n.bit_length())):
+        chunk = -(-n >> halvings)
+        for size in (tile_bytes, tile_bytes // 2, tile_bytes // 4, tile_bytes // 8, 0):
+            yield chunk, min(v, max(64, size // (acc * chunk) // 64 * 64))
 
 
-def _choose_tiled(n, h, v, traits: TiledTraits, budget, tile_bytes, to_hidden, to_weight, entropy) -> Choice:
-    sizes = [
-        _TiledNeeds(n, h, v, traits, *size) for size in _tile_sizes(n, v, traits.acc, min(tile_bytes, budget // 8))
-    ]
+def _products(choice: Choice, to_hidden: bool, to_weight: bool) -> float:
+    """How many of N x H x V each, forward and backward."""
+    n_grads = to_hidden + to_weight
+    if choice.schedule in ("score", "jacobian"):
+        return 1.0 + n_grads
+    if choice.schedule == "recompute-split":
+        return 1.0 + 2 * n_grads
+    return 1.0 + n_grads + (1 - choice.cached_share)
 
-    def choice(schedule, need, workspace, cache=0, share=0.0):
+
+def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, entropy, size):
+    """For one size of tile: the schedules that fit, those that are never worse than a later one only."""
+    need = _TiledNeeds(n, h, v, traits, *size)
+
+    def choice(schedule, workspace, cache=0, share=0.0):
         return Choice(schedule, need.block, need.chunk, cache, workspace, share)
 
-    if not to_weight and to_hidden:
-        jacobian = n * h * traits.acc
-        for need in sizes:
-            workspace = max(need.forward(v, v), need.recompute(True, False) if entropy else need.chunk * h * traits.acc)
-            if need.chunk >= min(n, 128) and jacobian + workspace <= budget:
-                return choice("jacobian", need, workspace, jacobian)
     if not to_weight:
-        for need in sizes:
-            workspace = max(need.forward(), need.recompute(True, False) if to_hidden else 0)
-            if workspace <= budget:
-                return choice("recompute" if to_hidden else "score", need, workspace)
-    else:
-        whole = n * _up(v, 8) * traits.elem
-        for need in sizes:
-            recompute = need.recompute(to_hidden, True)
-            workspace = max(need.forward(v), need.from_kept(to_hidden), recompute if entropy else 0)
-            if whole + workspace <= budget:
-                return choice("cached", need, workspace, whole, 1.0)
-        # In a mixed backward the sums and the tokens of both halves are alive together. A small tile leaves more for g.
-        mixed = [max(need.forward(v), need.from_kept(to_hidden) + need.recompute(False, True)) for need in sizes[:4]]
-        columns = [max(0, budget - m) // (n * traits.elem) // need.block * need.block for m, need in zip(mixed, sizes)]
-        if any(columns):
-            i = columns.index(max(columns))
-            return choice("mixed", sizes[i], mixed[i], columns[i] * n * traits.elem, columns[i] / v)
-        for schedule in ("recompute", "recompute-split") if to_hidden else ("recompute",):
-            for need in sizes:
-                at_once = need.recompute(to_hidden and schedule == "recompute", True)
-                workspace = max(need.forward(), at_once, need.recompute(to_hidden, False))
-                if workspace <= budget:
-                    return choice(schedule, need, workspace)
-    least = min((max(x.forward(), x.recompute(to_hidden, to_weight)) for x in sizes), default=64 * h * traits.acc)
+        jacobian = n * h * traits.acc
+        whole = max(need.forward(v, v), need.recompute(True, False) if entropy else need.chunk * h * traits.acc)
+        if to_hidden and jacobian + whole <= budget and need.chunk >= min(n, 128):
+            yield choice("jacobian", whole, jacobian)
+            return
+        workspace = max(need.forward(), need.recompute(True, False) if to_hidden else 0)
+        if workspace <= budget:
+            yield choice("recompute" if to_hidden else "score", workspace)
+        return
+    recompute = need.recompute(to_hidden, True)
+    everything = n * _up(v, 8) * traits.elem
+    whole = max(need.forward(v), need.from_kept(to_hidden), recompute if entropy else 0)
+    if everything + whole <= budget:
+        yield choice("cached", whole, everything, 1.0)
+        return
+    # In a mixed backward the sums and the tokens of both halves are alive together.
+    mixed = max(need.forward(v), need.from_kept(to_hidden) + need.recompute(False, True))
+    columns = max(0, budget - mixed) // (n * traits.elem) // need.block * need.block
+    if columns:
+        yield choice("mixed", mixed, columns * n * traits.elem, columns / v)
+    workspace = max(need.forward(), recompute)
+    if workspace <= budget:
+        yield choice("recompute", workspace)
+    elif to_hidden:
+        workspace = max(need.forward(), need.recompute(False, True), need.recompute(True, False))
+        if workspace <= budget:
+            yield choice("recompute-split", workspace)
+
+
+def _choose_tiled(n, h, v, dtypes, traits: TiledTraits, budget, device: cost.Device, to_hidden, to_weight, entropy):
+    """The cheapest by `dpofast.cost`, among tiles that stay in the device's L2 cache where the budget allows.
+
+    Where the whole g can be used without a second product of logits, that is taken whatever the model of costs says.
+    """
+    best = None
+    for size in dict.fromkeys(_tile_sizes(n, v, traits.acc, min(device.l2_bytes // 2, budget // 8))):
+        for choice in _tiled_choices(n, h, v, traits, budget, to_hidden, to_weight, entropy, size):
+            columns, _ = kept_columns(choice, n, v, traits.elem)
+            moved = cost.traffic(choice, columns, n, h, v, traits, dtypes[1].itemsize, to_hidden, to_weight)
+            flops = _products(choice, to_hidden, to_weight) * 2.0 * n * h * v
+            seconds = cost.seconds(device, moved, flops, dtypes[0], choice.token_chunk * choice.block * traits.acc)
+            rank = choice.schedule not in ("cached", "jacobian"), seconds
+            if best is None or rank < best[0]:
+                best = rank, choice
+    if best is not None:
+        return best[1]
+    least = _TiledNeeds(n, h, v, traits, 1, min(v, 64))
+    least = max(least.forward(), least.recompute(False, to_weight), least.recompute(to_hidden, False))
     raise ValueError(
         f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
         f"the smallest workspace is about {least} bytes: raise memory_budget or pass fewer sequences at a time"
@@ -389,7 +405,7 @@ class Plan(NamedTuple):
         mib = 1 << 20
         lines = [
             ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
-            ("backend", f"{self.backend}, {self.threads} threads"),
+            ("backend", self.backend if self.backend.startswith("cuda") else f"{self.backend}, {self.threads} threads"),
             ("schedule", self.schedule),
             ("tiles", f"{self.block} vocabulary rows a block, "
              + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
@@ -399,9 +415,10 @@ class Plan(NamedTuple):
             ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),
         ]  # fmt: skip
         if self.predicted_seconds is not None:
+            source = "from the data sheet" if "cuda" in self.backend else "at this machine's measured peak"
             lines.append(
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
-                 "(products alone at this machine's measured peak)")
+                 f"(products alone, {source})")
             )  # fmt: skip
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
@@ -423,6 +440,7 @@ def plan(
     memory_budget: int | str | None = None,
     backend: str = "auto",
     threads: int | None = None,
+    device: str | None = None,
 ) -> Plan:
     """What `linear_logprob` will do for a problem of these sizes, without doing it.
 
@@ -434,9 +452,12 @@ def plan(
         memory_budget: bytes, or a string such as "512MiB"; default 1 GiB.
         backend: as for `linear_logprob`.
         threads: default ``torch.get_num_threads()``.
+        device: a GPU that need not be here, among "a100", "h100", "h200", "b200" and "rtx4090": what backend "cuda"
+            would do on it.
 
     Returns:
-        A `Plan`. Times are predicted from the micro-kernel's speed measured on this machine, None for "torch".
+        A `Plan`. Times are predicted: on the CPU from the micro-kernel's speed measured on this machine, for a
+        ``device`` from its data sheet, None for "torch".
 
     Raises:
         ValueError: for an unknown dtype or backend, sizes below 1, or a budget that cannot be met.
@@ -452,34 +473,49 @@ def plan(
     torch_dtype = _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if torch_dtype not in DTYPE_CODES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPE_NAMES)}")
-    exact = _backend.resolve(backend, "cpu")
+    gpu, on_gpu = None, False
+    if device is not None:
+        if device not in cost.DEVICES or backend not in ("auto", "cuda"):
+            raise ValueError(f"device: got {device!r} with backend={backend!r}, expected one of "
+                             f"{', '.join(cost.DEVICES)} with backend 'auto' or 'cuda'")  # fmt: skip
+        gpu, exact = cost.DEVICES[device], "cuda"
+    else:
+        on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+        exact = _backend.resolve(backend, "cuda" if on_gpu else "cpu")
     budget = parse_bytes(memory_budget)
     threads = threads or torch.get_num_threads()
     choice = choose(
         n_tokens, hidden_size, vocab_size, backend=exact, hidden_dtype=torch_dtype, weight_dtype=torch_dtype,
         budget=budget, to_hidden=train_hidden, to_weight=train_head, threads=threads,
+        device=gpu or cost.device_of(torch.device("cuda" if on_gpu else "cpu")),
     )  # fmt: skip
     n_grads = train_hidden + train_head
-    if choice.schedule in ("score", "jacobian"):
-        gemms = 1.0 + n_grads
-    elif choice.schedule == "recompute-split":
-        gemms = 1.0 + 2 * n_grads
-    else:
-        gemms = 1.0 + n_grads + (1 - choice.cached_share)
+    gemms = _products(choice, train_hidden, train_head)
     flops = 2.0 * n_tokens * hidden_size * vocab_size
     size = torch_dtype.itemsize
-    weight_bytes = hidden_size * vocab_size * size
-    # W is read in the forward and again in the backward unless it has no products left to do with it; d weight
-    # is written once; the cache is written once and read once.
-    reads_of_weight = 1 + (n_grads > 0 and choice.schedule != "jacobian")
-    bytes_moved = reads_of_weight * weight_bytes + train_head * weight_bytes + 2 * choice.cache_bytes
-    bytes_moved += (1 + train_hidden) * n_tokens * hidden_size * size
     predicted = floor = None
-    if exact != "torch":
+    if exact.startswith("cpu:"):
+        weight_bytes = hidden_size * vocab_size * size
+        # W is read in the forward and again in the backward unless it has no products left to do with it; d weight
+        # is written once; the cache is written once and read once.
+        reads_of_weight = 1 + (n_grads > 0 and choice.schedule != "jacobian")
+        bytes_moved = reads_of_weight * weight_bytes + train_head * weight_bytes + 2 * choice.cache_bytes
+        bytes_moved += (1 + train_hidden) * n_tokens * hidden_size * size
         rate = threads * _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
         predicted, floor = gemms * flops / rate, (1 + n_grads) * flops / rate
+    else:
+        traits = tiled_traits(exact, torch_dtype, torch_dtype)
+        columns, _ = kept_columns(choice, n_tokens, vocab_size, traits.elem)
+        sizes = (n_tokens, hidden_size, vocab_size)
+        moved = cost.traffic(choice, columns, *sizes, traits, size, train_hidden, train_head)
+        bytes_moved = moved.total
+        if gpu:
+            tile = (choice.token_chunk or n_tokens) * choice.block * traits.acc
+            predicted = cost.seconds(gpu, moved, gemms * flops, torch_dtype, tile)
+            floor = (1 + n_grads) * flops / gpu.product_flops(torch_dtype)
     return Plan(
-        exact, choice.schedule, n_tokens, hidden_size, vocab_size, str(torch_dtype).removeprefix("torch."), threads,
+        f"cuda on {device}" if gpu else exact, choice.schedule, n_tokens, hidden_size, vocab_size,
+        str(torch_dtype).removeprefix("torch."), threads,
         choice.block, choice.token_chunk, budget, choice.cache_bytes, choice.workspace_bytes, gemms, 1 + n_grads,
         int(bytes_moved), predicted, floor,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dpofast import _backend, _ops
-from dpofast.plan import DTYPE_CODES, choose, parse_bytes, tile_bytes
+from dpofast import _backend, _ops, cost
+from dpofast.plan import DTYPE_CODES, choose, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -203,7 +203,7 @@ def linear_logprob(
         as_is=weight.stride(1) == 1,
         outputs=len(names) + ("is_top1" in names),  # it has two running numbers
         entropy="entropy" in names,
-        tile_bytes=tile_bytes(hidden.device),
+        device=cost.device_of(hidden.device),
     )
     *results, _ = _ops.linear_logprob(
         hidden, weight, bias, labels, ignore_index, n_tokens, *transform, _ops.mask(names), exact_backend,

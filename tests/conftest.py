@@ -9,16 +9,25 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # numerics.py, which --import-mode=importlib does not put there
+sys.path.append(str(Path(__file__).parent))  # numerics.py and emu/, which --import-mode=importlib does not put there
 pytest.register_assert_rewrite("numerics")
 
 import numerics  # noqa: E402
+from emu import build  # noqa: E402
+from on_gpu import OnDevice  # noqa: E402
 
-from dpofast import _backend  # noqa: E402
+from dpofast import _backend, _ops  # noqa: E402
+from dpofast.backends.cuda import CudaPasses  # noqa: E402
+from dpofast.backends.tiled import TiledBackend  # noqa: E402
 
-KNOWN = ("cpu:avx512_bf16", "cpu:avx512", "cpu:avx2", "cpu:scalar", "torch")
-PRESENT = ("torch", *(f"cpu:{isa}" for isa in _backend.cpu_isas()))
-CPU = PRESENT[1:]
+EMULATOR = "cuda:emu"  # the CUDA kernels on the CPU: see emu/cuda_emu.h
+ON_GPU = {"cuda:gpu": "cuda", "triton:gpu": "triton"}  # real kernels, see on_gpu.py
+KNOWN = ("cpu:avx512_bf16", "cpu:avx512", "cpu:avx2", "cpu:scalar", "torch", EMULATOR, *ON_GPU)
+CPU = tuple(f"cpu:{isa}" for isa in _backend.cpu_isas())
+GPU = tuple(
+    name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda")
+)
+PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 
 _RAN = pytest.StashKey[set]()
 
@@ -27,11 +36,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RAN] = set()
 
 
+@pytest.fixture(scope="session")
+def emulator() -> str:
+    """The backend whose kernels the emulator runs, compiled when a test first wants it."""
+    # 8 blocks: few enough that ordinary tests meet one block a row, enough that a few long rows are split
+    _backend.added[EMULATOR] = TiledBackend(CudaPasses(build.module(), blocks=8))
+    return EMULATOR
+
+
 @pytest.fixture(params=PRESENT)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that this machine can run."""
+    if request.param == EMULATOR:
+        request.getfixturevalue("emulator")
+    if request.param in GPU:
+        _backend.added[request.param] = OnDevice(_ops._tiled(ON_GPU[request.param]), "cuda")
     request.config.stash[_RAN].add(request.param)
-    with numerics.threads(1 if request.param == "torch" else torch.get_num_threads()):
+    with numerics.threads(torch.get_num_threads() if request.param in CPU else 1):
         yield request.param
 
 

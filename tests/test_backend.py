@@ -139,3 +139,14 @@ def test_the_compiled_module_checks_what_it_is_given():
         _backend._C.traits("sse9", 0, 0)
     with pytest.raises(ValueError, match="unknown dtype code"):
         _backend._C.traits("scalar", 0, 4)
+
+
+@pytest.mark.skipif(not hasattr(_backend._C, "cuda_logprob_finish"), reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch on these addresses would be real")
+def test_a_launch_that_fails_names_the_kernel_and_its_shape():
+    """Without a driver every launch fails, which is what this needs."""
+    there = 64
+    args = {"stats": there, "labels": there, "n": 3, "v": 7, "dtype": 0, "logps": there, "lse": there, "stream": None}
+    with pytest.raises(RuntimeError, match="CUDA kernel logprob_finish on 3 rows of 1: "):
+        _backend._C.cuda_logprob_finish(args)
+    _backend._C.cuda_logprob_finish(args | {"n": 0})  # nothing to launch

@@ -50,7 +50,7 @@ class Project:
             (self.tools / name).write_text(text, encoding="utf-8")
             (self.tools / name).chmod(0o755)
         self.root.mkdir()
-        for name in ("csrc", "dpofast", "tests"):
+        for name in ("csrc", "dpofast", "kernels", "tests"):
             ignore = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, self.root / name, ignore=ignore)
         for name in ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py"):
@@ -107,6 +107,7 @@ def test_wheel_holds_the_package_and_nothing_else(project):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert EXTENSION in names
     assert {str(path.relative_to(project.root)) for path in project.root.glob("dpofast/**/*.py")} <= names
+    assert {f"dpofast/kernels/{path.name}" for path in project.root.glob("kernels/*.py")} <= names
     assert f"dpofast-{version}.dist-info/licenses/LICENSE" in names
     assert {name.partition("/")[0] for name in names} == {"dpofast", f"dpofast-{version}.dist-info"}
 
@@ -184,7 +185,7 @@ def test_the_cuda_half_can_be_left_out_or_insisted_on(project, tmp_path):
     empty = {"CUDA_HOME": str(tmp_path / "toolkit")}
     with pytest.raises(AssertionError, match="DPOFAST_BUILD_CUDA: got 'yes', expected auto, 0 or 1"):
         project.build("wheel", **empty, DPOFAST_BUILD_CUDA="yes")
-    with pytest.raises(AssertionError, match="DPOFAST_BUILD_CUDA=1, but there is no nvcc: install the CUDA toolkit"):
+    with pytest.raises(AssertionError, match="DPOFAST_BUILD_CUDA=1, but no nvcc: install the CUDA toolkit"):
         project.build("wheel", **empty, DPOFAST_BUILD_CUDA="1")
 
 

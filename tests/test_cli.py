@@ -45,6 +45,7 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         "train_hidden": True,
         "memory_budget": None,
         "backend": "auto",
+        "device": None,
     }
     assert capsys.readouterr().out == "a table\n"
 
@@ -55,6 +56,7 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         (["--frozen-head"], {"train_head": False, "train_hidden": True}),
         (["--score"], {"train_head": False, "train_hidden": False}),
         (["--memory-budget", "512MiB"], {"memory_budget": "512MiB"}),
+        (["--device", "h100"], {"device": "h100", "backend": "auto"}),
         (["--dtype", "fp32", "--backend", "cpu"], {"dtype": "fp32", "backend": "cpu"}),
     ],
 )

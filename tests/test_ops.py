@@ -40,7 +40,8 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
     args = (
         hidden, weight if train_head else weight.detach(),
         (bias if train_head else bias.detach()) if with_bias else None,
-        labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend, plan.schedule, plan.block, plan.token_chunk, plan.cache_bytes,
+        labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend, plan.schedule, plan.block, plan.token_chunk,
+        plan.cache_bytes,
     )  # fmt: skip
     torch.library.opcheck(_ops.linear_logprob, args, test_utils=OPCHECK)
 

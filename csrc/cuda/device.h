@@ -5,6 +5,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "core/float16.h"
 #include "core/types.h"
@@ -59,6 +60,11 @@ __device__ __forceinline__ void narrow(float x, f16& to) { to.bits = __half_as_u
 __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 
+// Blocks that the registers of one SM must have room for. Left to choose, ptxas spills a few registers to fit one block
+// more; 48 registers a thread (64 K / 5 blocks) are enough for a float accumulator, and fp64 needs up to 92.
+template <class T>
+constexpr int kBlocksPerSm = sizeof(acc_t<T>) == 8 ? 2 : 5;
+
 // exp2f(x log2 e) would lose digits for large |x|; expf is accurate and these kernels wait for memory.
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
@@ -88,27 +94,30 @@ inline Transform<A> make_transform(double temperature, double logit_scale, doubl
   return {A(logit_scale / temperature), A(logit_scale / softcap), A(softcap / temperature)};
 }
 
-// Elements of one row that a thread visits, 16 bytes at a time where the address allows: a head up to the first
-// 16-byte boundary and a tail go one by one. `visit(v, count, x)` gets x[0 .. count), elements v, v + 1, ...
+// Elements of one row that a thread visits, 16 bytes at a time, then a tail one by one. `visit(v, count, x)` gets
+// x[0 .. count), elements v, v + 1, ... Which thread gets which elements does not depend on the row's address, so that
+// a row has the same bits wherever it lies; one that does not start at a multiple of 16 bytes is only read in pieces.
 template <class T, class F>
 __device__ __forceinline__ void for_elements(const T* row, int64_t begin, int64_t end, const F& visit) {
   constexpr int kVec = 16 / int(sizeof(T));
-  const int64_t first = begin + int64_t((16 - reinterpret_cast<uintptr_t>(row + begin) % 16) % 16 / sizeof(T));
-  const int64_t body = first < end ? first : end, vectors = (end - body) / kVec, tail = body + vectors * kVec;
   struct alignas(16) Vec {
     T x[kVec];
   };
-  const int64_t lonely = (body - begin) + (end - tail);
-  for (int64_t i = threadIdx.x; i < lonely; i += kThreads) {
-    const int64_t v = i < body - begin ? begin + i : tail + (i - (body - begin));
-    const T x = row[v];
-    visit(v, std::integral_constant<int, 1>(), &x);
-  }
-  const Vec* vec = reinterpret_cast<const Vec*>(row + body);
+  const T* const from = row + begin;
+  const int64_t vectors = (end - begin) / kVec;
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(Vec) == 0;
   for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    const Vec x = vec[i];
-    visit(body + i * kVec, std::integral_constant<int, kVec>(), x.x);
+    Vec some;
+    if (aligned) {
+      some = reinterpret_cast<const Vec*>(from)[i];
+    } else {
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) some.x[j] = from[i * kVec + j];
+    }
+    visit(begin + i * kVec, std::integral_constant<int, kVec>(), some.x);
   }
+  for (int64_t v = begin + vectors * kVec + threadIdx.x; v < end; v += kThreads)
+    visit(v, std::integral_constant<int, 1>(), row + v);
 }
 
 }  // namespace dpofast::cuda

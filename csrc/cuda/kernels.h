@@ -59,9 +59,48 @@ struct FinishArgs {
   uint8_t* is_top1;
 };
 
+// The losses that a pair decides alone, and their names in dpofast/losses.py.
+enum class PairLoss : int {
+  sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm,
+  sft_norm, simpo, alphapo, cpo, dpop, cal_dpo,
+};
+constexpr const char* kPairLosses[] = {
+  "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
+  "discopop", "sigmoid_norm", "sft_norm", "simpo", "alphapo", "cpo", "dpop", "cal_dpo",
+};
+static_assert(sizeof kPairLosses / sizeof *kPairLosses == size_t(PairLoss::cal_dpo) + 1, "one name a loss");
+
+// In the order of F_DIVERGENCES in dpofast/losses.py.
+enum class FDivergence : int { reverse_kl, forward_kl, js_divergence, alpha_divergence };
+
+// A loss reads those that dpofast/losses.py defines for it; a margin or label_smoothing that it defines may be 0.
+struct PairOptions {
+  double beta, margin, label_smoothing, discopop_tau, simpo_gamma, alphapo_alpha, dpop_lambda;
+  FDivergence f_divergence;
+  double f_alpha_divergence_coef;
+};
+
+// A batch of 2 `pairs` sequences, all chosen ones and then all rejected ones.
+struct SequenceDpoArgs {
+  const void* logps;          // of acc; sequence i holds tokens cu_seqlens[i] .. cu_seqlens[i + 1), or `width` tokens
+  const int64_t* cu_seqlens;  // [2 pairs + 1] or null
+  const int64_t* labels;      // as logps; tokens with ignore_index do not count. Null: mask says so
+  const uint8_t* mask;        // as logps; 0 where a token does not count
+  int64_t ignore_index, pairs, width;
+  const void* ref_logps;      // [2 pairs] of acc, or null where the loss has no reference
+  PairLoss loss;
+  PairOptions options;
+  // [pairs] of acc, or null: `options` has it for all pairs, and the weight is 1.
+  const void *beta, *margin, *weight;
+  void *losses, *sums;        // [pairs], times the weight, and [2 pairs], of acc
+  int64_t* lengths;           // [2 pairs], tokens that count
+  void* coefficients;         // as logps, of acc: d mean(losses) / d logps, 0 for tokens that do not count
+};
+
 // `x`, `out`: types of logits and of what is written in their stead. `stream` is a cudaStream_t.
 void launch_logprob_fold(DType x, const FoldArgs&, void* stream);
 void launch_logprob_grad(DType x, DType out, bool filter, const GradArgs&, void* stream);
 void launch_logprob_finish(DType acc, const FinishArgs&, void* stream);
+void launch_sequence_dpo(DType acc, const SequenceDpoArgs&, void* stream);
 
 }  // namespace dpofast::cuda

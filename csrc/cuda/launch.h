@@ -21,7 +21,7 @@ template <class... P, class... A>
 void launch(const char* name, int64_t n, int64_t width, void* stream, void (*kernel)(P...), int64_t blocks, A... args) {
   if (blocks == 0) return;
 #if defined(DPOFAST_EMULATE)
-  (void)stream;
+  (void)name, (void)n, (void)width, (void)stream;
   emu::launch(blocks_for(blocks), kThreads, [&] { kernel(args...); });
 #else
   kernel<<<blocks_for(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);

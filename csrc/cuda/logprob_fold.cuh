@@ -121,7 +121,8 @@ __device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& tr
 }
 
 template <class T, bool kExtra>
-__global__ void __launch_bounds__(kThreads) logprob_fold_kernel(const FoldArgs a, const Transform<acc_t<T>> transform) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
+    logprob_fold_kernel(const FoldArgs a, const Transform<acc_t<T>> transform) {
   using A = acc_t<T>;
   DPOFAST_SHARED(Piece<A>, warps, kWarps);
   const A* bias = static_cast<const A*>(a.bias);

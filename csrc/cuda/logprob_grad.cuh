@@ -25,7 +25,8 @@ struct GradRow {
 };
 
 template <class T, class G, bool kFilter>
-__global__ void __launch_bounds__(kThreads) logprob_grad_kernel(const GradArgs a, const Transform<acc_t<T>> transform) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
+    logprob_grad_kernel(const GradArgs a, const Transform<acc_t<T>> transform) {
   using A = acc_t<T>;
   DPOFAST_SHARED(A, warps, kWarps);
   auto at = [](const void* p, int64_t i) { return static_cast<const A*>(p)[i]; };

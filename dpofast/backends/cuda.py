@@ -58,11 +58,19 @@ class CudaPasses(TorchPasses):
         else:
             sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
 
+    def _most_splits(self, n: int, device: torch.device) -> int:
+        """Parts of a row that make enough blocks of n rows."""
+        return -(-(self._blocks or 4 * _backend.multiprocessors(device)) // max(n, 1))
+
+    def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
+        # Partials of split rows lie behind the statistics, so that no tile makes a buffer.
+        stats = torch.empty(1 + self._most_splits(n, device), Stat.COUNT, n, dtype=wide, device=device)[0]
+        return stats.copy_(super().new_stats(n, wide, device))
+
     def _splits(self, n: int, width: int, device: torch.device) -> tuple[int, int]:
         """Parts of a row, so that there are enough blocks, and columns of each, a multiple of any vector."""
-        blocks = self._blocks or 4 * _backend.multiprocessors(device)
-        splits = max(1, min(-(-width // _PART), -(-blocks // n)))
-        part = -(-width // splits + 63) // 64 * 64 if splits > 1 else width
+        splits = max(1, min(-(-width // _PART), self._most_splits(n, device)))
+        part = -(-width // (64 * splits)) * 64 if splits > 1 else width
         return -(-width // part), part
 
     def _launch(self, function: str, device: torch.device, args: dict[str, Any]) -> None:
@@ -83,11 +91,10 @@ class CudaPasses(TorchPasses):
 
     def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
         args = self._tile(x, bias, y, v0, transform, offsets)
-        partials = stats.new_empty(args["splits"], *stats.shape) if args["splits"] > 1 else None
-        more = {"outputs": _flags(outputs), "stats": stats.data_ptr(), "partials": _pointer(partials)}
+        more = {"outputs": _flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
         self._launch("logprob_fold", x.device, args | more)
         if keep is not None:
-            reference.copy_(stats[Stat.M]).masked_fill_(reference == -torch.inf, 0.0)
+            reference.copy_(stats[Stat.M])
             lse = {"z_max": reference.data_ptr(), "log_sum": None, "lse_stride": 1}
             self._grad(args | lse | {"labels": None, "grad_logps_value": -1.0}, x.device, keep)
 
@@ -98,11 +105,6 @@ class CudaPasses(TorchPasses):
             "out_offsets": _pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
         }  # fmt: skip
         self._launch("logprob_grad", device, defaults | args)
-
-    def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
-        stats = super().new_stats(n, wide, device)
-        stats[Stat.Z_LABEL] = -torch.inf
-        return stats
 
     def finish(self, stats, y, n_vocab, outputs) -> dict[str, Tensor]:
         n = stats.shape[1]

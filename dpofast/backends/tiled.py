@@ -24,7 +24,7 @@ Transform = tuple[float, float, float]  # temperature, logit_scale, softcap (0: 
 
 
 class Passes(Protocol):
-    """What a backend does to a tile of logits ``x`` [n, width], without bias and transform, of columns v0, v0 + 1, .."""
+    """What a backend does to a tile of logits ``x`` [n, width], before bias and transform, of columns v0, v0 + 1, .."""
 
     def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
         """Of the operands of every product, and so of ``g``."""
@@ -54,7 +54,7 @@ class Passes(Protocol):
         self, kept: Tensor, references: Tensor, block: int, y: Tensor, transform: Transform, stats: Tensor,
         results: dict[str, Tensor],
     ) -> None:  # fmt: skip
-        """Turns what `fold` stored, a reference for each ``block`` of columns, into ``g``, the label's entry included."""
+        """Turns what `fold` stored, a reference for each ``block`` of columns, into ``g``, the label's entry too."""
 
     def grad(
         self, x: Tensor, bias: Tensor | None, y: Tensor, v0: int, transform: Transform, saved: dict[str, Tensor],
@@ -72,7 +72,7 @@ class Passes(Protocol):
 
 
 class TiledBackend:
-    """The functions of `dpofast.backends.cpu` on top of ``passes``; their first argument, an instruction set, is unused."""
+    """The functions of `dpofast.backends.cpu` on top of ``passes``; the instruction set they are told means nothing."""
 
     def __init__(self, passes: Passes):
         self.passes = passes
@@ -272,10 +272,10 @@ def _from_kept(a: _Head, g: Tensor, grad_logps: Tensor, sums, grad_weight, grad_
     for v0, v1 in a.vocabulary(0, g.shape[1]):
         if grad_weight is not None:
             _into(a, g[:, v0:v1].T, ch, grad_weight[v0:v1])
-        if grad_bias is not None:
-            two = a.empty(v1 - v0, 2)
-            a.passes.product(g[:, v0:v1].T, coefficients, two)
-            grad_bias[v0:v1] = two.sum(-1)
+    if grad_bias is not None:
+        two = a.empty(g.shape[1], 2)
+        a.passes.product(g.T, coefficients, two)
+        grad_bias[: g.shape[1]] = two.sum(-1)
 
 
 def _into(a: _Head, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -303,20 +303,20 @@ def _recompute(
     g_tile = tile if a.dtype == a.wide else a.empty(longest * block, dtype=a.dtype)
     whole = len(parts) == 1
     d_weight = None if grad_weight is None or whole else a.empty(block, a.hidden.shape[-1])
-    d_bias = None if grad_bias is None else a.empty(block)
-    h = a.tokens(parts[0]) if whole else None
+    d_bias = None if grad_bias is None else a.empty(len(parts), block)
+    h = a.tokens(slice(parts[0].start, parts[-1].stop))
+    start = parts[0].start
     for v0, v1 in a.vocabulary(first, n_vocab):
         w, b = a.slice_of_weight(v0, v1), a.slice_of_bias(v0, v1)
         for i, part in enumerate(parts):
-            n = part.stop - part.start
-            tokens = a.tokens(part) if h is None else h
+            n, at = part.stop - part.start, part.start - start
+            tokens = h[at : at + n]
             x, g = (t[: n * (v1 - v0)].view(n, v1 - v0) for t in (tile, g_tile))
             a.passes.product(tokens, w.T, x)
             held = {name: s[part] for name, s in saved.items()}
             c, e = (None if d is None else d[part] for d in (grad_logps, grad_entropy))
             a.passes.grad(x, b, a.y[part], v0, a.transform, held, c, e, g)
             if sums is not None:
-                at = part.start - parts[0].start
                 a.passes.accumulate(sums[at : at + n], g, w)
             if grad_weight is not None and whole:
                 _into(a, g.T, tokens, grad_weight[v0:v1])
@@ -325,9 +325,8 @@ def _recompute(
             elif grad_weight is not None:
                 a.passes.product(g.T, tokens, d_weight[: v1 - v0])
             if grad_bias is not None:
-                d = torch.sum(g, 0, dtype=a.wide)
-                d_bias[: v1 - v0] = d_bias[: v1 - v0] + d if i else d
+                torch.sum(g, 0, dtype=a.wide, out=d_bias[i, : v1 - v0])
         if grad_weight is not None and not whole:
             grad_weight[v0:v1] = d_weight[: v1 - v0]
         if grad_bias is not None:
-            grad_bias[v0:v1] = d_bias[: v1 - v0]
+            torch.sum(d_bias[:, : v1 - v0], 0, out=grad_bias[v0:v1])

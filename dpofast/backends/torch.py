@@ -63,7 +63,7 @@ class TorchPasses:
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         stats = torch.zeros(Stat.COUNT, n, dtype=wide, device=device)
-        stats[Stat.M] = stats[Stat.TOP_BEFORE] = -torch.inf
+        stats[[Stat.M, Stat.TOP_BEFORE, Stat.Z_LABEL]] = -torch.inf
         return stats
 
     def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference) -> None:
@@ -126,10 +126,11 @@ class TorchPasses:
 
     def normalise(self, kept, references, block, y, transform, stats, results) -> None:
         z_max, log_sum = results["lse"].unbind(-1)
-        for reference, v0 in zip(references, range(0, kept.shape[1], block)):
-            kept[:, v0 : v0 + block] *= -((reference - z_max) - log_sum).exp().unsqueeze(-1)
+        factors = ((references - z_max) - log_sum).exp().neg_().unsqueeze(-1)
+        for factor, v0 in zip(factors, range(0, kept.shape[1], block)):
+            kept[:, v0 : v0 + block] *= factor
         inside, index = _label_place(y, 0, kept.shape[1])
-        own = -torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)
+        own = (-torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)).to(kept.dtype)
         kept.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.unsqueeze(-1), kept.gather(1, index)))
 
     def grad(self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out) -> None:

@@ -19,9 +19,7 @@ ROOT = Path(__file__).parents[2]
 OUT = ROOT / "build" / "emu"
 CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 INCLUDES = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'emu'}"]
-# _FORTIFY_SOURCE, the default of some compilers, takes a jump to another stack for an attack.
-FLAGS = ["-std=c++17", "-DDPOFAST_EMULATE", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-# memcpy is left alone where a kernel passes over whole pages that are not there.
+FLAGS = ["-std=c++17", "-DDPOFAST_EMULATE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 

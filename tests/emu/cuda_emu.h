@@ -9,7 +9,6 @@
 //
 // It shows wrong indices, masks, reductions, barriers and bounds. It says nothing about speed or the memory model.
 #pragma once
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -55,7 +54,7 @@ namespace emu {
 inline uint64_t seed = 1;  // of the order of threads and blocks, for every launch from now on
 
 [[noreturn]] inline void fail(const char* what, int line) {
-  std::fprintf(stderr, "emulator: %s (line %d; thread %u of block %u)\n", what, line, threadIdx.x, blockIdx.x);
+  std::fprintf(stderr, "emulator: %s (line %d, block %u)\n", what, line, blockIdx.x);
   std::abort();
 }
 
@@ -74,27 +73,31 @@ struct Random {
   }
 };
 
-// Where a fiber, or the scheduler, goes on. A first entry is a ucontext; _longjmp, which makes no system call, does
-// every later switch.
+// Where a fiber, or the scheduler, goes on. A first entry is a ucontext; every later switch is a jump without a system
+// call, and without the C library, which a jump to another stack might alarm.
 struct Context {
-  jmp_buf jump;
-  ucontext_t first;
+  void* jump[5];
   bool entered = false;
+  ucontext_t first;
   // For AddressSanitizer, which has to know the stack it is on.
   const void* stack = nullptr;
   size_t stack_bytes = 0;
   void* fake_stack = nullptr;
 };
 
-[[gnu::noinline]] inline void switch_to(Context& from, Context& to) {
+// Neither is instrumented: AddressSanitizer takes a call that never returns for the end of the whole stack.
+[[gnu::noinline, gnu::no_sanitize("address")]] inline void enter(Context& to) {
+  if (to.entered) __builtin_longjmp(to.jump, 1);
+  to.entered = true;
+  setcontext(&to.first);
+  std::abort();
+}
+
+[[gnu::noinline, gnu::no_sanitize("address")]] inline void switch_to(Context& from, Context& to) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
 #endif
-  if (_setjmp(from.jump) == 0) {
-    if (to.entered) _longjmp(to.jump, 1);
-    to.entered = true;
-    setcontext(&to.first);
-  }
+  if (__builtin_setjmp(from.jump) == 0) enter(to);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
 #endif
@@ -103,11 +106,10 @@ struct Context {
 enum class State : uint8_t { kReady, kAtShuffle, kAtBarrier, kDone };
 
 struct Thread {
-  Context context;
   State state = State::kDone;
-  int line = 0;           // where it waits
-  unsigned shuffles = 0;  // that it has taken part in
-  uint64_t slot[2];       // what it gives to a shuffle; two, so that one wait a shuffle is enough
+  unsigned turn = 0;  // of the two slots, so that one wait a shuffle is enough
+  int line = 0;       // where it waits
+  uint64_t slot[2];   // what it gives to a shuffle
 };
 
 struct Array {
@@ -118,7 +120,8 @@ struct Array {
 // The one machine: a pool of fibers, and the block that runs now.
 struct Machine {
   std::mutex one_launch;
-  std::vector<Thread> threads;
+  Thread threads[kMaxThreads];
+  std::vector<Context> fibers;  // of those threads
   Context scheduler;
   unsigned running = 0;
   void (*body)(const void*) = nullptr;
@@ -138,7 +141,7 @@ inline void wait(State at, int line) {
   Thread& t = m.threads[m.running];
   t.state = at;
   t.line = line;
-  switch_to(t.context, m.scheduler);
+  switch_to(m.fibers[m.running], m.scheduler);
 }
 
 inline void fiber() {
@@ -153,13 +156,13 @@ inline void fiber() {
 }
 
 inline void make_fibers(Machine& m) {
-  m.threads.resize(kMaxThreads);
+  m.fibers.resize(kMaxThreads);
   m.scheduler.entered = true;
   void* stacks = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) fail("no memory for stacks", __LINE__);
   for (int i = 0; i < kMaxThreads; ++i) {
-    Context& c = m.threads[size_t(i)].context;
+    Context& c = m.fibers[size_t(i)];
     c.stack = static_cast<char*>(stacks) + size_t(i) * kStackBytes;
     c.stack_bytes = kStackBytes;
     getcontext(&c.first);
@@ -211,14 +214,14 @@ inline bool run_warp(Machine& m, unsigned first, const unsigned* lanes) {
     if (t.state != State::kReady) continue;
     any = true;
     m.running = threadIdx.x = first + lanes[i];
-    switch_to(m.scheduler, t.context);
+    switch_to(m.scheduler, m.fibers[m.running]);
   }
   return any;
 }
 
 // Lets `count` threads go on if all of them wait at the same point. A done thread is never waited for: an error.
 inline bool release(Machine& m, unsigned first, unsigned count, State from) {
-  Thread* const t = m.threads.data() + first;
+  Thread* const t = m.threads + first;
   const Thread* waits = nullptr;
   unsigned waiting = 0, done = 0;
   for (unsigned i = 0; i < count; ++i) {
@@ -265,7 +268,7 @@ void launch(unsigned blocks, unsigned threads, const F& body) {
   Machine& m = machine();
   const std::lock_guard<std::mutex> lock(m.one_launch);
   if (threads == 0 || threads > kMaxThreads || threads % kWarp != 0) fail("threads must be whole warps", __LINE__);
-  if (m.threads.empty()) make_fibers(m);
+  if (m.fibers.empty()) make_fibers(m);
   m.body = [](const void* f) { (*static_cast<const F*>(f))(); };
   m.argument = &body;
   m.random = {seed};
@@ -288,7 +291,7 @@ T shuffle(unsigned mask, T x, unsigned from_lane, int line) {
   if (mask != 0xffffffffu) fail("a shuffle of part of a warp is not emulated", line);
   Machine& m = machine();
   const unsigned me = m.running, first = me / kWarp * kWarp;
-  const unsigned turn = m.threads[me].shuffles++ % 2;
+  const unsigned turn = m.threads[me].turn ^= 1;
   std::memcpy(&m.threads[me].slot[turn], &x, sizeof x);
   wait(State::kAtShuffle, line);
   std::memcpy(&x, &m.threads[first + from_lane % kWarp].slot[turn], sizeof x);

@@ -1,0 +1,123 @@
+"""The Triton kernels of ``kernels/``: the passes over a tile of logits, and the fused ones that need no tile.
+
+Where nothing is kept from forward to backward (score, recompute), the forward computes the log-sum-exp while the
+product is at hand, and the backward makes ``g`` in the same way; logits are never written. Where ``g`` is kept, the
+schedules are those of `dpofast.backends.tiled`, with products by `torch.mm`; so they are for fp64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpofast import _backend
+from dpofast.backends.cpu import element_offsets
+from dpofast.backends.cuda import CudaPasses
+from dpofast.backends.tiled import TiledBackend, chunks, wide_dtype
+from dpofast.backends.torch import Stat, TorchPasses
+from dpofast.kernels.linear_logprob_backward import linear_logprob_backward
+from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
+from dpofast.kernels.logprob_fold import logprob_fold
+from dpofast.kernels.logprob_grad import logprob_grad, logprob_keep
+
+_UNKEPT = ("score", "recompute", "recompute-split")  # schedules that keep nothing
+
+
+class TritonPasses(TorchPasses):
+    """`dpofast.backends.tiled.Passes` by Triton kernels.
+
+    Args:
+        programs: how many keep the GPU busy; rows are split when there are fewer. None: four for each multiprocessor.
+    """
+
+    product_dtype = CudaPasses.product_dtype
+    product = CudaPasses.product
+    accumulate = CudaPasses.accumulate
+
+    def __init__(self, programs: int | None = None):
+        self._programs = programs
+
+    def programs(self, device: torch.device) -> int:
+        return self._programs or 4 * _backend.multiprocessors(device)
+
+    def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
+        stats = super().new_stats(n, wide, device)
+        stats[Stat.Z_LABEL] = -torch.inf
+        return stats
+
+    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
+        logprob_fold(x, offsets, bias, y, v0, transform, stats, bool(outputs), self.programs(x.device))
+        if keep is not None:
+            reference.copy_(stats[Stat.M]).masked_fill_(reference == -torch.inf, 0.0)
+            logprob_keep(x, bias, transform, reference, keep)
+
+    def grad(self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out) -> None:
+        logprob_grad(x, None, bias, y, v0, transform, saved, grad_logps, grad_entropy, out)
+
+    # From logits: whole rows are tiles, wherever they start.
+
+    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
+        stats = self.new_stats(rows.numel(), wide_dtype(logits.dtype), logits.device)
+        self.fold(logits, None, y, 0, transform, stats, outputs, None, None, element_offsets(logits, rows))
+        return self.finish(stats, y, logits.shape[-1], outputs)
+
+    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
+        offsets = element_offsets(logits, rows), element_offsets(grad_logits, rows)
+        logprob_grad(
+            logits, offsets[0], None, y, 0, transform, saved, grad_logps, grad_entropy, grad_logits, offsets[1]
+        )
+
+
+class TritonBackend(TiledBackend):
+    """`TiledBackend` whose schedules that keep nothing run on the fused kernels."""
+
+    passes: TritonPasses
+
+    def forward(self, isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache) -> dict[str, Tensor]:
+        wide = wide_dtype(hidden.dtype, weight.dtype)
+        if choice.schedule not in _UNKEPT or wide == torch.float64:
+            return super().forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache)
+        stats = self.passes.new_stats(rows.numel(), wide, hidden.device)
+        linear_logprob_forward(
+            hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform, stats, bool(outputs),
+            self.passes.programs(hidden.device),
+        )  # fmt: skip
+        return self.passes.finish(stats, y, weight.shape[0], outputs)
+
+    def backward(
+        self, isa, hidden, weight, bias, rows, y, transform, choice, cache, saved, grad_logps, grad_entropy,
+        grad_hidden, grad_weight, grad_bias,
+    ) -> None:  # fmt: skip
+        wide = wide_dtype(hidden.dtype, weight.dtype)
+        if choice.schedule not in _UNKEPT or wide == torch.float64:
+            super().backward(
+                isa, hidden, weight, bias, rows, y, transform, choice, cache, saved, grad_logps, grad_entropy,
+                grad_hidden, grad_weight, grad_bias,
+            )  # fmt: skip
+            return
+        operands = hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform
+
+        def run(parts: list[slice], to_hidden: bool, to_rest: bool) -> None:
+            n = parts[-1].stop - parts[0].start
+            sums = torch.empty(n, hidden.shape[-1], dtype=wide, device=hidden.device) if to_hidden else None
+            linear_logprob_backward(
+                *operands, parts, choice.block, saved, grad_logps, grad_entropy, sums,
+                *((grad_weight, grad_bias) if to_rest else (None, None)),
+            )  # fmt: skip
+            if sums is not None:
+                at = rows[parts[0].start : parts[-1].stop]
+                grad_hidden.view(-1, hidden.shape[-1])[at] = sums.to(grad_hidden.dtype)
+
+        parts = chunks(rows.numel(), choice.token_chunk)
+        to_hidden, to_rest = grad_hidden is not None, grad_weight is not None or grad_bias is not None
+        if to_rest and choice.schedule != "recompute-split":
+            run(parts, to_hidden, True)
+            return
+        for part in parts if to_hidden else ():
+            run([part], True, False)
+        if to_rest:
+            run(parts, False, True)
+
+
+def _in(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(dtype).contiguous()

@@ -1,0 +1,198 @@
+"""TRL's trainers on dpofast: one function replaced, so that everything the trainers do around it stays theirs.
+
+TRL >= 1.15 gives its DPO, KTO, GRPO, RLOO and SFT trainers a fused head (`trl.trainer.utils.add_fused_lm_head`) that
+calls one autograd function for log-probabilities and statistics. `patch` puts `linear_logprob` in its place. On the CPU
+it also makes TRL drop prompt and padding before the product, which TRL itself does on a GPU only.
+
+In TRL 1.8 to 1.10 the DPO and KTO trainers call a Liger loss object instead, with ``use_liger_kernel=True``; there
+`patch` replaces these objects, for trainers that are built after it.
+
+The numbers are TRL's, up to rounding in fp32. With a 16-bit head they are closer to the exact ones: TRL rounds each
+logit to 16 bits before the softmax, `linear_logprob` does not.
+
+Importing this module patches nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+from trl import DPOTrainer as _TrlDPOTrainer
+
+from dpofast.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
+from dpofast.primitive import linear_logprob
+
+__all__ = ["DPOTrainer", "patch", "patched", "unpatch"]
+
+_ARGUMENTS = (
+    "hidden",
+    "weight",
+    "bias",
+    "targets",
+    "temperature",
+    "chunk_size",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+)
+"""What TRL's function takes, in order."""
+_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""What it returns after the log-probabilities, in order; None where not asked for."""
+
+
+class _LogprobFunction:
+    """Stands where TRL's autograd function stands."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,  # TRL's tile width; the planner chooses its own
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _STATISTICS,
+    ) -> tuple[Tensor | None, ...]:
+        if hasattr(weight, "ds_id"):
+            # ZeRO-3 takes the gathered head away when the forward ends, and the backward needs it again
+            weight = weight.clone()
+            bias = None if bias is None else bias.clone()
+        out = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            ignore_index=None,  # TRL has removed the positions that do not count, or wants all of them
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=final_logit_softcapping,
+            outputs=tuple(name for name in _STATISTICS if name in outputs),
+        )
+        values = (out.logps, *(getattr(out, name) for name in _STATISTICS))
+        # fp32 for every input, as TRL's
+        return tuple(x.float() if x is not None and x.dtype == torch.float64 else x for x in values)
+
+
+class _KTOLoss(LigerFusedLinearKTOLoss):
+    """TRL asks for no reference where it has no separate reference model, which under PEFT is a slip of its own: it
+    passes the hidden states of the model with its adapter disabled, and they must not be dropped."""
+
+    def __init__(self, beta: float, use_ref_model: bool) -> None:
+        super().__init__(beta=beta, use_ref_model=True)
+
+
+def _replacements() -> list[tuple[ModuleType, str, Any]]:
+    """What to set where, for the TRL that is installed, checked before anything is set."""
+    utils = importlib.import_module("trl.trainer.utils")
+    if hasattr(utils, "add_fused_lm_head"):
+        return _fused_head(utils)
+    trainers = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in ("dpo", "kto")]
+    names = ("LigerFusedLinearDPOLoss", "LigerFusedLinearKTOLoss")
+    if not all(map(hasattr, trainers, names)):
+        raise ImportError(
+            f"trl {trl.__version__} has neither the fused head of trl >= 1.15 nor, with liger-kernel installed, the "
+            "Liger loss of trl 1.8 to 1.10, which are what dpofast can replace; install trl>=1.16"
+        )
+    return [(trainers[0], names[0], LigerFusedLinearDPOLoss), (trainers[1], names[1], _KTOLoss)]
+
+
+def _fused_head(utils: ModuleType) -> list[tuple[ModuleType, str, Any]]:
+    function = getattr(utils, "_ChunkedLogProbFunction", None)
+    if function is None or "_ChunkedLogProbFunction" not in _names(utils.add_fused_lm_head.__code__):
+        raise ImportError(
+            f"trl {trl.__version__}: expected add_fused_lm_head to call trl.trainer.utils._ChunkedLogProbFunction, "
+            "found that it does not (trl 1.15 has it only where Triton is installed); install trl==1.16.*"
+        )
+    _check_parameters("its log-prob function", function.forward, ("ctx", *_ARGUMENTS))
+    replacements: list[tuple[ModuleType, str, Any]] = [(utils, "_ChunkedLogProbFunction", _LogprobFunction)]
+    if hasattr(utils, "_use_triton"):  # trl 1.15 drops prompt and padding everywhere
+        _check_parameters("_use_triton", utils._use_triton, ("device",))
+        replacements.append((utils, "_use_triton", _drops_ignored(utils._use_triton)))
+    return replacements
+
+
+def _check_parameters(what: str, function: Callable[..., Any], expected: tuple[str, ...]) -> None:
+    found = tuple(inspect.signature(function).parameters)
+    if found != expected:
+        raise ImportError(
+            f"trl {trl.__version__}: expected {what} to take {', '.join(expected)}; found {', '.join(found)}. "
+            "This dpofast does not know that version; install trl==1.16.*"
+        )
+
+
+def _drops_ignored(use_triton: Callable[[torch.device], bool]) -> Callable[[torch.device], bool]:
+    """TRL's question whether to drop positions that do not count: on the CPU too."""
+    return lambda device: device.type == "cpu" or use_triton(device)
+
+
+def _names(code: CodeType) -> set[str]:
+    """The globals and attributes that a function and those inside it use."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names, inner))
+
+
+_originals: list[tuple[ModuleType, str, Any]] = []
+
+
+def patch() -> None:
+    """Let every TRL trainer compute its log-probabilities with dpofast. Once is enough; twice does no harm.
+
+    With TRL >= 1.15 it counts for trainers that exist already, too: TRL looks its function up at each call.
+
+    Raises:
+        ImportError: the installed TRL is one whose function this dpofast does not know; nothing is patched.
+    """
+    if _originals:
+        return
+    replacements = _replacements()
+    _originals.extend((module, name, getattr(module, name)) for module, name, _ in replacements)
+    for module, name, value in replacements:
+        setattr(module, name, value)
+
+
+def unpatch() -> None:
+    """Put back what `patch` replaced."""
+    while _originals:
+        setattr(*_originals.pop())
+
+
+@contextmanager
+def patched() -> Iterator[None]:
+    """`patch` for the length of a ``with``; inside an outer `patch` or `patched` it changes nothing."""
+    if _originals:
+        yield
+        return
+    patch()
+    try:
+        yield
+    finally:
+        unpatch()
+
+
+class DPOTrainer(_TrlDPOTrainer):
+    """TRL's DPOTrainer computing with dpofast, and no other trainer in the process.
+
+    Same arguments, same numbers, same checkpoints. The backward needs no patch: autograd knows the op by then.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with patched():
+            super().__init__(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with patched():
+            return super().compute_loss(*args, **kwargs)
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        with patched():
+            return super().compute_ref_log_probs(*args, **kwargs)

@@ -1,0 +1,138 @@
+"""What every launcher here shares: the factors of the transform, the device, and tile sizes by architecture.
+
+Tiles are fixed by architecture and dtype, since a search on the first step would take minutes. With
+``DPOFAST_AUTOTUNE=1`` in the environment the candidates below are timed once per kernel, architecture, dtype and class
+of shape (sizes rounded up to a power of two), and the fastest is used for the rest of the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Tile(NamedTuple):
+    """Sizes of the blocks of a product of ``n`` tokens with ``v`` vocabulary rows, ``h`` of hidden at a time.
+
+    The second products of a backward take ``k`` of the tokens or of the vocabulary at a time, and make ``c`` columns.
+    """
+
+    n: int
+    v: int
+    h: int
+    warps: int
+    stages: int
+    c: int = 0
+    k: int = 0
+
+
+# By kernel and whether the operands are 16-bit; the first of each is the default. None may spill with any flag, rows
+# that are not aligned included (tests/triton_resources.txt), which is what limits them: 255 registers a thread.
+_NVIDIA = {
+    ("forward", True): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    ("forward", False): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
+    ("backward", True): (Tile(64, 128, 64, 8, 3, c=64, k=32), Tile(128, 64, 64, 8, 3, c=64, k=32)),
+    ("backward", False): (Tile(32, 64, 32, 4, 2, c=64, k=32), Tile(64, 32, 32, 4, 2, c=64, k=32)),
+}
+# 64 KiB of shared memory, the least that a GPU has.
+_OTHER = {
+    ("forward", True): (Tile(64, 128, 32, 8, 2), Tile(128, 64, 32, 8, 2)),
+    ("forward", False): _NVIDIA["forward", False],
+    ("backward", True): (Tile(64, 128, 32, 8, 2, c=64, k=32), Tile(128, 64, 32, 8, 2, c=64, k=32)),
+    ("backward", False): _NVIDIA["backward", False],
+}
+# For tests: so small that a small problem has several of each.
+_INTERPRETER = {key: (Tile(16, 32, 16, 1, 1, c=32, k=16),) for key in _NVIDIA}
+
+TILES: dict[str, dict[tuple[str, bool], tuple[Tile, ...]]] = {
+    "sm_80": _NVIDIA,
+    "sm_90": _NVIDIA,
+    "sm_100": _NVIDIA,
+    "sm_120": _NVIDIA,
+    "other": _OTHER,
+    "interpreter": _INTERPRETER,
+}
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """A key of `TILES`."""
+    if device.type == "cpu":
+        return "interpreter"
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "other"
+    major, minor = torch.cuda.get_device_capability(device)
+    name = f"sm_{major}0" if major > 8 else f"sm_{major}{minor}"
+    return name if name in TILES else "other"
+
+
+_fastest: dict[tuple, Tile] = {}
+
+
+def choose_tile(
+    kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], launch: Callable[[Tile], Any]
+) -> Tile:
+    """The tile for one launch: the default, or the fastest where ``DPOFAST_AUTOTUNE=1``.
+
+    ``launch`` runs the kernel with a tile, any number of times, and must leave nothing behind that matters.
+    """
+    arch = architecture(device)
+    candidates = TILES[arch][kernel, dtype.itemsize == 2]
+    if os.environ.get("DPOFAST_AUTOTUNE") != "1":
+        return candidates[0]
+    key = (kernel, arch, dtype, *(triton.next_power_of_2(size) for size in shape))
+    if key not in _fastest:
+        _fastest[key] = min(candidates, key=lambda tile: time_of(lambda: launch(tile)))
+    return _fastest[key]
+
+
+def time_of(launch: Callable[[], Any]) -> float:
+    """Milliseconds, on the device."""
+    return triton.testing.do_bench(launch, warmup=10, rep=50)
+
+
+def factors(transform: tuple[float, float, float]) -> dict[str, Any]:
+    """What kernels take of (temperature, logit_scale, softcap): see device.transformed."""
+    temperature, logit_scale, softcap = transform
+    return {
+        "scale": logit_scale / temperature,
+        "before": logit_scale / softcap if softcap else 0.0,
+        "after": softcap / temperature,
+        "SOFTCAP": softcap != 0,
+    }
+
+
+def grad_factors(transform: tuple[float, float, float]) -> dict[str, Any]:
+    """`factors`, and what device.slope takes."""
+    temperature, _, softcap = transform
+    return factors(transform) | {"inverse": temperature / softcap if softcap else 0.0}
+
+
+def dot_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, tl.dtype]:
+    """What both operands of the products are converted to, in PyTorch's words and in Triton's."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return dtype, {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+
+
+def aligned(x: torch.Tensor) -> bool:
+    """Whether every row of x [*, H] begins at a multiple of 16 elements, as 16-byte loads need to be told."""
+    return all(stride % 16 == 0 for stride in x.stride()[:-1])
+
+
+def on(device: torch.device):
+    """Triton launches on the current device."""
+    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+def splits(jobs: int, work: int, least: int, programs: int) -> tuple[int, int]:
+    """(parts, size of each, a multiple of ``least``) of ``work``: ``jobs`` times parts keep ``programs`` busy."""
+    parts = max(1, min(triton.cdiv(work, least), triton.cdiv(programs, jobs)))
+    size = triton.cdiv(triton.cdiv(work, parts), least) * least
+    return triton.cdiv(work, size), size

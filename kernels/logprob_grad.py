@@ -1,0 +1,119 @@
+"""logprob_grad: turns a tile of logits [n, width] into d loss / d logits, in place or into a 16-bit buffer; also whole
+rows of logits, wherever they start. One read, one write.
+
+    p = exp(z - z_max - log_sum)
+    g = dz/dx * (c (onehot - p) - e p (log p + entropy))        c, e: incoming gradients of logps and entropy
+
+logprob_keep writes dz/dx exp(z - reference): what a forward keeps while log_sum is not known yet.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpofast.kernels.device import grad_tile, load_row, slope, transformed
+from dpofast.kernels.launch import grad_factors, on
+
+BLOCK = 1024  # columns of a program
+
+
+@triton.jit
+def _columns(x, offsets, ld, bias, width, BLOCK: tl.constexpr, A: tl.constexpr):
+    """(row [1], columns [BLOCK], their logits [1, BLOCK]) of this program."""
+    blocks = tl.cdiv(width, BLOCK)
+    job = tl.program_id(0).to(tl.int64)
+    row = job // blocks + tl.zeros((1,), tl.int64)
+    v = (job % blocks) * BLOCK + tl.arange(0, BLOCK)
+    if offsets is not None:
+        start = tl.load(offsets + row)
+    else:
+        start = row * ld
+    logits = tl.load(x + start[:, None] + v[None, :], mask=v[None, :] < width, other=0.0).to(A)
+    if bias is not None:
+        logits += tl.load(bias + v, mask=v < width, other=0.0)[None, :]
+    return row, v, logits
+
+
+@triton.jit(do_not_specialize=["width"])
+def logprob_keep_kernel(
+    x, ld, bias, reference, out, out_ld, width, scale: tl.float64, before: tl.float64, after: tl.float64,
+    inverse: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, v, logits = _columns(x, None, ld, bias, width, BLOCK, reference.dtype.element_ty)
+    z = transformed(logits, scale, before, after, SOFTCAP)
+    kept = tl.exp(z - tl.load(reference + row)[:, None]) * slope(z, scale, inverse, SOFTCAP)
+    tl.store(out + row[:, None] * out_ld + v[None, :], kept, mask=v[None, :] < width)
+
+
+@triton.jit(do_not_specialize=["n", "width", "v0"])
+def logprob_grad_kernel(
+    x, offsets, ld, bias,  # as in logprob_fold_kernel
+    labels, logps, lse,  # [n], [n], [n, 2]
+    grad_logps, entropy, grad_entropy,  # [n] or None
+    out, out_offsets, out_ld,  # as x, which it may be
+    dropped,  # FILTER: [programs of a row, n], the sum of p over entries that became 0
+    n, width, v0, cut, scale: tl.float64, before: tl.float64, after: tl.float64,
+    inverse: tl.float64, SOFTCAP: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, v, logits = _columns(x, offsets, ld, bias, width, BLOCK, lse.dtype.element_ty)
+    z = transformed(logits, scale, before, after, SOFTCAP)
+    held = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row >= 0)
+    is_label = v[None, :] == (tl.load(labels + row) - v0)[:, None]
+    g, p = grad_tile(z, is_label, held, scale, inverse, SOFTCAP, grad_entropy is not None)
+    if FILTER:
+        small = (p < cut * held[6][:, None]) & (v[None, :] != (tl.load(labels + row) - v0)[:, None])
+        g = tl.where(small, 0.0, g)
+        part = tl.program_id(0).to(tl.int64) % tl.cdiv(width, BLOCK)
+        tl.store(dropped + part * n + row, tl.sum(tl.where(small & (v[None, :] < width), p, 0.0), 1))
+    if out_offsets is not None:
+        start = tl.load(out_offsets + row)
+    else:
+        start = row * out_ld
+    tl.store(out + start[:, None] + v[None, :], g, mask=v[None, :] < width)
+
+
+def _grid(n: int, width: int) -> tuple[tuple[int], int]:
+    block = min(BLOCK, max(16, triton.next_power_of_2(width)))
+    return (n * triton.cdiv(width, block),), block
+
+
+def logprob_keep(x: Tensor, bias: Tensor | None, transform, reference: Tensor, out: Tensor) -> None:
+    """``out = exp(z - reference) dz/dx`` of logits x [n, width]; reference [n] is finite."""
+    grid, block = _grid(*x.shape)
+    with on(x.device):
+        logprob_keep_kernel[grid](
+            x, x.stride(0), bias, reference, out, out.stride(0), x.shape[1], **grad_factors(transform), BLOCK=block,
+            num_warps=4,
+        )  # fmt: skip
+
+
+def logprob_grad(
+    x: Tensor, offsets: Tensor | None, bias: Tensor | None, labels: Tensor, v0: int,
+    transform: tuple[float, float, float], saved: dict[str, Tensor], grad_logps: Tensor | None,
+    grad_entropy: Tensor | None, out: Tensor, out_offsets: Tensor | None = None, cut: float | None = None,
+) -> Tensor | None:  # fmt: skip
+    """``out = d loss / d x`` of logits of columns v0, v0 + 1, ..; ``out`` may be ``x``.
+
+    Equivalent: ``dpofast.backends.torch.TorchPasses.grad``.
+
+    Args:
+        x, offsets, bias: as for `dpofast.kernels.logprob_fold.logprob_fold`; ``out`` and ``out_offsets`` likewise.
+        saved: logps [n], lse [n, 2], and entropy [n] where ``grad_entropy`` is given.
+        cut: entries with p < cut (1 - p_label) become 0, but for the label's; None: exact.
+
+    Returns:
+        With ``cut``, the mass sum_v p_v that was dropped, [n].
+    """
+    n, width = labels.numel(), x.shape[-1]
+    grid, block = _grid(n, width)
+    dropped = None if cut is None else saved["logps"].new_empty(grid[0] // n, n)
+    with on(x.device):
+        logprob_grad_kernel[grid](
+            x, offsets, x.stride(0) if offsets is None else 0, bias, labels, saved["logps"], saved["lse"], grad_logps,
+            saved.get("entropy") if grad_entropy is not None else None, grad_entropy, out, out_offsets,
+            out.stride(0) if out_offsets is None else 0, dropped, n, width, v0, cut or 0.0, **grad_factors(transform),
+            FILTER=cut is not None, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return None if dropped is None else dropped.sum(0)

@@ -1,0 +1,548 @@
+"""TRL's own trainers with dpofast and without it: every logged number and every parameter, on a tiny model.
+
+Steps are taken with SGD: what is compared is then linear in the gradients. Under Adam, an element whose gradient is
+rounding noise takes a step of full size, and of either sign.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from types import SimpleNamespace
+
+import numerics
+import pytest
+import torch
+
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("peft")
+
+import trl
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl.trainer import utils
+
+from dpofast import reference
+from dpofast.integrations import trl as integration
+
+WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
+V, H = len(WORDS), 16
+TRL_LOSSES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
+    "discopop sft sigmoid_norm"
+).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Products this small are slowest on several threads; and each trainer collects garbage, of all of torch."""
+    gc.freeze()
+    with numerics.threads(1):
+        yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def model(seed: int, family: str = "llama"):
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=V,
+        hidden_size=H,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    if family == "gemma2":  # a tied head and a softcap
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, attn_implementation="eager"))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def rows(count: int = 16) -> list[dict[str, str]]:
+    """Prompts and completions of unequal length."""
+    choice = random.Random(0)
+
+    def text(most: int) -> str:
+        return " ".join(choice.choice(WORDS[3:]) for _ in range(choice.randint(1, most))) + " "
+
+    return [{"prompt": text(6), "chosen": text(5), "rejected": text(5)} for _ in range(count)]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """The shape of hidden at each call of dpofast's function."""
+    seen = []
+
+    def counted(hidden, *args, **kwargs):
+        seen.append(tuple(hidden.shape))
+        return linear_logprob(hidden, *args, **kwargs)
+
+    linear_logprob = integration.linear_logprob
+    monkeypatch.setattr(integration, "linear_logprob", counted)
+    yield seen
+    integration.unpatch()
+
+
+def arguments(path, steps: int, **options) -> dict:
+    return {
+        "output_dir": str(path),
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        **options,
+    }
+
+
+def dpo(path, tokenizer, steps: int = 3, trainer=trl.DPOTrainer, policy=None, ref_seed: int | None = 1, **options):
+    keywords = {name: options.pop(name) for name in ("peft_config", "eval_dataset") if name in options}
+    if "peft_config" not in keywords and ref_seed is not None:
+        keywords["ref_model"] = model(ref_seed)
+    return trainer(
+        model=model(0) if policy is None else policy,
+        args=trl.DPOConfig(**arguments(path, steps, **options)),
+        train_dataset=Dataset.from_list(rows()),
+        processing_class=tokenizer,
+        **keywords,
+    )
+
+
+TIMINGS = ("runtime", "per_second", "total_flos", "time")
+
+
+def history(trainer) -> list[dict[str, float]]:
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in TIMINGS)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def assert_same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert len(found) == len(wanted) > 0
+    for mine, theirs in zip(found, wanted):
+        assert mine.keys() == theirs.keys()
+        # rewards are beta times a difference of log-probabilities of some tens, in fp32
+        atol = 2e-6 + 1e-7 * max((abs(value) for name, value in theirs.items() if "logps" in name), default=1.0)
+        for name, value in theirs.items():
+            if name.endswith("rewards/accuracies") and abs(theirs[name.replace("accuracies", "margins")]) < atol:
+                continue  # policy and reference are the same, and which reward is larger is rounding
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=atol), name
+
+
+def assert_same_parameters(found, wanted, start) -> None:
+    wanted, start = dict(wanted.named_parameters()), dict(start.named_parameters())
+    found = dict(found.named_parameters())
+    assert found.keys() == wanted.keys()
+    for name, parameter in found.items():
+        error = (parameter - wanted[name]).abs().max()
+        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
+    if start.keys() == wanted.keys():
+        moved = max(((wanted[name] - start[name]).abs().max() / start[name].abs().max()).item() for name in start)
+        assert moved > 1e-3, "training changed nothing, and so the comparison shows nothing"
+
+
+def assert_same_training(build, calls, start=None, train=lambda trainer: trainer.train()) -> tuple:
+    """Run without dpofast, then with it; returns the two trainers."""
+    theirs = build()
+    train(theirs)
+    assert not calls
+    with integration.patched():
+        ours = build()
+        train(ours)
+    assert calls
+    assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model, model(0) if start is None else start)
+    return ours, theirs
+
+
+# DPO
+
+
+def loss_cases():
+    for name in TRL_LOSSES:
+        smoothing = {"label_smoothing": 0.05} if name == "exo_pair" else {}
+        # steep losses: at 0.05 the steps overshoot, and rounding grows with each
+        steep = {"learning_rate": 0.002} if name in ("sppo_hard", "ipo") else {}
+        yield {"loss_type": name, **smoothing, **steep}
+    yield {"loss_type": "robust", "label_smoothing": 0.2}
+    yield {"loss_type": "aot", "label_smoothing": 0.2}
+    for divergence, rate in (("forward_kl", 0.002), ("js_divergence", 0.05), ("alpha_divergence", 0.01)):
+        yield {"f_divergence_type": divergence, "beta": 0.02, "learning_rate": rate}
+    yield {"ld_alpha": 0.3, "beta": 0.5}
+    yield {"use_weighting": True, "learning_rate": 0.5}
+    yield {"loss_type": "discopop", "discopop_tau": 0.5}
+    yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+
+
+@pytest.mark.parametrize("options", list(loss_cases()), ids=lambda o: "-".join(f"{v}" for v in o.values()))
+def test_dpo_trainer_logs_and_learns_the_same(options, tokenizer, calls, tmp_path):
+    ours, _ = assert_same_training(lambda: dpo(tmp_path, tokenizer, steps=20, **options), calls)
+    assert len(calls) == 20 * 2 and ours.state.global_step == 20  # policy and reference at every step
+
+
+def test_prompt_and_padding_are_dropped_on_the_cpu(tokenizer, calls, tmp_path):
+    with integration.patched():
+        trainer = dpo(tmp_path, tokenizer, steps=1)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.compute_loss(trainer.model, batch)
+    wanted = int(batch["completion_mask"][:, 1:].sum())
+    assert wanted < batch["input_ids"][:, 1:].numel()
+    assert calls == [(wanted, H)] * 2
+
+
+def variants():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(rows(6))}
+    yield "precomputed reference", {"precompute_ref_log_probs": True}, 3 + 4
+    yield "precomputed reference, the policy's own", {"precompute_ref_log_probs": True, "ref_seed": None}, 3 + 4
+    yield "lora", {"peft_config": lora}, 3 * 2
+    yield "lora, precomputed", {"peft_config": lora, "precompute_ref_log_probs": True}, 3 + 4
+    yield "gradient accumulation", {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 3 * 2 * 2
+    yield "gradient checkpointing", {"gradient_checkpointing": True}, 3 * 2
+    yield "lora, gradient checkpointing", {"peft_config": lora, "gradient_checkpointing": True}, 3 * 2
+    yield "evaluation", {**evaluation, "per_device_eval_batch_size": 3}, 3 * 2 + 2 * 2 * 2  # at step 2 and at the end
+
+
+@pytest.mark.parametrize(("options", "count"), [pytest.param(o, n, id=name) for name, o, n in variants()])
+def test_dpo_trainer_logs_and_learns_the_same_with(options, count, tokenizer, calls, tmp_path):
+    def build():
+        torch.manual_seed(0)  # LoRA's own
+        return dpo(tmp_path, tokenizer, **options)
+
+    ours, _ = assert_same_training(build, calls)
+    assert len(calls) == count
+    assert not options.get("eval_strategy") or any("eval_rewards/margins" in entry for entry in history(ours))
+
+
+def test_dpo_trainer_learns_the_same_from_an_adapter_that_exists(tokenizer, calls, tmp_path):
+    def build():
+        torch.manual_seed(0)
+        lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        return dpo(tmp_path, tokenizer, policy=get_peft_model(model(0), lora), ref_seed=None)
+
+    ours, _ = assert_same_training(build, calls)
+    assert "ref" in ours.model.peft_config and len(calls) == 3 * 2
+
+
+def test_dpo_trainer_learns_the_same_with_a_tied_and_softcapped_head(tokenizer, calls, tmp_path):
+    assert_same_training(lambda: dpo(tmp_path, tokenizer, policy=model(0, "gemma2")), calls, model(0, "gemma2"))
+
+
+def test_training_resumes_from_a_checkpoint_onto_the_same_path(tokenizer, calls, tmp_path):
+    options = {"steps": 4, "save_strategy": "steps", "save_steps": 2, "save_only_model": False}
+    whole = dpo(tmp_path, tokenizer, **options)
+    whole.train()
+    with integration.patched():
+        resumed = dpo(tmp_path / "resumed", tokenizer, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(calls) == 2 * 2
+    found, wanted = history(resumed)[:-1], history(whole)[:-1]  # the last entry sums up the run
+    for entry in (*found, *wanted):
+        entry.pop("num_tokens")  # TRL counts from zero again
+    assert_same_numbers(found, wanted)
+    assert_same_parameters(resumed.model, whole.model, model(0))
+
+
+def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(tokenizer, calls, tmp_path):
+    trainers = []
+    for trainer in (trl.DPOTrainer, integration.DPOTrainer):
+        assert not calls
+        trained = dpo(tmp_path, tokenizer, trainer=trainer, precompute_ref_log_probs=True)
+        trained.train()
+        trained.evaluate(Dataset.from_list(rows(6)))
+        trainers.append(trained)
+    theirs, ours = trainers
+    assert len(calls) == 4 + 3 + 1 + 1  # references, three steps, references of other data, their evaluation
+    assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model, model(0))
+    assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
+
+
+# The other trainers
+
+
+def kto_rows() -> list[dict]:
+    return [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0} for i, row in enumerate(rows())]
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_trainer_logs_and_learns_the_same(loss_type, tokenizer, calls, tmp_path):
+    def build():
+        return trl.KTOTrainer(
+            model=model(0),
+            ref_model=model(1),
+            args=trl.KTOConfig(**arguments(tmp_path, 3, loss_type=loss_type)),
+            train_dataset=Dataset.from_list(kto_rows()),
+            processing_class=tokenizer,
+        )
+
+    assert_same_training(build, calls)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sft_trainer_logs_and_learns_the_same(packed, tokenizer, calls, tmp_path):
+    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows()]
+
+    def build():
+        options = {"packing": True, "max_length": 16, "padding_free": True} if packed else {}
+        return trl.SFTTrainer(
+            model=model(0),
+            args=trl.SFTConfig(**arguments(tmp_path, 3, per_device_train_batch_size=2, **options)),
+            train_dataset=Dataset.from_list(data),
+            processing_class=tokenizer,
+        )
+
+    assert_same_training(build, calls)
+    assert len(calls) == 3
+
+
+def reward(completions, **_) -> list[float]:
+    return [float(len(set(text.split()))) + 0.1 * len(text) for text in completions]
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_online_trainers_log_and_learn_the_same(name, tokenizer, calls, tmp_path):
+    extra = {"top_entropy_quantile": 0.5, "beta": 0.1} if name == "GRPO" else {"beta": 0.1}
+
+    def build():
+        config = getattr(trl, f"{name}Config")
+        options = dict(num_generations=2, max_completion_length=6, temperature=0.9, num_iterations=2, **extra)
+        start = model(0)
+        start.save_pretrained(tmp_path / "start")  # the reference is loaded from the model's path
+        policy = LlamaForCausalLM.from_pretrained(tmp_path / "start")
+        return getattr(trl, f"{name}Trainer")(
+            model=policy,
+            args=config(**arguments(tmp_path, 4, **options)),
+            reward_funcs=reward,
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows()]),
+            processing_class=tokenizer,
+        )
+
+    assert_same_training(build, calls)
+
+
+# The function itself
+
+
+def function_inputs(dtype=torch.float32, n: int = 9):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((n, H), (V, H), (V,)))
+    targets = torch.randint(V, (n,), generator=generator)
+    return [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)], targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("outputs", [(), ("log_probs",), ("entropy",), ("log_probs", *integration._STATISTICS)])
+@pytest.mark.parametrize("transform", [(1.0, None, 1.0), (0.7, 4.0, 0.5)])
+def test_the_function_returns_what_trls_returns(dtype, outputs, transform):
+    temperature, softcap, scale = transform
+    (hidden, weight, bias), targets = function_inputs(dtype)
+    theirs, ours = (
+        function.apply(hidden, weight, bias, targets, temperature, 16, softcap, scale, outputs)
+        for function in (utils._ChunkedLogProbFunction, integration._LogprobFunction)
+    )
+    assert len(ours) == len(theirs) == 5
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.bfloat16 else {"rtol": 0.02, "atol": 0.05}
+    for name, mine, wanted in zip(("logps", *integration._STATISTICS), ours, theirs):
+        assert (mine is None) == (wanted is None), name
+        if mine is not None:
+            assert mine.requires_grad == wanted.requires_grad, name
+            if name != "is_top1" or dtype != torch.bfloat16:  # rounded logits have ties
+                torch.testing.assert_close(mine, wanted, **tolerance)  # shapes and dtypes too
+    if dtype == torch.float32:
+        incoming = [(1 + i) * torch.linspace(-1, 1, len(targets)) for i in range(2)]
+        for mine, wanted in zip(
+            *(
+                torch.autograd.grad(
+                    sum((c * x).sum() for c, x in zip(incoming, out) if x is not None), [hidden, weight, bias]
+                )
+                for out in (ours, theirs)
+            )
+        ):
+            torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("outer", ["autocast", "cast_lm_head_to_fp32"])
+def test_mixed_precision_gives_the_dtypes_of_trl_and_less_error(outer):
+    truth, targets = function_inputs(torch.float64)
+    exact = reference.linear_logprob(truth[0], truth[1], targets, bias=truth[2]).logps
+    wanted = torch.autograd.grad(exact.sum(), truth)
+    dtypes = [torch.float32] * 3 if outer == "autocast" else [torch.float32, torch.bfloat16, torch.bfloat16]
+    inputs = [x.detach().to(dtype).requires_grad_() for x, dtype in zip(truth, dtypes)]
+    errors = []
+    for function in (integration._LogprobFunction, utils._ChunkedLogProbFunction):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outer == "autocast"):
+            logps, *_ = function.apply(*inputs, targets, 1.0, 16)
+        grads = torch.autograd.grad(logps.sum(), inputs)
+        assert logps.dtype == torch.float32 and [grad.dtype for grad in grads] == dtypes
+        errors.append((logps - exact).abs().max().item())
+        for grad, expected in zip(grads, wanted):
+            torch.testing.assert_close(grad.double(), expected, rtol=0.05, atol=0.1)
+    assert errors[0] < 1.01 * errors[1]
+
+
+def test_a_batch_in_which_nothing_counts_gives_a_differentiable_zero(calls):
+    policy = model(0)
+    utils.add_fused_lm_head(policy)
+    tokens = torch.randint(3, V, (2, 5))
+    with integration.patched():
+        out = policy(input_ids=tokens, labels=torch.full_like(tokens, -100), fused_lm_head=True)
+    out.loss.backward()
+    assert out.loss == 0 and not policy.lm_head.weight.grad.any() and calls == [(0, H)]
+
+
+def test_a_head_that_is_taken_away_after_the_forward_still_has_a_gradient():
+    """As ZeRO-3 does with a parameter that it gathered: its data goes when the forward ends."""
+    (hidden, weight, bias), targets = function_inputs()
+    wanted = torch.autograd.grad(
+        reference.linear_logprob(hidden, weight, targets, bias=bias).logps.sum(), [hidden, weight, bias]
+    )
+    weight.ds_id = bias.ds_id = 0
+    logps, *_ = integration._LogprobFunction.apply(hidden, weight, bias, targets, 1.0, 16)
+    for parameter in (weight, bias):
+        parameter.data.zero_()
+    for found, expected in zip(torch.autograd.grad(logps.sum(), [hidden, weight, bias]), wanted):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# Patching
+
+
+def state() -> tuple:
+    return utils._ChunkedLogProbFunction, utils._use_triton
+
+
+def test_importing_patches_nothing_and_unpatch_puts_everything_back():
+    before = state()
+    assert before[0].__module__ == "trl.kernels.chunked_logprob"
+    integration.patch()
+    integration.patch()
+    assert all(now is not was for now, was in zip(state(), before))
+    with integration.patched():
+        pass
+    assert state()[0] is integration._LogprobFunction  # an inner patched() leaves an outer patch alone
+    integration.unpatch()
+    assert state() == before
+    integration.unpatch()
+    assert state() == before
+    with pytest.raises(KeyError), integration.patched():
+        raise KeyError
+    assert state() == before
+
+
+def test_an_unknown_signature_is_refused_and_nothing_is_patched(monkeypatch):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            pass
+
+    with monkeypatch.context() as context:
+        context.setattr(utils, "_use_triton", lambda: False)
+        with pytest.raises(ImportError, match="expected _use_triton to take device"):
+            integration.patch()
+        assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Function)
+    before = state()
+    with pytest.raises(ImportError, match=r"expected .*ctx, hidden, weight, bias.*found ctx, hidden, weight, targets"):
+        integration.patch()
+    assert state() == before
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
+    with pytest.raises(ImportError, match="expected add_fused_lm_head to call"):
+        integration.patch()
+
+
+def test_a_head_that_calls_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(utils, "add_fused_lm_head", lambda model: None)
+    with pytest.raises(ImportError, match="found that it does not"):
+        integration.patch()
+
+
+# TRL 1.8 to 1.10: the contract of its trainers with a Liger loss, as read from their sources and seen in a run of 1.9
+
+
+@pytest.fixture
+def old_trl(monkeypatch):
+    """The module attributes of those versions that matter: the two classes, by name, in the trainers' modules."""
+    from trl.trainer import dpo_trainer, kto_trainer
+
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+    modules = SimpleNamespace(dpo=dpo_trainer, kto=kto_trainer)
+    monkeypatch.setattr(modules.dpo, "LigerFusedLinearDPOLoss", "theirs", raising=False)
+    monkeypatch.setattr(modules.kto, "LigerFusedLinearKTOLoss", "theirs", raising=False)
+    yield modules
+    integration.unpatch()
+
+
+def old_batch() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, ref_hidden, weight, ref_weight = (
+        torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((4, 5, H), (4, 5, H), (V, H), (V, H))
+    )
+    labels = torch.randint(V, (4, 5), generator=generator).masked_fill(torch.arange(5) < 2, -100)
+    return hidden, ref_hidden, weight, ref_weight, labels
+
+
+def test_the_liger_dpo_loss_of_old_trl_is_replaced_and_serves_its_call(old_trl):
+    hidden, ref_hidden, weight, ref_weight, labels = old_batch()
+    with integration.patched():
+        liger_loss = old_trl.dpo.LigerFusedLinearDPOLoss(beta=0.3, loss_type="ipo")
+        loss, metrics = liger_loss(weight, hidden, labels, None, ref_hidden, ref_weight, None)
+    chosen_logps, rejected_logps, chosen_logits, rejected_logits, nll, chosen_rewards, _ = metrics
+    logps, ref_logps = (
+        reference.linear_logprob(*pair, labels).logps.sum(-1) for pair in ((hidden, weight), (ref_hidden, ref_weight))
+    )
+    torch.testing.assert_close(torch.cat([chosen_logps, rejected_logps]), logps.detach())
+    torch.testing.assert_close(chosen_rewards, (0.3 * (logps - ref_logps)[:2]).detach())
+    chosen, rejected = ((logps - ref_logps) / 3).chunk(2)  # three tokens each
+    torch.testing.assert_close(loss, ((chosen - rejected - 1 / 0.6) ** 2).mean())
+    means = [(half @ weight.T).mean().detach() for half in hidden.chunk(2)]
+    torch.testing.assert_close(torch.stack([chosen_logits, rejected_logits]), torch.stack(means), rtol=1e-4, atol=1e-6)
+    assert nll == 0 and old_trl.dpo.LigerFusedLinearDPOLoss == "theirs"
+
+
+def test_the_liger_kto_loss_of_old_trl_uses_the_reference_that_it_passes_under_peft(old_trl):
+    hidden, ref_hidden, weight, ref_weight, labels = old_batch()
+    good = torch.tensor([True, False, False, True])
+    with integration.patched():
+        liger_loss = old_trl.kto.LigerFusedLinearKTOLoss(beta=0.3, use_ref_model=False)
+        loss, metrics = liger_loss(
+            _input=hidden, lin_weight=weight, target=labels, bias=None, preference_labels=good,
+            ref_input=ref_hidden, ref_weight=ref_weight, ref_bias=None, kl=torch.tensor(0.2),
+        )  # fmt: skip
+    logps, ref_logps = (
+        reference.linear_logprob(*pair, labels).logps.sum(-1) for pair in ((hidden, weight), (ref_hidden, ref_weight))
+    )
+    sign = torch.where(good, 1, -1)
+    torch.testing.assert_close(loss, torch.sigmoid(-sign * 0.3 * (logps - ref_logps - 0.2)).mean())
+    torch.testing.assert_close(metrics[0], logps[good].sum().detach())
+    torch.testing.assert_close(metrics[5], (0.3 * (logps - ref_logps))[~good].sum().detach())
+    assert len(metrics) == 6
+
+
+def test_a_trl_with_neither_hook_is_refused(old_trl, monkeypatch):
+    monkeypatch.delattr(old_trl.dpo, "LigerFusedLinearDPOLoss")  # as in 1.14, or where liger-kernel is not installed
+    with pytest.raises(ImportError, match="has neither the fused head"):
+        integration.patch()

@@ -1,0 +1,90 @@
+"""The loops over tiles: they make no buffer per tile, and ask a device nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from numerics import EVERYTHING, STATISTICS, problem, run
+from on_gpu import OnDevice
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dpofast
+from dpofast import _backend
+from dpofast.backends import tiled
+from dpofast.backends.tiled import TiledBackend
+from dpofast.backends.torch import TorchPasses
+from dpofast.plan import Choice
+
+
+class Watching(TorchDispatchMode):
+    """Counts results of at least ``size`` elements in memory that is not an argument's, and questions to the device."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size, self.buffers, self.waits = size, 0, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            found = torch.utils._pytree.tree_leaves(tree)
+            return {x.untyped_storage().data_ptr(): x for x in found if isinstance(x, torch.Tensor)}
+
+        results = function(*args, **(kwargs or {}))
+        mine = storages(results)
+        new = mine.keys() - storages((args, kwargs or {})).keys()
+        self.buffers += sum(mine[pointer].numel() >= self.size for pointer in new)
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.waits.append(function)
+        return results
+
+
+@pytest.fixture(params=("torch", "cuda:emu"))
+def passes(request):
+    if request.param == "torch":
+        return TorchPasses()
+    return _backend.added[request.getfixturevalue("emulator")].passes
+
+
+@pytest.mark.parametrize("schedule", ("score", "jacobian", "cached", "mixed", "recompute", "recompute-split"))
+def test_the_number_of_buffers_does_not_depend_on_the_number_of_tiles(passes, schedule):
+    """In fp32; backend torch has its temporaries for each tile, which are few and counted by the planner."""
+    n, h, v = 96, 16, 1024
+    p = problem(n, h, v, masked=False)
+    rows = torch.arange(n)
+
+    def buffers(block: int) -> int:
+        columns = {"cached": v, "mixed": 512}.get(schedule, 0)
+        cache = torch.empty(n * columns * 4 if schedule != "jacobian" else n * h * 4, dtype=torch.uint8)
+        choice = Choice(schedule, block, n if schedule != "recompute-split" else n // 2, cache.numel(), 0, 0.0)
+        shared = (passes, p.hidden, p.weight, None, rows, p.labels, (1.0, 1.0, 0.0))
+        with Watching(size=n) as watching:
+            saved = tiled.forward(*shared, (), choice, cache)
+            if schedule != "score":
+                grads = torch.empty(n, h), None if schedule == "jacobian" else torch.empty(v, h), None
+                tiled.backward(*shared, choice, cache, saved, torch.ones(n), None, *grads)
+        assert not watching.waits
+        return watching.buffers
+
+    few, many = buffers(512), buffers(128)
+    if isinstance(passes, TorchPasses) and type(passes) is TorchPasses:
+        assert many > few  # so that the count can see one
+    else:
+        assert many == few
+
+
+@pytest.mark.parametrize("budget", (1 << 30, 1 << 17))
+def test_a_backend_behind_a_device_is_the_same_backend(budget):
+    """What carries the numeric tests to a GPU, here with the CPU as the other device."""
+    _backend.added["torch:behind"] = OnDevice(TiledBackend(TorchPasses()), "cpu")
+    _backend.added["torch:direct"] = TiledBackend(TorchPasses())
+    try:
+        p = problem(90, 16, 700, entropy=False, **EVERYTHING)
+        results = [
+            run(dpofast.linear_logprob, p, outputs=STATISTICS, backend=name, memory_budget=budget)
+            for name in ("torch:behind", "torch:direct")
+        ]
+        logits = torch.randn(9, 30)
+        rows = [dpofast.logprob(logits, torch.arange(9), backend=n).logps for n in ("torch:behind", "torch:direct")]
+    finally:
+        del _backend.added["torch:behind"], _backend.added["torch:direct"]
+    assert all(torch.equal(results[0][name], x) for name, x in results[1].items())
+    assert torch.equal(*rows)
