@@ -72,12 +72,13 @@ class _Recording:
         return launch
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=("fp64", "bf16"))
 def test_few_long_rows_are_split_and_merged(emulator, monkeypatch, dtype):
     """The driver's part of it: how rows are cut, and the partials it allocates."""
     passes = _backend.added[emulator].passes
     recording = _Recording(passes._library)
     monkeypatch.setattr(passes, "_library", recording)
+    # not fp32: the limit would be one of torch.mm, whose sums over 9001 terms are longer than plain PyTorch's
     p = numerics.problem(7, 16, 9001, dtype, entropy=True, **numerics.EVERYTHING)
     got = numerics.run(dpofast.linear_logprob, p, backend=emulator)
     assert max(recording.splits) > 1
