@@ -32,6 +32,8 @@ step() {
   tail -n 15 "$state/$name.log" | tee -a "$report"
 }
 
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+  { echo "bench/gpu.sh: torch sees no CUDA GPU here: python3 -m dpofast.env_info says more" >&2; exit 1; }
 nvidia-smi --query-gpu=name,driver_version,compute_cap --format=csv | tee "$report"
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability} DPOFAST_BUILD_CUDA=1

@@ -56,7 +56,7 @@ def _why_not(name: str, device_type: str) -> str | None:
         if device_type != "cuda":
             return f"needs tensors on a CUDA device, got device {device_type!r}"
         if torch.version.cuda is None:
-            return "is for NVIDIA GPUs; this torch is built for another vendor's"
+            return "is for NVIDIA GPUs, and this torch is built without CUDA"
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "cannot run: the package triton is missing: pip install triton"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported, by whichever package comes first: its kernels are then interpreted.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 sys.path.append(str(Path(__file__).parent))  # numerics.py and emu/, which --import-mode=importlib does not put there
 pytest.register_assert_rewrite("numerics")

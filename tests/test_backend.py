@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -39,7 +41,8 @@ def test_the_instruction_sets_are_those_the_machine_has():
     ("backend", "device", "exact"),
     [
         ("auto", "cpu", f"cpu:{ISAS[0]}"),
-        ("auto", "cuda", "torch"),
+        ("auto", "cuda", "triton" if importlib.util.find_spec("triton") else "torch"),
+        ("triton", "xpu", "triton"),
         ("cpu", "cpu", f"cpu:{ISAS[0]}"),
         ("cpu:scalar", "cpu", "cpu:scalar"),
         ("torch", "cpu", "torch"),
@@ -47,6 +50,8 @@ def test_the_instruction_sets_are_those_the_machine_has():
     ],
 )
 def test_resolve(backend, device, exact):
+    if device != "cpu" and torch.version.cuda and hasattr(_backend._C, "cuda_logprob_fold"):
+        exact = "cuda" if backend == "auto" else exact
     assert _backend.resolve(backend, device) == exact
 
 
