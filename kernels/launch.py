@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     k: int = 0
 
 
-# By kernel and whether the operands are 16-bit; the first of each is the default. None may spill (local memory) with any flag, rows
+# By kernel and whether the operands are 16-bit; the first of each is the default. None may spill with any flag, rows
 # that are not aligned included (tests/triton_resources.txt), which is what limits them: 255 registers a thread.
 _NVIDIA = {
     ("forward", True): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),

@@ -55,7 +55,8 @@ def test_kernels_are_interpreted():
 PLAIN, ALL_OPTIONS = {}, EVERYTHING | {"entropy": True}
 
 
-@pytest.mark.parametrize("options", (PLAIN, ALL_OPTIONS), ids=("plain", "every option"))
+# An entropy gradient has the logits computed again, so that what was kept is only used without one.
+@pytest.mark.parametrize("options", (PLAIN, EVERYTHING, ALL_OPTIONS), ids=("plain", "transform", "every option"))
 @pytest.mark.parametrize("dtype", (FP32, FP16), ids=IDS.get)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_as_good_as_plain_pytorch(schedule, dtype, options):
@@ -165,6 +166,26 @@ def test_special_logits_give_what_pytorch_gives(values, schedule):
         error = (other[name].double() - want[name].double()).abs()
         limits[name] = 2 * float(error.nan_to_num(0, 0, 0).max()) + 1e-5 * (1 + numerics._scale(want[name]))
     numerics.assert_close(got, want, limits)
+
+
+@pytest.mark.parametrize("schedule", ("cached", "recompute"))
+def test_a_logit_of_minus_inf_adds_nothing_to_the_gradient_of_the_entropy(schedule):
+    """0 log 0 is 0: as with a logit whose probability underflows."""
+    p = problem(9, 8, V, bias=True, entropy=True)
+    p.labels[p.labels != -100] = 50
+    runs = []
+    for low in (-1e6, -math.inf):
+        p.bias[40:44] = low
+        outputs = ("entropy",)
+        runs.append(run_forced("cached", p, NAME, outputs) if schedule == "cached" else on(schedule, p, outputs))
+    assert all(x.isfinite().all() and torch.equal(runs[1][name], x) for name, x in runs[0].items())
+
+
+def test_only_the_first_of_equal_maxima_is_the_top():
+    hidden, weight = torch.ones(4, 8), torch.zeros(90, 8)
+    weight[[20, 21, 70]] = 1.0
+    out = dpofast.linear_logprob(hidden, weight, torch.tensor([20, 21, 70, 0]), outputs=("is_top1",), backend=NAME)
+    assert out.is_top1.tolist() == [True, False, False, False]
 
 
 @pytest.mark.parametrize("gap", (20.0, 60.0))
@@ -338,6 +359,37 @@ def test_skipped_tiles_are_those_below_the_cut(sort, chunk):
     torch.testing.assert_close(d_weight.double(), want_g[:, back].T @ p.hidden.double(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(d_bias.double(), g.sum(0), rtol=1e-4, atol=1e-5)  # of all tiles: it needs no product
     torch.testing.assert_close(dropped.double(), want_dropped, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("what", ("label", "NaN"))
+def test_a_label_or_a_nan_keeps_its_tile(what):
+    """Tokens that are certain of entries 40 and 100, so that tiles 0, 2 and 4 (of 32 entries) matter to nobody."""
+    p = problem(16, 8, 160, masked=False)
+    p.hidden[:] = 1.0
+    p.weight[:] = 0.01 * torch.randn(160, 8, generator=torch.Generator().manual_seed(1))
+    p.weight[[40, 100]] += 3.0
+    p.labels[:] = 40
+    if what == "label":
+        p.labels[5] = 130  # its own p is e^-24
+    z = p.hidden.double() @ p.weight.double().T
+    log_p = z.log_softmax(-1)
+    logps = log_p.gather(1, p.labels[:, None]).squeeze(1)
+    lse = torch.stack((z.amax(-1), z.logsumexp(-1) - z.amax(-1)), -1)
+    g = -p.grad_logps[:, None] * log_p.exp()
+    g[torch.arange(16), p.labels] = -p.grad_logps * logps.expm1()
+    kept = torch.zeros(160, dtype=torch.bool)
+    for tile in (1, 3, *((4,) if what == "label" else ())):
+        kept[32 * tile : 32 * tile + 32] = True
+    if what == "NaN":
+        p.hidden[5] = math.nan
+    d_hidden, d_weight, _, dropped = backward(p, {"logps": logps.float(), "lse": lse.float()}, Skip(1e-6), block=160)
+    if what == "NaN":
+        assert d_weight.isnan().all()
+        return
+    want = torch.where(kept, g, 0.0)
+    torch.testing.assert_close(d_hidden.double(), want @ p.weight.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_weight.double(), want.T @ p.hidden.double(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dropped.double(), torch.where(kept, 0.0, log_p.exp()).sum(-1), rtol=1e-4, atol=0)
 
 
 def test_a_cut_of_0_is_exact():
