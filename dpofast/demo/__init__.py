@@ -18,6 +18,7 @@ from dpofast.demo.data import RUFF_VERSION
 PACKAGES = {  # importable name: what pip is told
     "torch": "torch",
     "transformers": "transformers",
+    "accelerate": "accelerate",  # without it Transformers reads no GGUF file
     "gguf": "gguf",
     "ruff": f"ruff=={RUFF_VERSION}",
     "rich": "rich",
