@@ -34,9 +34,7 @@ Head head(const py::dict& d) {
   a.weight_col_stride = value<int64_t>(d, "weight_col_stride");
   a.bias = pointer(d, "bias");
   a.labels = pointer<int64_t>(d, "labels");
-  a.temperature = value<double>(d, "temperature");
-  a.logit_scale = value<double>(d, "logit_scale");
-  a.softcap = value<double>(d, "softcap");
+  read_transform(d, a);
   a.block = value<int64_t>(d, "block");
   a.threads = value<int>(d, "threads");
   if (a.n < 1 || a.h < 1 || a.v < 1 || a.block < 2 || a.block % 2 || a.threads < 1)
@@ -48,12 +46,7 @@ int64_t forward(const std::string& isa, const py::dict& d) {
   ForwardArgs a{};
   a.head = head(d);
   a.outputs = value<unsigned>(d, "outputs");
-  a.logps = pointer(d, "logps");
-  a.lse = pointer(d, "lse");
-  a.entropy = pointer(d, "entropy");
-  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
-  a.mean_logits = pointer(d, "mean_logits");
-  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+  read_results(d, a);
   a.cache = pointer(d, "cache");
   a.cached_blocks = value<int64_t>(d, "cached_blocks");
   a.jacobian = pointer(d, "jacobian");
@@ -92,16 +85,9 @@ RowsArgs rows(const py::dict& d) {
   a.dtype = dtype(d, "dtype");
   a.row_offsets = pointer<int64_t>(d, "row_offsets");
   a.labels = pointer<int64_t>(d, "labels");
-  a.temperature = value<double>(d, "temperature");
-  a.logit_scale = value<double>(d, "logit_scale");
-  a.softcap = value<double>(d, "softcap");
+  read_transform(d, a);
   a.outputs = value<unsigned>(d, "outputs");
-  a.logps = pointer(d, "logps");
-  a.lse = pointer(d, "lse");
-  a.entropy = pointer(d, "entropy");
-  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
-  a.mean_logits = pointer(d, "mean_logits");
-  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+  read_results(d, a);
   a.grad_logps = pointer(d, "grad_logps");
   a.grad_entropy = pointer(d, "grad_entropy");
   a.grad_logits = pointer(d, "grad_logits");

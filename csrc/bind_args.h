@@ -28,4 +28,22 @@ inline DType dtype(int code) {
 
 inline DType dtype(const py::dict& d, const char* key) { return dtype(value<int>(d, key)); }
 
+// Fields that several kernels' arguments have under the same names.
+template <class Args>
+void read_transform(const py::dict& d, Args& a) {
+  a.temperature = value<double>(d, "temperature");
+  a.logit_scale = value<double>(d, "logit_scale");
+  a.softcap = value<double>(d, "softcap");
+}
+
+template <class Args>
+void read_results(const py::dict& d, Args& a) {
+  a.logps = pointer(d, "logps");
+  a.lse = pointer(d, "lse");
+  a.entropy = pointer(d, "entropy");
+  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
+  a.mean_logits = pointer(d, "mean_logits");
+  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+}
+
 }  // namespace dpofast

@@ -13,8 +13,7 @@ using namespace cuda;
 
 void* stream(const py::dict& d) { return pointer(d, "stream"); }
 
-void logprob_fold(const py::dict& d) {
-  FoldArgs a{};
+void read_tile(const py::dict& d, TileArgs& a) {
   a.x = pointer(d, "x");
   a.row_offsets = pointer<int64_t>(d, "row_offsets");
   a.ld = value<int64_t>(d, "ld");
@@ -23,14 +22,17 @@ void logprob_fold(const py::dict& d) {
   a.v0 = value<int64_t>(d, "v0");
   a.bias = pointer(d, "bias");
   a.labels = pointer<int64_t>(d, "labels");
-  a.temperature = value<double>(d, "temperature");
-  a.logit_scale = value<double>(d, "logit_scale");
-  a.softcap = value<double>(d, "softcap");
+  read_transform(d, a);
+  a.splits = value<int64_t>(d, "splits");
+  a.part = value<int64_t>(d, "part");
+}
+
+void logprob_fold(const py::dict& d) {
+  FoldArgs a{};
+  read_tile(d, a);
   a.outputs = value<unsigned>(d, "outputs");
   a.stats = pointer(d, "stats");
   a.partials = pointer(d, "partials");
-  a.splits = value<int64_t>(d, "splits");
-  a.part = value<int64_t>(d, "part");
   const DType x = dtype(d, "dtype");
   void* const on = stream(d);
   py::gil_scoped_release unlocked;
@@ -39,17 +41,7 @@ void logprob_fold(const py::dict& d) {
 
 void logprob_grad(const py::dict& d) {
   GradArgs a{};
-  a.x = pointer(d, "x");
-  a.row_offsets = pointer<int64_t>(d, "row_offsets");
-  a.ld = value<int64_t>(d, "ld");
-  a.n = value<int64_t>(d, "n");
-  a.width = value<int64_t>(d, "width");
-  a.v0 = value<int64_t>(d, "v0");
-  a.bias = pointer(d, "bias");
-  a.labels = pointer<int64_t>(d, "labels");
-  a.temperature = value<double>(d, "temperature");
-  a.logit_scale = value<double>(d, "logit_scale");
-  a.softcap = value<double>(d, "softcap");
+  read_tile(d, a);
   a.z_max = pointer(d, "z_max");
   a.log_sum = pointer(d, "log_sum");
   a.lse_stride = value<int64_t>(d, "lse_stride");
@@ -63,8 +55,6 @@ void logprob_grad(const py::dict& d) {
   a.out_ld = value<int64_t>(d, "out_ld");
   a.cut = value<double>(d, "cut");
   a.dropped = pointer(d, "dropped");
-  a.splits = value<int64_t>(d, "splits");
-  a.part = value<int64_t>(d, "part");
   const DType x = dtype(d, "dtype"), out = dtype(d, "out_dtype");
   void* const on = stream(d);
   py::gil_scoped_release unlocked;
@@ -77,12 +67,7 @@ void logprob_finish(const py::dict& d) {
   a.labels = pointer<int64_t>(d, "labels");
   a.n = value<int64_t>(d, "n");
   a.v = value<int64_t>(d, "v");
-  a.logps = pointer(d, "logps");
-  a.lse = pointer(d, "lse");
-  a.entropy = pointer(d, "entropy");
-  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
-  a.mean_logits = pointer(d, "mean_logits");
-  a.is_top1 = pointer<uint8_t>(d, "is_top1");
+  read_results(d, a);
   const DType acc = dtype(d, "dtype");
   void* const on = stream(d);
   py::gil_scoped_release unlocked;

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from dpofast import _backend
+from dpofast.backends._tensors import STATISTICS, wide_dtype
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
 from dpofast.plan import Choice
-
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def _module(backend: str):
@@ -50,11 +49,6 @@ def wanted(outputs: int) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
 
 
-def mask(names: tuple[str, ...]) -> int:
-    """The bit mask of the statistics among ``names``."""
-    return sum(1 << i for i, name in enumerate(STATISTICS) if name in names)
-
-
 def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
     """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
     flat = labels.reshape(-1)
@@ -77,10 +71,6 @@ def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int)
                 f"ignore_index={ignore_index}"
             )
     return rows, y
-
-
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
@@ -112,7 +102,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`."""
     rows, y = _rows(labels, ignore_index, n_tokens, weight.shape[0])
-    results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
+    results = _empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs)
     module, isa = _module(backend)
     cache = module.cache_tensor(cache_bytes, hidden.device)
     if rows.numel():
@@ -126,7 +116,7 @@ def linear_logprob(
 @linear_logprob.register_fake
 def _(hidden, weight, bias, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend,
       schedule, block, token_chunk, cache_bytes):  # fmt: skip
-    results = _empty_results(labels, _result_dtype(hidden, weight), outputs)
+    results = _empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs)
     return (*results, hidden.new_empty(cache_bytes, dtype=torch.uint8))
 
 
@@ -197,7 +187,7 @@ def logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
     rows, y = _rows(labels, ignore_index, n_tokens, logits.shape[-1])
-    results = _empty_results(labels, _result_dtype(logits), outputs)
+    results = _empty_results(labels, wide_dtype(logits.dtype), outputs)
     if rows.numel():
         module, isa = _module(backend)
         _scatter(
@@ -210,7 +200,7 @@ def logprob(
 
 @logprob.register_fake
 def _(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend):
-    return tuple(_empty_results(labels, _result_dtype(logits), outputs))
+    return tuple(_empty_results(labels, wide_dtype(logits.dtype), outputs))
 
 
 def _fill_grad_logits(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dpofast import _backend, _ops, cost
+from dpofast.backends._tensors import flags
 from dpofast.plan import DTYPE_CODES, choose, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
@@ -206,7 +207,7 @@ def linear_logprob(
         device=cost.device_of(hidden.device),
     )
     *results, _ = _ops.linear_logprob(
-        hidden, weight, bias, labels, ignore_index, n_tokens, *transform, _ops.mask(names), exact_backend,
+        hidden, weight, bias, labels, ignore_index, n_tokens, *transform, flags(names), exact_backend,
         choice.schedule, choice.block, choice.token_chunk, choice.cache_bytes,
     )  # fmt: skip
     return _output(results, names)
@@ -265,4 +266,4 @@ def logprob(
         logits = logits.contiguous()
     op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
     n_tokens = _count(labels, ignore_index)
-    return _output(op(logits, labels, ignore_index, n_tokens, *transform, _ops.mask(names), exact_backend), names)
+    return _output(op(logits, labels, ignore_index, n_tokens, *transform, flags(names), exact_backend), names)

@@ -20,10 +20,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dpofast.kernels.device import grad_tile, load_row, logits_tile, token_rows, transformed
 from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, grad_factors, on
+from torch import Tensor
 
 
 class Skip(NamedTuple):
@@ -72,7 +71,7 @@ def linear_logprob_grad_kernel(
         counts = tl.max(tl.max(matters.to(tl.int32), 1), 0)
         tl.store(kept + n_tile * v_tiles + v_tile, counts)
         mass = tl.where(counts > 0, 0.0, tl.sum(tl.where(here, p, 0.0), 1))
-        tl.store(dropped + v_tile * n + row, mass, mask=row < n)
+        tl.store(dropped + v_tile.to(tl.int64) * n + row, mass, mask=row < n)
 
 
 @triton.jit(do_not_specialize=["n", "v0", "width"])

@@ -16,14 +16,14 @@ pytest.importorskip("triton")
 import numerics
 import triton
 import triton.language as tl
+from dpofast.kernels import device, launch
+from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
+from dpofast.kernels.logprob_grad import logprob_grad
 from numerics import EVERYTHING, SCHEDULES, problem, run_forced
 
 import dpofast
 from dpofast import _backend
 from dpofast.backends.triton import TritonBackend, TritonPasses
-from dpofast.kernels import device, launch
-from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
-from dpofast.kernels.logprob_grad import logprob_grad
 from dpofast.plan import Choice
 
 NAME = "triton:interpret"
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def backend(monkeypatch) -> str:
     """`dpofast.linear_logprob(..., backend=NAME)`, with rows split: 6 programs to keep busy."""
-    monkeypatch.setitem(_backend.added, NAME, TritonBackend(TritonPasses(programs=6)))
+    monkeypatch.setitem(_backend.added, NAME, TritonBackend(TritonPasses(blocks=6)))
     with numerics.threads(1):
         yield NAME
 

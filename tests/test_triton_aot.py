@@ -133,11 +133,11 @@ def tiles_of(case: Case):
 
 def launches_of(case: Case) -> list[Launch]:
     import torch
-
-    from dpofast.backends.triton import TritonPasses
     from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
     from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
     from dpofast.kernels.logprob_grad import logprob_grad
+
+    from dpofast.backends.triton import TritonPasses
 
     has = case.flags.__contains__
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[case.dtype]
@@ -150,7 +150,7 @@ def launches_of(case: Case) -> list[Launch]:
     one = torch.zeros(n, dtype=wide)
     saved = {"logps": one, "lse": torch.zeros(n, 2, dtype=wide), "entropy": one}
     e = one if has("entropy") else None
-    passes = TritonPasses(programs=2 * n)
+    passes = TritonPasses(blocks=2 * n)
     stats = passes.new_stats(n, wide, labels.device)
 
     def passes_over_logits():
@@ -182,10 +182,9 @@ def launches_of(case: Case) -> list[Launch]:
 def compiled(case: Case) -> set[tuple]:
     """Rows of the table: what the compiler makes of every launch of the case."""
     import triton
+    from dpofast.kernels import launch
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from dpofast.kernels import launch
 
     rows = set()
     for each in launches_of(case):

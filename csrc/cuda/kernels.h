@@ -8,46 +8,42 @@
 
 namespace dpofast::cuda {
 
-// Columns of the statistics [kStats, n], in acc (_Stats in dpofast/backends/torch.py).
+// Columns of the statistics [kStats, n], in acc (Stat in dpofast/backends/torch.py).
 enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
 
-struct FoldArgs {
-  const void* x;                // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)
-  const int64_t* row_offsets;   // [n] or null, in elements
-  int64_t ld, n, width;
-  int64_t v0;                   // vocabulary number of the first column
-  const void* bias;             // [width] of acc, or null
-  const int64_t* labels;        // [n]
-  double temperature, logit_scale, softcap;  // softcap 0: none
-  unsigned outputs;             // bits of Output
-  void* stats;                  // [kStats, n], read and written
-  void* partials;               // [splits, kStats, n] where splits > 1
-  int64_t splits, part;         // `part` columns each
-};
-
-struct GradArgs {
+// A tile of logits, or whole rows of them, and how blocks share it.
+struct TileArgs {
   const void* x;               // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)
   const int64_t* row_offsets;  // [n] or null, in elements
   int64_t ld, n, width;
   int64_t v0;                  // vocabulary number of the first column
   const void* bias;            // [width] of acc, or null
-  const int64_t* labels;       // [n] or null: no entry is a label's
-  double temperature, logit_scale, softcap;
-  // Per row, of acc, `*_stride` apart; null: see each.
-  const void* z_max;           // -inf counts as 0
-  const void* log_sum;         // null: 0
-  int64_t lse_stride;          // of both
-  const void* logps;           // needed with labels
-  const void* grad_logps;      // null: grad_logps_value for every row
+  const int64_t* labels;       // [n]; logprob_grad: or null, and no entry is a label's
+  double temperature, logit_scale, softcap;  // softcap 0: none
+  int64_t splits, part;        // a row is cut into `splits` parts of `part` columns, a block each
+};
+
+struct FoldArgs : TileArgs {
+  unsigned outputs;  // bits of Output
+  void* stats;       // [kStats, n], read and written
+  void* partials;    // [splits, kStats, n] where splits > 1
+};
+
+struct GradArgs : TileArgs {
+  // Per row, of acc; null: see each.
+  const void* z_max;         // -inf counts as 0
+  const void* log_sum;       // null: 0
+  int64_t lse_stride;        // of both, from row to row
+  const void* logps;         // needed with labels
+  const void* grad_logps;    // null: grad_logps_value for every row
   double grad_logps_value;
-  const void* entropy;         // needed with grad_entropy
-  const void* grad_entropy;    // null: none
-  void* out;                   // as x, of x's type or of a 16-bit one; may be x
+  const void* entropy;       // needed with grad_entropy
+  const void* grad_entropy;  // null: none
+  void* out;                 // as x, of x's type or of a 16-bit one; may be x
   const int64_t* out_offsets;
   int64_t out_ld;
-  double cut;                  // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
-  void* dropped;               // kFilter: [parts, n], sum of p over entries that became 0, per part of a row
-  int64_t splits, part;        // a row is cut into `splits` parts of `part` columns
+  double cut;                // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
+  void* dropped;             // kFilter: [splits, n], sum of p over entries that became 0, per part of a row
 };
 
 struct FinishArgs {

@@ -11,25 +11,8 @@ from torch import Tensor
 
 from dpofast._backend import _C
 from dpofast.backends import _pages
+from dpofast.backends._tensors import element_offsets, empty_results, flags, pointer, wide_dtype
 from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _up
-
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""In the order of the bits of csrc/core/types.h, Output."""
-
-
-def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
-    """Where each row of ``x`` [*, H] starts, in elements, whatever its strides: no copy to flatten it."""
-    offsets = torch.zeros_like(rows)
-    rest = rows
-    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
-        offsets += (rest % size) * stride
-        rest = rest // size
-    return offsets
-
-
-def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The accumulator's type: fp64 if any input is, else fp32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
@@ -46,10 +29,6 @@ def _alloc(n_bytes: int) -> Tensor:
     return torch.empty(max(n_bytes, 1), dtype=torch.uint8)
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 def _head(hidden, weight, bias, rows, y, transform, block):
     """The arguments that forward and backward share, and the tensors that must outlive the call."""
     offsets = element_offsets(hidden, rows)
@@ -62,17 +41,11 @@ def _head(hidden, weight, bias, rows, y, transform, block):
         "row_offsets": offsets.data_ptr(), "hidden_col_stride": hidden.stride(-1),
         "weight": weight.data_ptr(), "weight_dtype": DTYPE_CODES[weight.dtype],
         "weight_row_stride": weight.stride(0), "weight_col_stride": weight.stride(1),
-        "bias": _pointer(bias), "labels": y.data_ptr(),
+        "bias": pointer(bias), "labels": y.data_ptr(),
         "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap or 0.0,
         "block": block, "threads": torch.get_num_threads(),
     }  # fmt: skip
     return args, (offsets, bias)
-
-
-def _results(n: int, outputs: tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Room for what a forward returns. ``lse`` is in two parts, the largest z and log sum exp(z - it)."""
-    out = {"logps": torch.empty(n, dtype=dtype), "lse": torch.empty(n, 2, dtype=dtype)}
-    return out | {name: torch.empty(n, dtype=torch.bool if name == "is_top1" else dtype) for name in outputs}
 
 
 def _run(function, isa: str, args: dict) -> None:
@@ -93,15 +66,14 @@ def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: i
 def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, cache: Tensor) -> dict[str, Tensor]:
     """``logps`` and the statistics in ``outputs``, each [N], and ``lse`` [N, 2]; fills ``cache`` for the backward."""
     n = rows.numel()
-    out = _results(n, outputs, wide_dtype(hidden.dtype, weight.dtype))
-    flags = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
+    out = empty_results(n, outputs, torch.empty(0, dtype=wide_dtype(hidden.dtype, weight.dtype)))
     chunk = choice.token_chunk if choice.schedule in ("score", "recompute") and choice.token_chunk else n
     for start in range(0, n, chunk):
         part = slice(start, start + chunk)
         args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
         args |= {name: x[part].data_ptr() for name, x in out.items()}
         args |= {
-            "outputs": flags,
+            "outputs": flags(outputs),
             "cache": cache.data_ptr(),
             "cached_blocks": cached_blocks(choice, isa, hidden, weight, n),
             "jacobian": cache.data_ptr() if choice.schedule == "jacobian" else None,
@@ -138,9 +110,9 @@ def backward(
             "cache": cache.data_ptr(),
             "cached_blocks": cached_blocks(choice, isa, hidden, weight, rows.numel()) if from_saved else 0,
             "jacobian": cache.data_ptr() if from_saved and choice.schedule == "jacobian" else None,
-            "grad_hidden": _pointer(grad_hidden) if to_hidden else None,
-            "grad_weight": _pointer(grad_weight) if to_rest else None,
-            "grad_bias": _pointer(bias_out) if to_rest else None,
+            "grad_hidden": pointer(grad_hidden) if to_hidden else None,
+            "grad_weight": pointer(grad_weight) if to_rest else None,
+            "grad_bias": pointer(bias_out) if to_rest else None,
         }
         _run(_C.backward, isa, args)
         del alive
@@ -174,10 +146,10 @@ def _rows_args(logits, rows, y, transform, threads=None):
 
 def rows_forward(isa, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
     """`forward` from logits [*, V] with unit stride along V."""
-    out = _results(rows.numel(), outputs, wide_dtype(logits.dtype))
+    out = empty_results(rows.numel(), outputs, torch.empty(0, dtype=wide_dtype(logits.dtype)))
     args, alive = _rows_args(logits, rows, y, transform)
     args |= {name: x.data_ptr() for name, x in out.items()}
-    args["outputs"] = sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
+    args["outputs"] = flags(outputs)
     _C.rows_forward(isa, args)
     del alive
     return out
@@ -189,8 +161,8 @@ def rows_backward(isa, logits, rows, y, transform, saved, grad_logps, grad_entro
     grad_offsets = element_offsets(grad_logits, rows)
     args |= {
         "logps": saved["logps"].data_ptr(), "lse": saved["lse"].data_ptr(),
-        "entropy": _pointer(saved.get("entropy")), "grad_logps": _pointer(grad_logps),
-        "grad_entropy": _pointer(grad_entropy), "grad_logits": grad_logits.data_ptr(),
+        "entropy": pointer(saved.get("entropy")), "grad_logps": pointer(grad_logps),
+        "grad_entropy": pointer(grad_entropy), "grad_logits": grad_logits.data_ptr(),
         "grad_offsets": grad_offsets.data_ptr(),
     }  # fmt: skip
     _C.rows_backward(isa, args)

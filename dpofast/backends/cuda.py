@@ -12,55 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast import _backend
-from dpofast.backends.cpu import STATISTICS, element_offsets
-from dpofast.backends.tiled import wide_dtype
-from dpofast.backends.torch import Stat, TorchPasses
+from dpofast.backends._tensors import empty_results, flags, pointer
+from dpofast.backends.gpu import GpuPasses
+from dpofast.backends.torch import Stat
 from dpofast.plan import DTYPE_CODES
 
 _PART = 4096  # columns of a row that one block reads at least, where rows are split
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def launch(library: Any, function: str, device: torch.device, args: dict[str, Any]) -> None:
+    """One launcher of ``library``, dpofast._C or another module that has them, on ``device``'s current stream."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
+        getattr(library, f"cuda_{function}")(args | {"stream": stream})
 
 
-def _flags(outputs: tuple[str, ...]) -> int:
-    return sum(1 << i for i, name in enumerate(STATISTICS) if name in outputs)
-
-
-class CudaPasses(TorchPasses):
-    """`dpofast.backends.tiled.Passes` by the launchers of ``library``: dpofast._C, or another module that has them.
-
-    Args:
-        blocks: blocks of 256 threads that keep the GPU busy; rows are split when there are fewer. None: the device's.
-    """
+class CudaPasses(GpuPasses):
+    """`dpofast.backends.tiled.Passes` by the launchers of ``library``; see `launch`, and `GpuPasses` for ``blocks``."""
 
     def __init__(self, library: Any, blocks: int | None = None):
-        self._library, self._blocks = library, blocks
-
-    def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
-        return torch.promote_types(hidden, weight)
-
-    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        if a.dtype == out.dtype:
-            torch.mm(a, b, out=out)
-        elif a.is_cuda:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:  # PyTorch has no such product on a CPU
-            torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-    def accumulate(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
-        if a.dtype == sums.dtype:
-            sums.addmm_(a, b)
-        elif a.is_cuda:
-            torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
-        else:
-            sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
+        super().__init__(blocks)
+        self._library = library
 
     def _most_splits(self, n: int, device: torch.device) -> int:
         """Parts of a row that make enough blocks of n rows."""
-        return -(-(self._blocks or 4 * _backend.multiprocessors(device)) // max(n, 1))
+        return -(-self.blocks(device) // max(n, 1))
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         # Partials of split rows lie behind the statistics, so that no tile makes a buffer.
@@ -74,24 +50,22 @@ class CudaPasses(TorchPasses):
         return -(-width // part), part
 
     def _launch(self, function: str, device: torch.device, args: dict[str, Any]) -> None:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
-            getattr(self._library, f"cuda_{function}")(args | {"stream": stream})
+        launch(self._library, function, device, args)
 
     def _tile(self, x: Tensor, bias: Tensor | None, y: Tensor | None, v0: int, transform, offsets) -> dict[str, Any]:
         temperature, logit_scale, softcap = transform
         n, width = (len(offsets), x.shape[-1]) if offsets is not None else x.shape
         splits, part = self._splits(n, width, x.device)
         return {
-            "x": x.data_ptr(), "dtype": DTYPE_CODES[x.dtype], "row_offsets": _pointer(offsets),
-            "ld": x.stride(0) if offsets is None else 0, "n": n, "width": width, "v0": v0, "bias": _pointer(bias),
-            "labels": _pointer(y), "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+            "x": x.data_ptr(), "dtype": DTYPE_CODES[x.dtype], "row_offsets": pointer(offsets),
+            "ld": x.stride(0) if offsets is None else 0, "n": n, "width": width, "v0": v0, "bias": pointer(bias),
+            "labels": pointer(y), "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
             "splits": splits, "part": part,
         }  # fmt: skip
 
     def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
         args = self._tile(x, bias, y, v0, transform, offsets)
-        more = {"outputs": _flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
+        more = {"outputs": flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
         self._launch("logprob_fold", x.device, args | more)
         if keep is not None:
             reference.copy_(stats[Stat.M])
@@ -102,15 +76,13 @@ class CudaPasses(TorchPasses):
         defaults = {
             "logps": None, "grad_logps": None, "grad_logps_value": 0.0, "entropy": None, "grad_entropy": None,
             "cut": 0.0, "dropped": None, "out": out.data_ptr(), "out_dtype": DTYPE_CODES[out.dtype],
-            "out_offsets": _pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
+            "out_offsets": pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
         }  # fmt: skip
         self._launch("logprob_grad", device, defaults | args)
 
     def finish(self, stats, y, n_vocab, outputs) -> dict[str, Tensor]:
         n = stats.shape[1]
-        results = {"logps": stats.new_empty(n), "lse": stats.new_empty(n, 2)}
-        for name in outputs:
-            results[name] = stats.new_empty(n, dtype=torch.bool if name == "is_top1" else stats.dtype)
+        results = empty_results(n, outputs, stats)
         args = {"stats": stats.data_ptr(), "labels": y.data_ptr(), "n": n, "v": n_vocab,
                 "dtype": DTYPE_CODES[stats.dtype]}  # fmt: skip
         self._launch("logprob_finish", stats.device, args | {name: x.data_ptr() for name, x in results.items()})
@@ -122,18 +94,7 @@ class CudaPasses(TorchPasses):
         lse = saved["lse"]
         args = self._tile(x, bias, y, v0, transform, offsets) | {
             "z_max": lse.data_ptr(), "log_sum": lse[:, 1].data_ptr(), "lse_stride": 2,
-            "logps": saved["logps"].data_ptr(), "grad_logps": _pointer(grad_logps),
-            "entropy": _pointer(saved.get("entropy")), "grad_entropy": _pointer(grad_entropy),
+            "logps": saved["logps"].data_ptr(), "grad_logps": pointer(grad_logps),
+            "entropy": pointer(saved.get("entropy")), "grad_entropy": pointer(grad_entropy),
         }  # fmt: skip
         self._grad(args, x.device, out, out_offsets)
-
-    # From logits: whole rows are tiles, wherever they start.
-
-    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
-        stats = self.new_stats(rows.numel(), wide_dtype(logits.dtype), logits.device)
-        self.fold(logits, None, y, 0, transform, stats, outputs, None, None, element_offsets(logits, rows))
-        return self.finish(stats, y, logits.shape[-1], outputs)
-
-    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
-        offsets = element_offsets(logits, rows), element_offsets(grad_logits, rows)
-        self.grad(logits, None, y, 0, transform, saved, grad_logps, grad_entropy, grad_logits, *offsets)

@@ -6,7 +6,6 @@ decides alone. Names and options are those of `dpofast.losses.LOSSES`; nothing h
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 
 from dpofast import losses
+from dpofast.backends._tensors import pointer
+from dpofast.backends.cuda import launch
 from dpofast.plan import DTYPE_CODES
 
 _NUMBERS = (
@@ -106,7 +107,7 @@ def sequence_dpo(
         "lengths": torch.empty(2 * pairs, dtype=torch.int64, device=logps.device),
         "coefficients": torch.empty_like(logps),
     }
-    args = {name: None if x is None else x.data_ptr() for name, x in {**inputs, **results}.items()}
+    args = {name: pointer(x) for name, x in {**inputs, **results}.items()}
     args |= {name: term.options.get(name, 0.0) for name in _NUMBERS}
     args |= {f"{name}_value": _number(term, name) for name in ("beta", "margin")}
     divergence = term.options.get("f_divergence_type", losses.F_DIVERGENCES[0])
@@ -115,9 +116,7 @@ def sequence_dpo(
         "width": 0 if cu_seqlens is not None else logps.shape[1], "loss": library.cuda_pair_losses.index(loss_type),
         "f_divergence": losses.F_DIVERGENCES.index(divergence),
     }  # fmt: skip
-    on_gpu = logps.device.type == "cuda"
-    with torch.cuda.device(logps.device) if on_gpu else contextlib.nullcontext():
-        library.cuda_sequence_dpo(args | {"stream": torch.cuda.current_stream().cuda_stream if on_gpu else None})
+    launch(library, "sequence_dpo", logps.device, args)
     sums, lengths = results["sums"].chunk(2), results["lengths"].chunk(2)
     return SequenceDPO(results["losses"], *sums, results["coefficients"], *lengths)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from dpofast.backends._tensors import wide_dtype
 from dpofast.plan import Choice, kept_columns
 
 Transform = tuple[float, float, float]  # temperature, logit_scale, softcap (0: none)
@@ -101,11 +102,6 @@ class TiledBackend:
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Autocast reaches into the body of an op, where it would round the logits of a wide tile."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The accumulator's type: fp64 if any input is, else fp32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def take(x: Tensor, rows: Tensor) -> Tensor:

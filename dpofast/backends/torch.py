@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from dpofast.backends import tiled
-from dpofast.backends.tiled import take, wide_dtype
+from dpofast.backends._tensors import wide_dtype
+from dpofast.backends.tiled import take
 
 _TINY = -1e30  # stands for a logit of -inf where exp(it) = 0 is a factor: 0 * -inf would be NaN
 

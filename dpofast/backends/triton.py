@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast import _backend
-from dpofast.backends.cpu import element_offsets
-from dpofast.backends.cuda import CudaPasses
-from dpofast.backends.tiled import TiledBackend, chunks, wide_dtype
-from dpofast.backends.torch import Stat, TorchPasses
+from dpofast.backends._tensors import element_offsets, wide_dtype
+from dpofast.backends.gpu import GpuPasses
+from dpofast.backends.tiled import TiledBackend, chunks
+from dpofast.backends.torch import Stat
 from dpofast.kernels.linear_logprob_backward import linear_logprob_backward
 from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
 from dpofast.kernels.logprob_fold import logprob_fold
@@ -23,49 +22,19 @@ from dpofast.kernels.logprob_grad import logprob_grad, logprob_keep
 _UNKEPT = ("score", "recompute", "recompute-split")  # schedules that keep nothing
 
 
-class TritonPasses(TorchPasses):
-    """`dpofast.backends.tiled.Passes` by Triton kernels.
-
-    Args:
-        programs: how many keep the GPU busy; rows are split when there are fewer. None: four for each multiprocessor.
-    """
-
-    product_dtype = CudaPasses.product_dtype
-    product = CudaPasses.product
-    accumulate = CudaPasses.accumulate
-
-    def __init__(self, programs: int | None = None):
-        self._programs = programs
-
-    def programs(self, device: torch.device) -> int:
-        return self._programs or 4 * _backend.multiprocessors(device)
-
-    def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
-        stats = super().new_stats(n, wide, device)
-        stats[Stat.Z_LABEL] = -torch.inf
-        return stats
+class TritonPasses(GpuPasses):
+    """`dpofast.backends.tiled.Passes` by Triton kernels."""
 
     def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
-        logprob_fold(x, offsets, bias, y, v0, transform, stats, bool(outputs), self.programs(x.device))
+        logprob_fold(x, offsets, bias, y, v0, transform, stats, bool(outputs), self.blocks(x.device))
         if keep is not None:
             reference.copy_(stats[Stat.M]).masked_fill_(reference == -torch.inf, 0.0)
             logprob_keep(x, bias, transform, reference, keep)
 
-    def grad(self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out) -> None:
-        logprob_grad(x, None, bias, y, v0, transform, saved, grad_logps, grad_entropy, out)
-
-    # From logits: whole rows are tiles, wherever they start.
-
-    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
-        stats = self.new_stats(rows.numel(), wide_dtype(logits.dtype), logits.device)
-        self.fold(logits, None, y, 0, transform, stats, outputs, None, None, element_offsets(logits, rows))
-        return self.finish(stats, y, logits.shape[-1], outputs)
-
-    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
-        offsets = element_offsets(logits, rows), element_offsets(grad_logits, rows)
-        logprob_grad(
-            logits, offsets[0], None, y, 0, transform, saved, grad_logps, grad_entropy, grad_logits, offsets[1]
-        )
+    def grad(
+        self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out, offsets=None, out_offsets=None
+    ) -> None:  # fmt: skip
+        logprob_grad(x, offsets, bias, y, v0, transform, saved, grad_logps, grad_entropy, out, out_offsets)
 
 
 class TritonBackend(TiledBackend):
@@ -80,7 +49,7 @@ class TritonBackend(TiledBackend):
         stats = self.passes.new_stats(rows.numel(), wide, hidden.device)
         linear_logprob_forward(
             hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform, stats, bool(outputs),
-            self.passes.programs(hidden.device),
+            self.passes.blocks(hidden.device),
         )  # fmt: skip
         return self.passes.finish(stats, y, weight.shape[0], outputs)
 
