@@ -47,6 +47,7 @@ int64_t forward(const std::string& isa, const py::dict& d) {
   a.head = head(d);
   a.outputs = value<unsigned>(d, "outputs");
   read_results(d, a);
+  a.stats = pointer(d, "stats");
   a.cache = pointer(d, "cache");
   a.cached_blocks = value<int64_t>(d, "cached_blocks");
   a.jacobian = pointer(d, "jacobian");
@@ -68,6 +69,7 @@ int64_t backward(const std::string& isa, const py::dict& d) {
   a.cached_blocks = value<int64_t>(d, "cached_blocks");
   a.jacobian = pointer(d, "jacobian");
   a.grad_hidden = pointer(d, "grad_hidden");
+  a.grad_hidden_dtype = dtype(d, "grad_hidden_dtype");
   a.grad_rows = pointer<int64_t>(d, "grad_rows");
   a.grad_weight = pointer(d, "grad_weight");
   a.grad_bias = pointer(d, "grad_bias");

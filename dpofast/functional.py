@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast import losses
+from dpofast import distributed, losses
 from dpofast.primitive import LogprobOutput, linear_logprob, logprob
 
 __all__ = ["DPOLossOutput", "dpo_loss", "linear_dpo_loss", "sequence_logps", "wpo_weights"]
@@ -28,6 +28,7 @@ def sequence_logps(
     token_weights: Tensor | None = None,
     ld_alpha: float | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> Tensor:
     """Log-probability of each sequence: the sum over its labelled tokens.
 
@@ -47,13 +48,18 @@ def sequence_logps(
         ld_alpha: LD-DPO. The sequences are ``[chosen; rejected]``, and in each pair the tokens past the
             length of the shorter completion count ld_alpha, in [0, 1]. None counts every token fully.
         ignore_index: the label that does not count.
+        group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold the sequences
+            together: sequence- (context-) parallel. Each passes its own tokens of all S sequences, as many as it has
+            of each, none included. For ld_alpha the order of ranks must be that of the tokens.
 
     Returns:
-        ``[S]``, fp32, or fp64 for fp64. A sequence without labels has 0, with gradient 0.
+        ``[S]``, fp32, or fp64 for fp64. A sequence without labels has 0, with gradient 0. With ``group``, the sums over
+        all ranks, on each; every rank has the same loss of them, and the gradient goes to its own logps.
 
     Raises:
         ValueError: shapes that do not match, bad boundaries, ld_alpha out of range or with an odd S.
-        TypeError: logps that are not floating, labels or boundaries that are not integers.
+        TypeError: logps that are not floating, labels or boundaries that are not integers. With ``group``, on every
+            rank of it.
 
     LD-DPO: arXiv:2409.06411 eq. 9 and 10.
 
@@ -64,24 +70,29 @@ def sequence_logps(
     >>> sequence_logps(logps, labels, ld_alpha=0.5)
     tensor([ -5., -24.])
     """
-    _check_tokens(labels, cu_seqlens)
-    for name, value in {"logps": logps, "token_weights": token_weights}.items():
-        if value is not None and (value.shape != labels.shape or not value.is_floating_point()):
-            raise (ValueError if value.is_floating_point() else TypeError)(
-                f"{name} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
-                f"{list(labels.shape)}"
-            )
-    _check_ld_alpha(ld_alpha)
+    name = _sequence_group(group)
+    with distributed.refusing_together(name):
+        _check_tokens(labels, cu_seqlens)
+        for argument, value in {"logps": logps, "token_weights": token_weights}.items():
+            if value is not None and (value.shape != labels.shape or not value.is_floating_point()):
+                raise (ValueError if value.is_floating_point() else TypeError)(
+                    f"{argument} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
+                    f"{list(labels.shape)}"
+                )
+        _check_ld_alpha(ld_alpha)
     mask = labels != ignore_index
     values = logps.to(torch.promote_types(logps.dtype, torch.float32))
-    lengths = _lengths(mask, cu_seqlens) if average or ld_alpha is not None else None
+    if name is not None:
+        n_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        distributed.agree_on_sequences(name, n_sequences, str((average, ld_alpha, values.dtype)))
+    lengths = _lengths(mask, cu_seqlens, name) if average or ld_alpha is not None else None
     if token_weights is not None:
         values = values * token_weights
     if ld_alpha is not None:
         if lengths.shape[0] % 2:
             raise ValueError(f"ld_alpha needs [chosen; rejected], and the batch has {lengths.shape[0]} sequences")
-        values = torch.where(_tail(mask, lengths, cu_seqlens), ld_alpha * values, values)
-    sums = _sums(torch.where(mask, values, 0.0), cu_seqlens)
+        values = torch.where(_tail(mask, lengths, cu_seqlens, name), ld_alpha * values, values)
+    sums = _sums(torch.where(mask, values, 0.0), cu_seqlens, name)
     return sums / lengths.clamp(min=1) if average else sums
 
 
@@ -92,6 +103,7 @@ def wpo_weights(
     *,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> Tensor:
     """WPO's weight of each sequence: its mean token probability, relative to the policy's own expectation.
 
@@ -101,7 +113,7 @@ def wpo_weights(
 
     Args:
         logps, log_sum_sq_probs: as `linear_logprob` returns them with ``outputs=("log_sum_sq_probs",)``.
-        labels, cu_seqlens, ignore_index: as in `sequence_logps`.
+        labels, cu_seqlens, ignore_index, group: as in `sequence_logps`.
 
     Returns:
         ``[S]``, without gradient.
@@ -112,7 +124,9 @@ def wpo_weights(
     tensor([1.])
     """
     aligned = (logps - log_sum_sq_probs).detach()
-    averages = sequence_logps(aligned, labels, cu_seqlens=cu_seqlens, average=True, ignore_index=ignore_index)
+    averages = sequence_logps(
+        aligned, labels, cu_seqlens=cu_seqlens, average=True, ignore_index=ignore_index, group=group
+    )
     return torch.exp(averages)
 
 
@@ -145,23 +159,37 @@ def _check_ld_alpha(ld_alpha: float | None) -> None:
         raise ValueError(f"ld_alpha={ld_alpha!r}; expected a number in [0, 1]")
 
 
-def _sums(values: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _sequence_group(group: Any) -> str | None:
+    return None if group is None else distributed.group_name(group, "sequence_group")
+
+
+def _sums(values: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
     """Sum each sequence. Packed ones go segment by segment: no atomics, so that the bits do not vary."""
     if cu_seqlens is None:
-        return values.sum(-1)
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+        sums = values.sum(-1)
+    else:
+        sums = torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
+    return sums if group is None else distributed.sum_over_ranks(sums, group)
 
 
-def _lengths(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _own_lengths(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Labelled tokens of each sequence that are here."""
     if cu_seqlens is None:
         return mask.sum(-1)
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
     return before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
 
 
-def _tail(mask: Tensor, lengths: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+def _lengths(mask: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
+    lengths = _own_lengths(mask, cu_seqlens)
+    return lengths if group is None else distributed.sum_over_ranks(lengths, group)
+
+
+def _tail(mask: Tensor, lengths: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
     """Where a token lies past the end of the shorter completion of its pair."""
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+    if group is not None:  # less what the pair has on earlier ranks
+        shared = shared - distributed.sum_over_earlier_ranks(_own_lengths(mask, cu_seqlens), group)
     if cu_seqlens is None:
         return mask.cumsum(-1) > shared.unsqueeze(-1)
     index = torch.arange(mask.shape[0], device=mask.device)
@@ -287,6 +315,7 @@ def linear_dpo_loss(
     ref_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    sequence_group: Any = None,
     **options: Any,
 ) -> DPOLossOutput:
     """A preference loss from hidden states and the language-model head; the logits are never built.
@@ -308,11 +337,14 @@ def linear_dpo_loss(
         ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, scored without gradient.
         cu_seqlens: boundaries of packed sequences ``[2B + 1]``, as in `sequence_logps`.
         ignore_index: the label of prompt and padding; those positions are not computed.
+        sequence_group: the ranks that hold the sequences together, each some tokens of all 2B, as ``group`` in
+            `sequence_logps`. Every rank then has the same loss; the gradients of the head and of all below it are
+            each rank's share, to be added up.
         options: loss_type, loss_weights, beta, label_smoothing, reduction and the losses' other options, as
             in `preference_loss`, but that a pair's weight ``[B]`` is called pair_weight; ld_alpha, as in
             `sequence_logps`, for policy and reference; use_weighting=True for `wpo_weights`; metrics=True for
             the statistics that `DPOLossOutput.metrics` then has; and temperature, logit_scale, softcap,
-            backend and whatever else `linear_logprob` takes.
+            backend, group (of a head in slices) and whatever else `linear_logprob` takes.
 
     Returns:
         `DPOLossOutput`.
@@ -327,12 +359,16 @@ def linear_dpo_loss(
     >>> linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, ref_weight=weight).loss  # log 2
     tensor(0.6931)
     """
-    if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-        raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
-    if ref_hidden is not None and ref_weight is None:
-        raise ValueError("ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)")
-    _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
-    head, rest = _split(options, linear_logprob)
+    with distributed.refusing_together(_sequence_group(sequence_group)):
+        if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
+            raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
+        if ref_hidden is not None and ref_weight is None:
+            raise ValueError(
+                "ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)"
+            )
+        _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
+        head, rest = _split(options, linear_logprob)
+        objective = make_objective(**rest)
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
         return linear_logprob(hidden, weight, labels, bias=bias, ignore_index=ignore_index, outputs=outputs, **head)
@@ -341,7 +377,7 @@ def linear_dpo_loss(
         return linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_hidden is not None else None
-    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, make_objective(**rest))
+    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, sequence_group, objective)
 
 
 def dpo_loss(
@@ -352,6 +388,7 @@ def dpo_loss(
     ref_logits: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    sequence_group: Any = None,
     **options: Any,
 ) -> DPOLossOutput:
     """A preference loss from logits already at hand.
@@ -367,8 +404,8 @@ def dpo_loss(
     Args:
         logits: ``[2B, T, V]``, all chosen completions and then all rejected ones; or packed ``[N, V]``.
         ref_logits: the reference's logits, read without gradient; or ref_logps.
-        labels, ref_logps, cu_seqlens, ignore_index, options: as in `linear_dpo_loss`, with the options of
-            `logprob` for those of `linear_logprob`.
+        labels, ref_logps, cu_seqlens, ignore_index, sequence_group, options: as in `linear_dpo_loss`, with the options
+            of `logprob` for those of `linear_logprob`.
 
     Returns:
         `DPOLossOutput`.
@@ -380,8 +417,10 @@ def dpo_loss(
     >>> dpo_loss(logits, labels, loss_type="simpo", beta=2.0, simpo_gamma=0.0).loss  # log 2
     tensor(0.6931)
     """
-    _check_rows({"logits": logits, "ref_logits": ref_logits}, labels)
-    head, rest = _split(options, logprob)
+    with distributed.refusing_together(_sequence_group(sequence_group)):
+        _check_rows({"logits": logits, "ref_logits": ref_logits}, labels)
+        head, rest = _split(options, logprob)
+        objective = make_objective(**rest)
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
         return logprob(logits, labels, ignore_index=ignore_index, outputs=outputs, **head)
@@ -390,7 +429,7 @@ def dpo_loss(
         return logprob(ref_logits, labels, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_logits is not None else None
-    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, make_objective(**rest))
+    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, sequence_group, objective)
 
 
 def head_options(primitive: Callable[..., Any]) -> frozenset[str]:
@@ -426,7 +465,8 @@ def check_head(primitive: Callable[..., Any], options: Mapping[str, Any]) -> Non
 
 def check_options(primitive: Callable[..., Any], options: Mapping[str, Any]) -> None:
     """What the module of a loss checks before it has data."""
-    head, rest = _split({name: value for name, value in options.items() if name != "ignore_index"}, primitive)
+    own = ("ignore_index", "sequence_group")
+    head, rest = _split({name: value for name, value in options.items() if name not in own}, primitive)
     make_objective(**rest)
     check_head(primitive, head)
 
@@ -447,33 +487,44 @@ def _preference(
     labels: Tensor,
     cu_seqlens: Tensor | None,
     ignore_index: int,
+    sequence_group: Any,
     objective: Objective,
 ) -> DPOLossOutput:
     """Check everything that is left to check, score the policy and the reference, and apply the losses."""
-    _check_tokens(labels, cu_seqlens)
-    sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    if sequences % 2:
-        raise ValueError(f"labels hold {sequences} sequences; a paired loss expects [chosen; rejected], an even number")
-    if ref_logps is not None:
-        if score_reference is not None:
-            raise ValueError("ref_logps and a reference to score are both given; pass one of them")
-        if ref_logps.shape not in (labels.shape, (sequences,)) or not ref_logps.is_floating_point():
+    group = _sequence_group(sequence_group)
+    with distributed.refusing_together(group):
+        _check_tokens(labels, cu_seqlens)
+        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        if sequences % 2:
             raise ValueError(
-                f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
-                f"token {list(labels.shape)} or per sequence [{sequences}]"
+                f"labels hold {sequences} sequences; a paired loss expects [chosen; rejected], an even number"
             )
-    has_reference = ref_logps is not None or score_reference is not None
-    losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
-    losses.check_per_pair(objective.terms, sequences // 2)
-    if objective.pair_weight is not None and objective.pair_weight.shape != (sequences // 2,):
-        raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]")
+        if ref_logps is not None:
+            if score_reference is not None:
+                raise ValueError("ref_logps and a reference to score are both given; pass one of them")
+            if ref_logps.shape not in (labels.shape, (sequences,)) or not ref_logps.is_floating_point():
+                raise ValueError(
+                    f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
+                    f"token {list(labels.shape)} or per sequence [{sequences}]"
+                )
+        has_reference = ref_logps is not None or score_reference is not None
+        losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
+        losses.check_per_pair(objective.terms, sequences // 2)
+        if objective.pair_weight is not None and objective.pair_weight.shape != (sequences // 2,):
+            raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]")
+        policy = score(objective.outputs)
+    if group is not None:
+        reference_shape = None if ref_logps is None else ref_logps.ndim
+        options = objective.outputs, objective.ld_alpha, objective.options["loss_type"], has_reference, reference_shape
+        distributed.agree_on_sequences(group, sequences, str(options))
 
     def total(logps: Tensor, ld_alpha: float | None) -> Tensor:
-        return sequence_logps(logps, labels, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index)
+        return sequence_logps(
+            logps, labels, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index, group=sequence_group
+        )
 
-    policy = score(objective.outputs)
-    lengths = _lengths(labels != ignore_index, cu_seqlens)
     logps = total(policy.logps, objective.ld_alpha)
+    lengths = _lengths(labels != ignore_index, cu_seqlens, group)
     given = dict(zip(_SIDES, logps.chunk(2), strict=True))
     given |= dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
     if has_reference:
@@ -489,20 +540,25 @@ def _preference(
     weight = objective.pair_weight
     if objective.use_weighting:
         chosen, rejected = wpo_weights(
-            policy.logps, policy.log_sum_sq_probs, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index
-        ).chunk(2)
+            policy.logps, policy.log_sum_sq_probs, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index,
+            group=sequence_group,
+        ).chunk(2)  # fmt: skip
         weight = chosen * rejected if weight is None else weight * chosen * rejected
     loss = losses.preference_loss(**given, weight=weight, **objective.options)
     rewards = losses.implicit_rewards(objective.terms, given)
     given.pop("chosen_nll", None)
-    statistics = _statistics(policy, lengths, cu_seqlens) if objective.metrics else {}
+    statistics = _statistics(policy, lengths, cu_seqlens, group) if objective.metrics else {}
     return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
 
 
-def _statistics(policy: LogprobOutput, lengths: Tensor, cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+def _statistics(
+    policy: LogprobOutput, lengths: Tensor, cu_seqlens: Tensor | None, group: str | None
+) -> dict[str, Tensor]:
     """Token means of the primitive's statistics, which are 0 where a token does not count."""
     dtype = policy.logps.dtype
-    sums = {name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens).chunk(2) for name in _STATISTICS}
+    sums = {
+        name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens, group).chunk(2) for name in _STATISTICS
+    }
     chosen, rejected = (half.sum().clamp(min=1) for half in lengths.chunk(2))
     return {
         "entropy": sum(half.sum() for half in sums["entropy"]) / lengths.sum().clamp(min=1),

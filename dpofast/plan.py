@@ -154,6 +154,7 @@ def choose(
     outputs: int = 0,
     entropy: bool = False,
     device: cost.Device = cost.HOST,
+    keeps: bool = True,
 ) -> Choice:
     """The schedule for n completion tokens under ``budget`` bytes of workspace.
 
@@ -162,6 +163,7 @@ def choose(
 
     ``to_hidden`` and ``to_weight`` (or bias) say which gradients will be wanted; ``as_is`` that W's
     columns have unit stride; ``outputs`` counts the optional statistics; ``entropy`` that its gradient may be wanted.
+    ``keeps=False`` leaves out the schedules that keep something of the logits from the forward to the backward.
     ``device`` has the figures by which a backend whose products are `torch.mm` chooses its tiles.
 
     Raises:
@@ -170,7 +172,7 @@ def choose(
     if not backend.startswith("cpu:"):
         tiled = tiled_traits(backend, hidden_dtype, weight_dtype)
         dtypes = hidden_dtype, weight_dtype
-        return _choose_tiled(n, h, v, dtypes, tiled, budget, device, to_hidden, to_weight, entropy)
+        return _choose_tiled(n, h, v, dtypes, tiled, budget, device, to_hidden, to_weight, entropy, keeps)
     traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
     # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
     as_is = as_is and traits.elem == weight_dtype.itemsize and h % traits.unit == 0
@@ -184,7 +186,7 @@ def choose(
         whole = layout(n)
         tiles = _Layout(n, h, v, traits, block, threads, as_is, outputs).tiles()
         if not to_weight:
-            if to_hidden:
+            if to_hidden and keeps:
                 workspace = max(whole.forward(True), whole.backward(True, False, True, True) if entropy else 0)
                 if workspace + whole.jacobian() <= budget:
                     return Choice("jacobian", block, 0, whole.jacobian(), workspace + tiles, 0.0)
@@ -204,11 +206,11 @@ def choose(
 
         all_cached = max(whole.forward(), whole.backward(to_hidden, True, entropy, entropy))
         per_block = whole.cache_per_block()
-        if all_cached + per_block * whole.blocks <= budget:
+        if keeps and all_cached + per_block * whole.blocks <= budget:
             return Choice("cached", block, 0, per_block * whole.blocks, all_cached + tiles, 1.0)
         partly = max(whole.forward(), whole.backward(to_hidden, True, True, entropy))
         if partly <= budget:
-            cached = (budget - partly) // per_block
+            cached = (budget - partly) // per_block if keeps else 0
             share = cached / whole.blocks
             return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly + tiles, share)
         # Not both gradients at once: d hidden by token chunks, then d weight; one product more.
@@ -318,7 +320,7 @@ def _products(choice: Choice, to_hidden: bool, to_weight: bool) -> float:
     return 1.0 + n_grads + (1 - choice.cached_share)
 
 
-def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, entropy, size):
+def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, entropy, keeps, size):
     """For one size of tile: the schedules that fit, those that are never worse than a later one only."""
     need = _TiledNeeds(n, h, v, traits, *size)
 
@@ -328,7 +330,7 @@ def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, e
     if not to_weight:
         jacobian = n * h * traits.acc
         whole = max(need.forward(v, v), need.recompute(True, False) if entropy else need.chunk * h * traits.acc)
-        if to_hidden and jacobian + whole <= budget and need.chunk >= min(n, 128):
+        if keeps and to_hidden and jacobian + whole <= budget and need.chunk >= min(n, 128):
             yield choice("jacobian", whole, jacobian)
             return
         workspace = max(need.forward(), need.recompute(True, False) if to_hidden else 0)
@@ -338,13 +340,13 @@ def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, e
     recompute = need.recompute(to_hidden, True)
     everything = n * _up(v, 8) * traits.elem
     whole = max(need.forward(v), need.from_kept(to_hidden), recompute if entropy else 0)
-    if everything + whole <= budget:
+    if keeps and everything + whole <= budget:
         yield choice("cached", whole, everything, 1.0)
         return
     # In a mixed backward the sums and the tokens of both halves are alive together.
     mixed = max(need.forward(v), need.from_kept(to_hidden) + need.recompute(False, True))
     columns = max(0, budget - mixed) // (n * traits.elem) // need.block * need.block
-    if columns:
+    if keeps and columns:
         yield choice("mixed", mixed, columns * n * traits.elem, columns / v)
     workspace = max(need.forward(), recompute)
     if workspace <= budget:
@@ -355,14 +357,14 @@ def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, e
             yield choice("recompute-split", workspace)
 
 
-def _choose_tiled(n, h, v, dtypes, traits: TiledTraits, budget, device: cost.Device, to_hidden, to_weight, entropy):
+def _choose_tiled(n, h, v, dtypes, traits: TiledTraits, budget, device, to_hidden, to_weight, entropy, keeps):
     """The cheapest by `dpofast.cost`, among tiles that stay in the device's L2 cache where the budget allows.
 
     Where the whole g can be used without a second product of logits, that is taken whatever the model of costs says.
     """
     best = None
     for size in dict.fromkeys(_tile_sizes(n, v, traits.acc, min(device.l2_bytes // 2, budget // 8))):
-        for choice in _tiled_choices(n, h, v, traits, budget, to_hidden, to_weight, entropy, size):
+        for choice in _tiled_choices(n, h, v, traits, budget, to_hidden, to_weight, entropy, keeps, size):
             columns, _ = kept_columns(choice, n, v, traits.elem)
             moved = cost.traffic(choice, columns, n, h, v, traits, dtypes[1].itemsize, to_hidden, to_weight)
             flops = _products(choice, to_hidden, to_weight) * 2.0 * n * h * v

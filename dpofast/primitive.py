@@ -6,13 +6,14 @@ Arguments are checked here, all of them, before anything is computed; `dpofast._
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from dpofast import _backend, _ops, cost
-from dpofast.backends._tensors import flags
+from dpofast import _backend, _ops, cost, distributed
+from dpofast.backends._tensors import flags, wide_dtype
 from dpofast.plan import DTYPE_CODES, choose, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
@@ -22,9 +23,10 @@ __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
 def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
-    if isinstance(x, DTensor):
+    if distributed.is_dtensor(x):
         raise TypeError(
-            f"{name}: got a DTensor, which is not handled here; pass {name}.full_tensor() or its local shard"
+            f"{name}: got a DTensor, which is understood beside a weight that is one; pass {name}.to_local() or "
+            f"{name}.full_tensor()"
         )
     if x.is_meta:
         raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
@@ -109,7 +111,7 @@ def linear_logprob(
     grad_filter: None = None,
     memory_budget: int | str | None = None,
     backend: str = "auto",
-    group: None = None,
+    group: Any = None,
 ) -> LogprobOutput:
     """Log-probabilities of ``labels`` under a language-model head, without the ``[*, V]`` logits.
 
@@ -139,14 +141,21 @@ def linear_logprob(
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB. What fits
             decides the schedule, see `dpofast.plan`.
         backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.
-        group: None; a head that is split over processes is not handled.
+        group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold the head together,
+            each some rows of it (``weight``, and ``bias``), in the order of ranks: vocabulary- (tensor-) parallel. All
+            have the same hidden and the same labels, which count in the whole vocabulary. The slices' sizes may
+            differ. A weight that is a DTensor with `Shard(0)` brings its group along. Logits are made again in the
+            backward, so this takes four products where one process may need three. Before it starts, the ranks
+            exchange eight integers, for which a GPU is waited for.
 
     Returns:
-        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if an input is fp64).
+        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if an input is fp64). With ``group``, the same on every
+        rank; the backward then gives each rank the whole gradient of hidden, and that of its slice of the head.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is computed. A label out of range is among them on
             the CPU; on a GPU, which is not asked, it makes its row NaN, unless ``DPOFAST_CHECK_LABELS=1`` is set.
+            With ``group``, on every rank of it.
 
     Example:
         >>> import torch, dpofast
@@ -155,6 +164,61 @@ def linear_logprob(
         >>> dpofast.linear_logprob(hidden, weight, labels).logps.shape
         torch.Size([2, 3])
     """
+    if distributed.is_dtensor(weight):
+        hidden, weight, labels, bias, group = distributed.local_head(hidden, weight, labels, bias, group)
+    name = None if group is None else distributed.group_name(group)
+    with nullcontext() if name is None else distributed.refusing_together(name):
+        labels = _check_head(hidden, weight, labels, bias, sharded=name is not None)
+        transform = _check_transform(temperature, logit_scale, softcap)
+        names = _check_outputs(outputs)
+        _check_exact(grad_filter)
+        budget = parse_bytes(memory_budget)
+        device_type = hidden.device.type
+        exact_backend = _backend.resolve(backend, device_type)
+        if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+            dtype = torch.get_autocast_dtype(device_type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+
+        grad = torch.is_grad_enabled()
+        to_hidden = grad and hidden.requires_grad
+        to_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+        n_tokens = _count(labels, ignore_index)
+        n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
+        if name is not None:  # packed rows of hidden, and the sums of its gradient
+            budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
+        choice = choose(
+            n,
+            weight.shape[1],
+            max(1, weight.shape[0]),
+            backend=exact_backend,
+            hidden_dtype=hidden.dtype,
+            weight_dtype=weight.dtype,
+            budget=budget,
+            to_hidden=to_hidden,
+            to_weight=to_weight,
+            as_is=weight.stride(1) == 1,
+            outputs=len(names) + ("is_top1" in names),  # it has two running numbers
+            entropy="entropy" in names,
+            device=cost.device_of(hidden.device),
+            keeps=name is None,
+        )
+    how = exact_backend, choice.schedule, choice.block, choice.token_chunk
+    if name is None:
+        *results, _ = _ops.linear_logprob(
+            hidden, weight, bias, labels, ignore_index, n_tokens, *transform, flags(names), *how, choice.cache_bytes
+        )
+        return _output(results, names)
+    same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
+    bounds = distributed.vocabulary_bounds(labels, weight, str(same), name)
+    results = distributed.sharded_logprob(
+        hidden, weight, bias, labels, bounds, ignore_index, n_tokens, *transform, *how, name, flags(names)
+    )
+    return _output(results, names)
+
+
+def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sharded: bool) -> Tensor:
+    """Labels in 64 bits, if all is well."""
     _check_tensor("hidden", hidden)
     _check_tensor("weight", weight, 2)
     if hidden.ndim < 1:
@@ -164,7 +228,7 @@ def linear_logprob(
             f"weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] to go with hidden "
             f"{tuple(hidden.shape)}"
         )
-    if weight.shape[0] < 1 or weight.shape[1] < 1:
+    if (weight.shape[0] < 1 and not sharded) or weight.shape[1] < 1:
         raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one row and one column")
     if weight.device != hidden.device:
         raise ValueError(f"weight: on device {weight.device}, expected {hidden.device}, where hidden is")
@@ -174,43 +238,7 @@ def linear_logprob(
             raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the rows of weight")
         if bias.device != hidden.device:
             raise ValueError(f"bias: on device {bias.device}, expected {hidden.device}, where hidden is")
-    labels = _check_labels(labels, hidden.shape[:-1], hidden.device, "hidden")
-    transform = _check_transform(temperature, logit_scale, softcap)
-    names = _check_outputs(outputs)
-    _check_exact(grad_filter)
-    if group is not None:
-        raise ValueError("group: a head split over processes is not handled; pass the whole weight and group=None")
-    budget = parse_bytes(memory_budget)
-
-    device_type = hidden.device.type
-    exact_backend = _backend.resolve(backend, device_type)
-    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-
-    grad = torch.is_grad_enabled()
-    n_tokens = _count(labels, ignore_index)
-    choice = choose(
-        labels.numel() if n_tokens < 0 else max(1, n_tokens),
-        weight.shape[1],
-        weight.shape[0],
-        backend=exact_backend,
-        hidden_dtype=hidden.dtype,
-        weight_dtype=weight.dtype,
-        budget=budget,
-        to_hidden=grad and hidden.requires_grad,
-        to_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-        as_is=weight.stride(1) == 1,
-        outputs=len(names) + ("is_top1" in names),  # it has two running numbers
-        entropy="entropy" in names,
-        device=cost.device_of(hidden.device),
-    )
-    *results, _ = _ops.linear_logprob(
-        hidden, weight, bias, labels, ignore_index, n_tokens, *transform, flags(names), exact_backend,
-        choice.schedule, choice.block, choice.token_chunk, choice.cache_bytes,
-    )  # fmt: skip
-    return _output(results, names)
+    return _check_labels(labels, hidden.shape[:-1], hidden.device, "hidden")
 
 
 def logprob(

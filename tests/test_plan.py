@@ -58,6 +58,7 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                 asked = ask(
                     _backend._C.backward, *here, cached_blocks=0 if recomputes else blocks,
                     grad_entropy=64 if entropy else None, grad_hidden=64 if to_hidden else None,
+                    grad_hidden_dtype=DTYPE_CODES[hidden],
                     grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None,
                 )  # fmt: skip
                 claimed = layout[0].backward(to_hidden, to_weight, recomputes, entropy)

@@ -722,7 +722,7 @@ ERRORS = [
     (TypeError, "outputs: got the string 'entropy'", {"outputs": "entropy"}),
     (ValueError, "outputs: got 'entropies', expected names among entropy", {"outputs": ("entropy", "entropies")}),
     (ValueError, "grad_filter: got 'auto'", {"grad_filter": "auto"}),
-    (ValueError, "group: ", {"group": object()}),
+    (TypeError, "group: ", {"group": object()}),
     (ValueError, "backend: got 'gpu'", {"backend": "gpu"}),
     (ValueError, "backend: got 'torch:avx2'", {"backend": "torch:avx2"}),
     (ValueError, "backend.*'sse9'.*expected one of", {"backend": "cpu:sse9"}),
@@ -753,16 +753,16 @@ def test_a_quantised_weight_is_refused():
         dpofast.linear_logprob(H8, weight, Y8)
 
 
-def test_a_dtensor_is_refused():
+def test_a_dtensor_of_one_device_is_its_local_tensor_and_beside_a_plain_weight_is_refused():
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Replicate
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
-        weight = DTensor.from_local(W8, DeviceMesh("cpu", [0]), [Replicate()])
-        with pytest.raises(TypeError, match=r"weight: got a DTensor.*full_tensor"):
-            dpofast.linear_logprob(H8, weight, Y8)
-        logps = dpofast.linear_logprob(H8, weight.full_tensor(), Y8).logps
+        weight, hidden = (DTensor.from_local(x, DeviceMesh("cpu", [0]), [Replicate()]) for x in (W8, H8))
+        logps = dpofast.linear_logprob(H8, weight, Y8).logps
         torch.testing.assert_close(logps, torch.full((2, 3), -math.log(20)))
+        with pytest.raises(TypeError, match=r"hidden: got a DTensor.*full_tensor"):
+            dpofast.linear_logprob(hidden, W8, Y8)
     finally:
         torch.distributed.destroy_process_group()

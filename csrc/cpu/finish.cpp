@@ -19,6 +19,13 @@ void finish(const Stats<T>& s, int64_t n, int64_t v, const RowOutputs& out) {
       merge_rows(row, RowStats<T>{s.m[i], s.sum[i], at(s.sum_x, i), at(s.sum_sq, i), at(s.sum_z, i),
                                   low(s.top, i), low(s.top_before, i)});
     }
+    if (out.stats) {
+      // m is only near the largest z; what is merged with others' says exactly which is the largest, where that is asked.
+      merge_rows(row, RowStats<double>{row.top, 0, 0, 0, 0, row.top, row.top_before});
+      const double values[kStats] = {row.m, row.sum, row.sum_x, row.sum_sq, row.sum_z, row.top_before, s.z_label[t]};
+      for (int64_t i = 0; i < kStats; ++i) put(out.stats, i * n + t, values[i]);
+      continue;
+    }
     const RowResult r = finish_row(row, double(s.z_label[t]), double(v));
     put(out.logps, t, r.logp);
     put(out.lse, 2 * t, r.z_max);

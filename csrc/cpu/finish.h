@@ -13,10 +13,11 @@ struct Stats {
   int64_t pieces, stride;
 };
 
-// Where the results go; the same fields as ForwardArgs and RowsArgs.
+// Where the results go, those that are not null; the same fields as ForwardArgs and RowsArgs.
 struct RowOutputs {
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
   uint8_t* is_top1;
+  void* stats;  // [kStats, n]: the statistics themselves, for rows of which this is only a slice; or null
 };
 
 void finish_rows(const Stats<float>& stats, int64_t n, int64_t v, const RowOutputs& out);

@@ -17,7 +17,7 @@ struct Head {  // the problem
   DType weight_dtype;
   int64_t weight_row_stride, weight_col_stride;
   const void* bias;       // [v] in the accumulator's type, or null
-  const int64_t* labels;  // [n], each in [0, v)
+  const int64_t* labels;  // [n]; not in [0, v) where the weight is a slice of a vocabulary and the label's row elsewhere
   double temperature, logit_scale, softcap;  // softcap 0: none
   int64_t block;                             // vocabulary rows per block; a multiple of 2
   int threads;
@@ -30,6 +30,7 @@ struct ForwardArgs {
   unsigned outputs;
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
   uint8_t* is_top1;
+  void* stats;            // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
   void* cache;            // exp(z - m) of the first `cached_blocks` blocks, for the backward
   int64_t cached_blocks;
   void* jacobian;         // d logps / d hidden, in panels; or null
@@ -43,7 +44,8 @@ struct BackwardArgs {
   const void* cache;
   int64_t cached_blocks;
   const void* jacobian;                     // not null: grad_hidden is a row scaling of it
-  void* grad_hidden;                        // hidden's dtype, contiguous rows; or null
+  void* grad_hidden;                        // contiguous rows; or null
+  DType grad_hidden_dtype;
   const int64_t* grad_rows;                 // [n] row numbers in grad_hidden
   void* grad_weight;                        // weight's dtype, [v, h] contiguous; or null
   void* grad_bias;                          // accumulator's type, [v]; or null

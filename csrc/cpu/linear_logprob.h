@@ -294,6 +294,7 @@ static int64_t forward(const ForwardArgs& a) {
   for (int64_t i = 0; i < pieces * s.n_padded; ++i) {
     stats.m[i] = -acc(INFINITY);
     stats.sum[i] = 0;
+    if (i < s.n_padded) stats.z_label[i] = -acc(INFINITY);
     if (stats.sum_x) stats.sum_x[i] = 0;
     if (stats.sum_sq) stats.sum_sq[i] = 0;
     if (stats.sum_z) stats.sum_z[i] = 0;
@@ -342,7 +343,7 @@ static int64_t forward(const ForwardArgs& a) {
                   b > 0);
   };
   for_steps(threads, 1 + ceil_div(s.blocks, pieces), n_tasks, task);
-  finish_rows(stats, s.n, s.v, {a.logps, a.lse, a.entropy, a.log_sum_sq_probs, a.mean_logits, a.is_top1});
+  finish_rows(stats, s.n, s.v, {a.logps, a.lse, a.entropy, a.log_sum_sq_probs, a.mean_logits, a.is_top1, a.stats});
   if (!jacobian) return arena.used;
 
   // d logp / d hidden = (1 - p_label) W[label] - sum_{v != label} p_v W_v
@@ -373,7 +374,7 @@ static void write_tokens(const Shape<K>& s, const BackwardArgs& a, int64_t panel
     const int64_t token = panel * s.P + t;
     const typename K::acc c = scale ? scale[token] : typename K::acc(1);
     for (int64_t k = 0; k < s.h; ++k) row[k] = c * sums[k * width + t];
-    write_row<K>(a.grad_hidden, s.head.hidden_dtype, a.grad_rows[token] * s.h, row, s.h);
+    write_row<K>(a.grad_hidden, a.grad_hidden_dtype, a.grad_rows[token] * s.h, row, s.h);
   }
 }
 

@@ -88,7 +88,7 @@ struct Rows {
       auto at = [&](void* p, int64_t i) -> void* { return p ? static_cast<acc*>(p) + i : nullptr; };
       finish_rows(stats, 1, a.v,
                   {at(a.logps, row), at(a.lse, 2 * row), at(a.entropy, row), at(a.log_sum_sq_probs, row),
-                   at(a.mean_logits, row), a.is_top1 ? a.is_top1 + row : nullptr});
+                   at(a.mean_logits, row), a.is_top1 ? a.is_top1 + row : nullptr, nullptr});
     });
   }
 

@@ -8,9 +8,6 @@
 
 namespace dpofast::cuda {
 
-// Columns of the statistics [kStats, n], in acc (Stat in dpofast/backends/torch.py).
-enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
-
 // A tile of logits, or whole rows of them, and how blocks share it.
 struct TileArgs {
   const void* x;               // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dpofast._backend import _C
-from dpofast.backends import _pages
+from dpofast.backends import _pages, tiled
 from dpofast.backends._tensors import element_offsets, empty_results, flags, pointer, wide_dtype
+from dpofast.backends.torch import Stat
 from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _up
 
 
@@ -67,9 +68,7 @@ def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choi
     """``logps`` and the statistics in ``outputs``, each [N], and ``lse`` [N, 2]; fills ``cache`` for the backward."""
     n = rows.numel()
     out = empty_results(n, outputs, torch.empty(0, dtype=wide_dtype(hidden.dtype, weight.dtype)))
-    chunk = choice.token_chunk if choice.schedule in ("score", "recompute") and choice.token_chunk else n
-    for start in range(0, n, chunk):
-        part = slice(start, start + chunk)
+    for part in _chunks(choice, n):
         args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
         args |= {name: x[part].data_ptr() for name, x in out.items()}
         args |= {
@@ -83,12 +82,35 @@ def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choi
     return out
 
 
+def fold(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice) -> Tensor:
+    """The running statistics [Stat.COUNT, N] of a vocabulary of which ``weight`` is a slice.
+
+    ``y`` counts from the slice's first row; a label before the slice is negative, one after it at least its size.
+    """
+    parts = []
+    for part in _chunks(choice, rows.numel()):
+        args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
+        stats = torch.empty(Stat.COUNT, args["n"], dtype=wide_dtype(hidden.dtype, weight.dtype))
+        args |= {"outputs": flags(outputs), "stats": stats.data_ptr(), "cached_blocks": 0}
+        _run(_C.forward, isa, args)
+        parts.append(stats)
+        del alive
+    return torch.cat(parts, 1)
+
+
+def _chunks(choice: Choice, n: int) -> list[slice]:
+    return tiled.chunks(n, choice.token_chunk if choice.schedule in ("score", "recompute") else 0)
+
+
 def backward(
     isa, hidden, weight, bias, rows, y, transform, choice: Choice, cache: Tensor, saved: dict[str, Tensor],
     grad_logps: Tensor | None, grad_entropy: Tensor | None,
     grad_hidden: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
 ) -> None:  # fmt: skip
     """Fills the gradients that are given: grad_hidden's completion rows (the rest must be 0), all of the others.
+
+    grad_hidden may be wider than hidden. The label of a row may lie outside the vocabulary, which is then a slice of
+    one whose ``saved`` results these are.
 
     ``saved`` is the forward's result. An entropy gradient always recomputes the logits: neither what the cache
     holds nor the jacobian is enough for it.
@@ -111,6 +133,7 @@ def backward(
             "cached_blocks": cached_blocks(choice, isa, hidden, weight, rows.numel()) if from_saved else 0,
             "jacobian": cache.data_ptr() if from_saved and choice.schedule == "jacobian" else None,
             "grad_hidden": pointer(grad_hidden) if to_hidden else None,
+            "grad_hidden_dtype": DTYPE_CODES[hidden.dtype if grad_hidden is None else grad_hidden.dtype],
             "grad_weight": pointer(grad_weight) if to_rest else None,
             "grad_bias": pointer(bias_out) if to_rest else None,
         }

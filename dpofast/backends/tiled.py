@@ -88,6 +88,10 @@ class TiledBackend:
         with _no_autocast(hidden):
             return forward(self.passes, hidden, *args)
 
+    def fold(self, _isa: str, hidden: Tensor, *args) -> Tensor:
+        with _no_autocast(hidden):
+            return fold(self.passes, hidden, *args)
+
     def backward(self, _isa: str, hidden: Tensor, *args) -> None:
         with _no_autocast(hidden):
             backward(self.passes, hidden, *args)
@@ -207,6 +211,23 @@ def forward(
     if len(results) == 1:
         return results[0]
     return {name: torch.cat([r[name] for r in results]) for name in results[0]}
+
+
+def fold(passes: Passes, hidden, weight, bias, rows, y, transform, outputs, choice: Choice) -> Tensor:
+    """See `dpofast.backends.cpu.fold`."""
+    a = _head(passes, hidden, weight, bias, rows, y, transform, choice)
+    parts = chunks(a.n, choice.token_chunk)
+    tile = a.empty(parts[0].stop * min(choice.block, weight.shape[0]))
+    folded = []
+    for part in parts:
+        n = part.stop - part.start
+        h, stats = a.tokens(part), passes.new_stats(n, a.wide, hidden.device)
+        for v0, v1 in a.vocabulary(0, weight.shape[0]):
+            x = tile[: n * (v1 - v0)].view(n, v1 - v0)
+            passes.product(h, a.slice_of_weight(v0, v1).T, x)
+            passes.fold(x, a.slice_of_bias(v0, v1), y[part], v0, transform, stats, outputs, None, None)
+        folded.append(stats)
+    return torch.cat(folded, 1)
 
 
 def _times_weight(a: _Head, g: Tensor, out: Tensor) -> None:

@@ -43,15 +43,24 @@ class TritonBackend(TiledBackend):
     passes: TritonPasses
 
     def forward(self, isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache) -> dict[str, Tensor]:
-        wide = wide_dtype(hidden.dtype, weight.dtype)
-        if choice.schedule not in _UNKEPT or wide == torch.float64:
+        if choice.schedule not in _UNKEPT or wide_dtype(hidden.dtype, weight.dtype) == torch.float64:
             return super().forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache)
+        stats = self._fold(hidden, weight, bias, rows, y, transform, outputs)
+        return self.passes.finish(stats, y, weight.shape[0], outputs)
+
+    def fold(self, isa, hidden, weight, bias, rows, y, transform, outputs, choice) -> Tensor:
+        if wide_dtype(hidden.dtype, weight.dtype) == torch.float64:
+            return super().fold(isa, hidden, weight, bias, rows, y, transform, outputs, choice)
+        return self._fold(hidden, weight, bias, rows, y, transform, outputs)
+
+    def _fold(self, hidden, weight, bias, rows, y, transform, outputs) -> Tensor:
+        wide = wide_dtype(hidden.dtype, weight.dtype)
         stats = self.passes.new_stats(rows.numel(), wide, hidden.device)
         linear_logprob_forward(
             hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform, stats, bool(outputs),
             self.passes.blocks(hidden.device),
         )  # fmt: skip
-        return self.passes.finish(stats, y, weight.shape[0], outputs)
+        return stats
 
     def backward(
         self, isa, hidden, weight, bias, rows, y, transform, choice, cache, saved, grad_logps, grad_entropy,

@@ -248,7 +248,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   if (c.entropy) b.entropy = entropy.data(), b.grad_entropy = grad_entropy.data();
   else b.cache = f.cache, b.cached_blocks = cached;
   b.jacobian = with_jacobian ? f.jacobian : nullptr;
-  b.grad_hidden = d_hidden.data(), b.grad_rows = grad_rows.data();
+  b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_rows = grad_rows.data();
   b.grad_weight = head_trains ? d_weight.data() : nullptr;
   b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
   Buffer backward_workspace(table.backward(b));

@@ -1,0 +1,112 @@
+"""What vocabulary-parallel heads ask of a backend, in one process: statistics of slices, and gradients of slices."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from dpofast import _backend, _ops, distributed, reference
+from dpofast.backends._tensors import STATISTICS
+from dpofast.backends.torch import TorchPasses
+from dpofast.plan import choose
+
+N, H, V = 21, 40, 331
+TRANSFORM = 0.8, 1.2, 7.0
+
+
+@pytest.fixture
+def problem():
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(N, H), torch.randn(V, H), torch.randn(V)
+    labels = torch.randint(0, V, (N,))
+    labels[:4] = torch.tensor([0, V - 1, 100, 99])
+    hidden[4] *= 40  # a row with one label that has all the probability
+    labels[4] = (hidden[4] @ weight.T).argmax()
+    hidden[6:8], top = hidden[6] * 40, (hidden[6] * 40 @ weight.T).argmax()
+    twin = (top + V // 2) % V  # as likely, in another slice: the first of the two is top 1
+    weight[twin], bias[top], bias[twin] = weight[top], 0, 0
+    labels[6], labels[7] = min(top, twin), max(top, twin)
+    return hidden, weight, bias, labels
+
+
+DIVISIONS = pytest.mark.parametrize("bounds", ([0, 100, V], [0, 1, 2, V - 1, V], [0, V]))
+
+
+@DIVISIONS
+@pytest.mark.parametrize("outputs", ((), STATISTICS))
+def test_slices_fold_and_differentiate_to_the_whole(backend, problem, bounds, outputs):
+    check_slices(backend, problem, bounds, outputs)
+
+
+@DIVISIONS
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels are not interpreted here")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of values that where() throws away
+def test_slices_of_triton(problem, bounds, monkeypatch):
+    triton = pytest.importorskip("dpofast.backends.triton", exc_type=ImportError)
+    monkeypatch.setitem(_backend.added, "triton:here", triton.TritonBackend(triton.TritonPasses(blocks=6)))
+    check_slices("triton:here", problem, bounds, STATISTICS)
+
+
+def check_slices(backend, problem, bounds, outputs):
+    hidden, weight, bias, labels = problem
+    module, isa = _ops._module(backend)
+    rows, ends = torch.arange(N), torch.tensor(bounds)
+    incoming = torch.randn(N), torch.randn(N) if outputs else None
+
+    exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    names = dict(zip(("temperature", "logit_scale", "softcap"), TRANSFORM))
+    want = reference.linear_logprob(exact[0], exact[1], labels, bias=exact[2], outputs=STATISTICS, **names)
+    loss = (want.logps * incoming[0]).sum() + ((want.entropy * incoming[1]).sum() if outputs else 0)
+    d_hidden, d_weight, d_bias = torch.autograd.grad(loss, exact)
+
+    def choice(size: int):
+        return choose(
+            N, H, size, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
+            to_hidden=True, to_weight=True, outputs=5, entropy=True, keeps=False,
+        )  # fmt: skip
+
+    def parts():
+        for a, b in itertools.pairwise(bounds):
+            yield slice(a, b), distributed._local(labels, a, b - a), choice(b - a)
+
+    stats = torch.stack([
+        module.fold(isa, hidden, weight[part], bias[part], rows, local, TRANSFORM, outputs, how)
+        for part, local, how in parts()
+    ])  # fmt: skip
+    owner = torch.searchsorted(ends[1:], labels, right=True)
+    results = TorchPasses().finish(distributed._merge(stats, owner), labels, V, outputs)
+    for name in ("logps", *outputs):
+        torch.testing.assert_close(results[name].double(), getattr(want, name).double(), rtol=2e-5, atol=2e-5)
+    assert results["logps"][4] < 0 or want.logps[4] == 0  # not rounded away
+
+    saved = {name: results[name].float() for name in ("logps", "lse", *(("entropy",) if outputs else ()))}
+    sums = torch.zeros(N, H)
+    for part, local, how in parts():
+        share, dw, db = torch.zeros(N, H), torch.empty_like(weight[part]), torch.empty_like(bias[part])
+        module.backward(
+            isa, hidden, weight[part], bias[part], rows, local, TRANSFORM, how, module.cache_tensor(0, hidden.device),
+            saved, *incoming, share, dw, db,
+        )  # fmt: skip
+        sums += share
+        torch.testing.assert_close(dw.double(), d_weight[part], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(db.double(), d_bias[part], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sums.double(), d_hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_a_backend_writes_d_hidden_in_the_dtype_it_is_given(backend):
+    """So that the shares of a 16-bit gradient are added up before they are rounded."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, H).bfloat16(), torch.randn(V, H).bfloat16()
+    labels, rows = torch.randint(0, V, (N,)), torch.arange(N)
+    module, isa = _ops._module(backend)
+    how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
+                 to_hidden=True, to_weight=False, keeps=False)  # fmt: skip
+    transform, cache = (1.0, 1.0, 0.0), module.cache_tensor(0, hidden.device)
+    saved = module.forward(isa, hidden, weight, None, rows, labels, transform, (), how, cache)
+    wide, narrow = torch.zeros(N, H), torch.zeros(N, H, dtype=torch.bfloat16)
+    for out in (wide, narrow):
+        module.backward(isa, hidden, weight, None, rows, labels, transform, how, cache, saved, torch.ones(N), None,
+                        out, None, None)  # fmt: skip
+    assert torch.equal(wide.bfloat16(), narrow) and not torch.equal(wide, narrow.float())
