@@ -6,20 +6,27 @@ as it is, only with its head standing aside: that shows the exact hidden states 
 what the model makes of known logits, one row of them, shows the transform. A model that does anything else to its
 logits (masks, cuts, mixes them) is refused, never approximated.
 
+A model in a wrapper (DistributedDataParallel, FSDP2, DeepSpeed) has more to it: a sharded head is at hand in its own
+forward and backward only, and a wrapper learns from the logits' graph which parameters a backward will reach, and when.
+So there the numbers are computed where the head would be, and their gradient travels through the logits; see `_Ticket`.
+
 Works wherever there is a model to call: Transformers' Trainer, Lightning, a plain loop; see ``examples/``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from dpofast import losses
+from dpofast import distributed, losses
 from dpofast.functional import DPOLossOutput, head_options, linear_dpo_loss, make_objective
 from dpofast.primitive import LogprobOutput, linear_logprob
 
@@ -36,17 +43,52 @@ class HeadInputs(NamedTuple):
     softcap: float | None
 
 
+def _loaded(module: str, name: str) -> type | tuple[()]:
+    """A class for `isinstance`; of a module that nobody has imported there are no instances."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel or a DeepSpeed engine. FSDP2 adds to a model and wraps nothing."""
+    while isinstance(model, (DistributedDataParallel, _loaded("deepspeed", "DeepSpeedEngine"))):
+        model = model.module
+    return model
+
+
+def _has(model: nn.Module, kind: type | tuple[()]) -> bool:
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+def _is_zero3(head: nn.Linear) -> bool:
+    return hasattr(head.weight, "ds_id")
+
+
+def _is_sharded(model: nn.Module, head: nn.Linear) -> bool:
+    return _is_zero3(head) or _has(model, _loaded("torch.distributed.fsdp", "FSDPModule"))
+
+
+def _is_wrapped(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether a wrapper has a part in the model's forward and backward."""
+    return _unwrapped(model) is not model or _has(model, DistributedDataParallel) or _is_sharded(model, head)
+
+
 def find_head(model: nn.Module) -> nn.Linear:
-    """The language-model head: an `nn.Linear` with its data at hand.
+    """The language-model head: an `nn.Linear`.
 
     Args:
-        model: with a ``get_output_embeddings``; inside PEFT or DistributedDataParallel, too. Of a head that PEFT trains
-            as a whole (``modules_to_save``), the copy that is active.
+        model: with a ``get_output_embeddings``; inside PEFT, DistributedDataParallel or a DeepSpeed engine, too. Of a
+            head that PEFT trains as a whole (``modules_to_save``), the copy that is active. Under FSDP2
+            (``fully_shard``) and ZeRO-3, its weight is sharded.
 
     Raises:
-        ValueError: no head; one with an adapter on it, quantised, sharded, or offloaded; a model with an encoder.
+        ValueError: no head; one with an adapter on it, quantised, or offloaded; a model with an encoder, or in FSDP1.
     """
-    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    if _has(model, _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
+        raise ValueError(
+            "model: is in FullyShardedDataParallel (FSDP1), which keeps the head in a flat tensor; shard it with "
+            "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)"
+        )
+    bare = _unwrapped(model)
     head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
     name = type(bare).__name__
     if head is None:
@@ -69,7 +111,7 @@ def find_head(model: nn.Module) -> nn.Linear:
             f"model: the head of {name} is a {type(head).__name__} of {head.weight.dtype}; expected a plain nn.Linear. "
             "Leave a quantised head in its own dtype (llm_int8_skip_modules, modules_to_not_convert), or dequantise it"
         )
-    if head.weight.is_meta or head.weight.numel() == 0:
+    if head.weight.is_meta or (head.weight.numel() == 0 and not _is_zero3(head)):
         where = "on the meta device" if head.weight.is_meta else "sharded away"
         raise ValueError(
             f"model: the head of {name} is {where}; keep it on one device (device_map), or gather it and call "
@@ -81,11 +123,12 @@ def find_head(model: nn.Module) -> nn.Linear:
 def head_inputs(model: nn.Module, **inputs: Any) -> HeadInputs:
     """Run ``model(**inputs)`` up to its head.
 
-    Hooks, adapters, checkpointing and wrappers all act as ever, since it is the model's own forward that runs.
+    Hooks, adapters and checkpointing all act as ever, since it is the model's own forward that runs.
 
     Args:
-        model: as in `find_head`. DistributedDataParallel without ``find_unused_parameters``, which looks for the
-            parameters in the graph of the logits.
+        model: as in `find_head`, but not sharded: an FSDP2 or ZeRO-3 head is gone when the forward is over.
+            DistributedDataParallel without ``find_unused_parameters``, which looks for the parameters in the graph of
+            the logits. `model_logprob` and `model_dpo_loss` know neither limit.
         inputs: what the model takes: input_ids, attention_mask, ...; no labels. ``use_cache`` is False if not given.
 
     Returns:
@@ -94,17 +137,40 @@ def head_inputs(model: nn.Module, **inputs: Any) -> HeadInputs:
     Raises:
         ValueError: as `find_head`; a model that does not call its head once, or does something else to its logits.
     """
+    head = find_head(model)
+    if _is_sharded(model, head):
+        raise ValueError(
+            "model: is sharded, and its head is gone when the forward is over; use model_logprob or model_dpo_loss"
+        )
+    seen: list[Tensor] = []
+    probe = _probe(head.weight)
+
+    def note(hidden: Tensor) -> Tensor:
+        seen.append(hidden)
+        return probe
+
+    with _standing_aside(head, note):
+        logits = _logits(model(**_checked(inputs)))
+    _expect_once(model, len(seen))
+    logit_scale, softcap = _read_transform(probe, logits, type(model).__name__)
+    if logits.requires_grad:
+        raise _more_than_a_transform(type(model).__name__, "with something that has a gradient")
+    return HeadInputs(seen[0], head.weight, head.bias, logit_scale, softcap)
+
+
+def _checked(inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "labels" in inputs:
         raise ValueError("labels: the model would compute a loss of its own from logits; pass them beside the inputs")
-    head = find_head(model)
-    probe = _probe(head.weight)
-    with _standing_aside(head, probe) as seen:
-        output = model(**{"use_cache": False, **inputs})
-    if len(seen) != 1:
-        raise ValueError(f"model: {type(model).__name__} called its head {len(seen)} times; expected once")
-    logits = output["logits"] if isinstance(output, Mapping) else output[0]
-    logit_scale, softcap = _read_transform(probe, logits, type(model).__name__)
-    return HeadInputs(seen[0], head.weight, head.bias, logit_scale, softcap)
+    return {"use_cache": False, **inputs}
+
+
+def _logits(output: Any) -> Tensor:
+    return output["logits"] if isinstance(output, Mapping) else output[0]
+
+
+def _expect_once(model: nn.Module, times: int) -> None:
+    if times != 1:
+        raise ValueError(f"model: {type(model).__name__} called its head {times} times; expected once")
 
 
 _TINY, _HUGE = 2.0**-12, 2.0**20
@@ -130,32 +196,240 @@ def _read_transform(probe: Tensor, logits: Tensor, name: str) -> tuple[float, fl
         wanted = probe.flatten() * scale
         if softcap is not None:
             wanted = softcap * torch.tanh(wanted / softcap)
-        if torch.allclose(z, wanted, rtol=1e-4, atol=1e-5):
+        if scale and torch.allclose(z, wanted, rtol=1e-4, atol=1e-5):
             return scale, softcap
-    raise ValueError(
-        f"model: {name} does more to its logits than scale and softcap them (known logits {list(probe.shape)} came "
-        f"back as {list(logits.shape)}, or changed otherwise); use dpofast.logprob on its logits"
+    raise _more_than_a_transform(
+        name, f"known logits {list(probe.shape)} came back as {list(logits.shape)}, or changed otherwise"
+    )
+
+
+def _more_than_a_transform(name: str, how: str) -> ValueError:
+    return ValueError(
+        f"model: {name} does more to its logits than scale and softcap them ({how}); use dpofast.logprob on its logits"
     )
 
 
 @contextmanager
-def _standing_aside(head: nn.Module, probe: Tensor) -> Iterator[list[Tensor]]:
-    """Let ``head`` note what it is given and return ``probe``."""
-    seen: list[Tensor] = []
+def _standing_aside(head: nn.Module, stand_in: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let ``head`` do what ``stand_in`` does."""
     before = vars(head).get("forward")  # an instance attribute only where a hook has put one
-
-    def note(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return probe
-
-    head.forward = note
+    head.forward = stand_in
     try:
-        yield seen
+        yield
     finally:
         if before is None:
             del head.forward
         else:
             head.forward = before
+
+
+# In a wrapper
+
+
+class _Ticket(torch.autograd.Function):
+    """Known logits, in whose place ``results`` wait for the gradient that `_Claim` has left in ``incoming``.
+
+    So the results' graph begins behind the logits', as that of a loss of the logits would. DistributedDataParallel
+    finds every parameter in it. FSDP2 and ZeRO-3 gather a weight when the gradient of its module's output arrives, and
+    the gradient of what was computed there waits for that. A DeepSpeed engine divides the gradient of its outputs by
+    the number of accumulated batches, and does so here: the gradient of the first logit is the factor.
+    """
+
+    @staticmethod
+    def forward(ctx, incoming: list[Tensor | None], probe: Tensor, *results: Tensor) -> Tensor:
+        ctx.incoming = incoming
+        return probe.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        factor = grad.flatten()[0]
+        return (None, None, *(g if g is None else g * factor.to(g.dtype) for g in ctx.incoming))
+
+
+class _Exact(torch.autograd.Function):
+    """``probe`` again, where the wrapper of the head has rounded it; what comes next scales logits by ``scale``."""
+
+    @staticmethod
+    def forward(ctx, rounded: Tensor, probe: Tensor, scale: float) -> Tensor:
+        ctx.dtype, ctx.scale = rounded.dtype, scale
+        return probe.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return (grad / ctx.scale).to(ctx.dtype), None, None
+
+
+class _Claim(torch.autograd.Function):
+    """``results``, whose gradient goes into ``incoming``, for the `_Ticket` that ``logits`` were made from."""
+
+    @staticmethod
+    def forward(ctx, incoming: list[Tensor | None], logits: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        ctx.incoming = incoming
+        ctx.shape, ctx.options = logits.shape, {"dtype": logits.dtype, "device": logits.device}
+        ctx.set_materialize_grads(False)
+        return tuple(result.clone() for result in results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None):
+        ctx.incoming[:] = grads
+        ticket = torch.zeros(ctx.shape, **ctx.options)
+        ticket.view(-1)[0] = 1
+        return (None, ticket, *(None for _ in grads))
+
+
+_transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+"""Scale and softcap behind each head that has been met in a wrapper."""
+
+
+def _transform_behind(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> tuple[float, float | None]:
+    """Scale and softcap, which a head's place has to know before there are logits; takes a forward, the first time."""
+    if head not in _transforms:
+        probes: list[Tensor] = []
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            probes.append(_probe(_gathered(head)))
+            return probes[-1]
+
+        bare = _unwrapped(model)
+        with torch.no_grad(), _same_random_numbers():
+            inner, _ = _run(bare, head, inputs, stand_in, probes, 1.0)
+        _transforms[head] = _read_transform(probes[0], inner, type(bare).__name__)
+    return _transforms[head]
+
+
+def _same_random_numbers():
+    """A context in which random numbers are drawn for nothing."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type == "mps":  # which has no such wrappers, and no fork either
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[torch.accelerator.current_device_index()], device_type=device.type)
+
+
+def _gathered(head: nn.Linear) -> Tensor:
+    weight = head.weight
+    if distributed.is_dtensor(weight) or weight.dim() != 2:
+        raise ValueError(
+            f"model: the head's weight is sharded in the head's own forward, {weight.shape} of {head}; expected that "
+            "FSDP2 or ZeRO-3 gathers it there, and no tensor parallelism beside them"
+        )
+    return weight
+
+
+def _run(
+    model: nn.Module,
+    head: nn.Linear,
+    inputs: Mapping[str, Any],
+    stand_in: Callable[[Tensor], Tensor],
+    probes: list[Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``model(**inputs)`` with a stand-in for its head, which notes in ``probes`` what it returns.
+
+    FSDP2 rounds what a module returns (`MixedPrecisionPolicy.output_dtype`), the head and the model alike; between the
+    two the logits here are exact.
+
+    Returns:
+        The logits that the model made of the probe, and what the wrappers made of them.
+    """
+    bare, name = _unwrapped(model), type(model).__name__
+    whole = bare.get_output_embeddings()
+    owners = [m for m in bare.modules() if hasattr(type(m), "get_output_embeddings")]
+    owner = next((m for m in reversed(owners) if m.get_output_embeddings() is whole), bare)
+    entered, inner = [], []
+
+    def enter(_module: nn.Module, _args: Any, hooked: Any) -> Tensor:
+        _expect_once(model, len(probes))
+        if not _is_rounded(hooked, probes[0]):
+            raise _more_than_a_transform(name, "a hook changes what the head returns")
+        entered.append(_Exact.apply(hooked, probes[0].detach(), scale))
+        return entered[-1]
+
+    hooks = (
+        head.register_forward_hook(enter),
+        owner.register_forward_hook(lambda _module, _args, output: inner.append(_logits(output)), prepend=True),
+    )
+    try:
+        with _standing_aside(head, stand_in):
+            outer = _logits(model(**_checked(inputs)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _expect_once(model, len(probes))
+    if len(entered) != 1 or len(inner) != 1:
+        raise ValueError(
+            f"model: {name} does not run the hooks of its head and of {type(owner).__name__}; compile its layers and "
+            "not the whole of it"
+        )
+    if not _is_rounded(outer, inner[0]):
+        raise _more_than_a_transform(name, "after its own forward")
+    needed = entered[0].requires_grad
+    if needed != inner[0].requires_grad or needed != outer.requires_grad:
+        raise _more_than_a_transform(name, "with something that has a gradient" if not needed else "without a graph")
+    if needed and not _comes_from(entered[0].grad_fn, inner[0].grad_fn):
+        raise _more_than_a_transform(name, "with something that has a gradient")
+    return inner[0], outer
+
+
+def _is_rounded(found: Any, exact: Tensor) -> bool:
+    """Whether ``found`` is ``exact``, rounded to its dtype if at all."""
+    return isinstance(found, Tensor) and found.shape == exact.shape and torch.equal(found, exact.to(found.dtype))
+
+
+def _comes_from(source: torch.autograd.graph.Node, node: torch.autograd.graph.Node) -> bool:
+    """Whether nothing that has a gradient, but ``source``, leads to ``node``."""
+    waiting, found = [node], False
+    while waiting:
+        node = waiting.pop()
+        if node is source:
+            found = True
+        elif not node.next_functions:
+            return False
+        else:
+            waiting.extend(before for before, _ in node.next_functions if before is not None)
+    return found
+
+
+def _results(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, compute: Callable[[HeadInputs, Tensor], Any]
+) -> Any:
+    """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them."""
+
+    def aligned(head: HeadInputs) -> Any:
+        hidden = _shifted(head.hidden, labels)
+        return compute(head._replace(hidden=hidden), labels[:, 1:].to(hidden.device))
+
+    head = find_head(model)
+    if not _is_wrapped(model, head):
+        return aligned(head_inputs(model, **inputs))
+
+    transform = _transform_behind(model, head, inputs)
+    incoming: list[Tensor | None] = []
+    probes: list[Tensor] = []
+    computed: list[Any] = []
+
+    def stand_in(hidden: Tensor) -> Tensor:
+        weight = _gathered(head)
+        computed.append(aligned(HeadInputs(hidden, weight, head.bias, *transform)))
+        waiting = [x for x in computed[-1] if x is not None and x.requires_grad]
+        probes.append(_Ticket.apply(incoming, _probe(weight), *waiting))
+        return probes[-1]
+
+    inner, outer = _run(model, head, inputs, stand_in, probes, transform[0])
+    found = _read_transform(probes[0].detach(), inner, type(model).__name__)
+    if found != transform:
+        del _transforms[head]
+        raise ValueError(
+            f"model: scale and softcap of the logits are {found} and were {transform} at the call before; they may "
+            "not change under a sharded head"
+        )
+    values = [None if x is None else x.detach() for x in computed[0]]
+    where = [i for i, x in enumerate(computed[0]) if x is not None and x.requires_grad]
+    for i, x in zip(where, _Claim.apply(incoming, outer, *(values[i] for i in where)) if where else ()):
+        values[i] = x
+    return type(computed[0])(*values)
 
 
 def model_logprob(
@@ -181,12 +455,14 @@ def model_logprob(
         ValueError, TypeError: as `head_inputs` and `linear_logprob`.
     """
     _refuse_transform(options)
-    head = head_inputs(model, **inputs)
-    hidden = _shifted(head.hidden, labels)
-    return linear_logprob(
-        hidden, head.weight, labels[:, 1:].to(hidden.device), bias=head.bias, temperature=temperature,
-        logit_scale=head.logit_scale, softcap=head.softcap, **options,
-    )  # fmt: skip
+
+    def compute(head: HeadInputs, targets: Tensor) -> LogprobOutput:
+        return linear_logprob(
+            head.hidden, head.weight, targets, bias=head.bias, temperature=temperature, logit_scale=head.logit_scale,
+            softcap=head.softcap, **options,
+        )  # fmt: skip
+
+    return _results(model, inputs, labels, compute)
 
 
 def model_dpo_loss(
@@ -224,7 +500,7 @@ def model_dpo_loss(
     terms = make_objective(**{name: value for name, value in options.items() if name not in names}).terms
     disabled = nullcontext()
     if ref_model is None and ref_logps is None and any(term.loss.reference for term in terms):
-        bare = model.module if isinstance(model, DistributedDataParallel) else model
+        bare = _unwrapped(model)
         if hasattr(bare, "disable_adapter"):
             ref_model, disabled = bare, bare.disable_adapter()
     losses.check_reference(terms, ref_model is not None or ref_logps is not None, "ref_model or ref_logps")
@@ -232,12 +508,14 @@ def model_dpo_loss(
         with torch.no_grad(), disabled:
             scoring = {name: value for name, value in options.items() if name in names}
             ref_logps = model_logprob(ref_model, inputs, labels, **scoring).logps
-    head = head_inputs(model, **inputs)
-    hidden = _shifted(head.hidden, labels)
-    return linear_dpo_loss(
-        hidden, head.weight, labels[:, 1:].to(hidden.device), bias=head.bias, ref_logps=ref_logps,
-        logit_scale=head.logit_scale, softcap=head.softcap, **options,
-    )  # fmt: skip
+
+    def compute(head: HeadInputs, targets: Tensor) -> DPOLossOutput:
+        return linear_dpo_loss(
+            head.hidden, head.weight, targets, bias=head.bias, ref_logps=ref_logps, logit_scale=head.logit_scale,
+            softcap=head.softcap, **options,
+        )  # fmt: skip
+
+    return _results(model, inputs, labels, compute)
 
 
 def _refuse_transform(options: Mapping[str, Any]) -> None:

@@ -63,10 +63,12 @@ class _LogprobFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = _STATISTICS,
     ) -> tuple[Tensor | None, ...]:
-        if hasattr(weight, "ds_id"):
-            # ZeRO-3 takes the gathered head away when the forward ends, and the backward needs it again
-            weight = weight.clone()
-            bias = None if bias is None else bias.clone()
+        if type(weight.grad_fn).__name__ == "_ToTorchTensorBackward":
+            raise ValueError(
+                "weight: TRL gathered the head with DTensor.full_tensor, whose gradient is each rank's own and never "
+                "averaged; shard the head with the model's last norm, fully_shard([norm, lm_head]) as accelerate does, "
+                "and not by itself"
+            )
         out = linear_logprob(
             hidden,
             weight,
@@ -78,9 +80,20 @@ class _LogprobFunction:
             softcap=final_logit_softcapping,
             outputs=tuple(name for name in _STATISTICS if name in outputs),
         )
+        if hasattr(weight, "ds_id") and out.logps.requires_grad:
+            out.logps.grad_fn.register_prehook(lambda _grads: _expect_gathered(weight))
         values = (out.logps, *(getattr(out, name) for name in _STATISTICS))
         # fp32 for every input, as TRL's
         return tuple(x.float() if x is not None and x.dtype == torch.float64 else x for x in values)
+
+
+def _expect_gathered(weight: Tensor) -> None:
+    """ZeRO-3 takes the head away when the forward ends, and an engine brings it back before the model's backward."""
+    if weight.numel() == 0:
+        raise RuntimeError(
+            "weight: ZeRO-3 has not gathered the head for the backward; let the model's forward, run by its engine, "
+            "gather it, and not deepspeed.zero.GatheredParameters around that"
+        )
 
 
 class _KTOLoss(LigerFusedLinearKTOLoss):
