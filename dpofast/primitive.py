@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dpofast import _backend, _ops, cost, distributed
 from dpofast.backends._tensors import flags, wide_dtype
@@ -23,6 +24,7 @@ __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
 def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
+    _check_dense(name, x)
     if distributed.is_dtensor(x):
         raise TypeError(
             f"{name}: got a DTensor, which is understood beside a weight that is one; pass {name}.to_local() or "
@@ -30,16 +32,32 @@ def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
         )
     if x.is_meta:
         raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
-    if x.dtype not in DTYPE_CODES:
-        hint = "; dequantise it first" if not x.is_floating_point() else ""
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16{hint}")
+    packed = getattr(x, "quant_state", None) is not None  # bitsandbytes stores four bits in any dtype
+    if x.dtype not in DTYPE_CODES or packed:
+        what = f"{x.dtype} (quantised)" if packed else str(x.dtype)
+        hint = "" if x.is_complex() else "; dequantise it first"
+        raise TypeError(f"{name}: got dtype {what}, expected float32, float64, bfloat16 or float16{hint}")
     if ndim is not None and x.ndim != ndim:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {ndim} dimensions")
+    # the ops have no rule for tangents, and PyTorch would drop them, which makes derivatives of 0
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(
+            f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd, forward_ad) is not implemented; use "
+            "reverse mode, or dpofast.reference for a problem small enough"
+        )
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.is_nested or x.layout is not torch.strided:
+        what = "nested" if x.is_nested else f"{x.layout}".removeprefix("torch.")
+        how = "packed rows (values())" if x.is_nested else "to_dense()"
+        raise TypeError(f"{name}: got a {what} tensor, expected a dense one; pass {how}")
 
 
 def _check_labels(labels: Tensor, lead: torch.Size, device: torch.device, of: str) -> Tensor:
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor of integers")
+    _check_dense("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise TypeError(f"labels: got dtype {labels.dtype}, expected int64 (or int32)")
     if labels.shape != lead:
@@ -67,6 +85,8 @@ def _check_transform(temperature: float, logit_scale: float, softcap: float | No
 def _check_outputs(outputs) -> tuple[str, ...]:
     if isinstance(outputs, str):
         raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names, such as ({outputs!r},)")
+    if not isinstance(outputs, (tuple, list, set, frozenset)):
+        raise TypeError(f"outputs: got {type(outputs).__name__}, expected a tuple of names")
     unknown = [name for name in outputs if name not in OUTPUTS]
     if unknown:
         raise ValueError(f"outputs: got {unknown[0]!r}, expected names among {', '.join(OUTPUTS)}")
@@ -76,6 +96,13 @@ def _check_outputs(outputs) -> tuple[str, ...]:
 def _check_exact(grad_filter) -> None:
     if grad_filter is not None:
         raise ValueError(f"grad_filter: got {grad_filter!r}, but only None (exact gradients) is available")
+
+
+def _check_ignore_index(ignore_index) -> None:
+    if isinstance(ignore_index, bool) or not (ignore_index is None or isinstance(ignore_index, int)):
+        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int or None")
+    if ignore_index is not None and not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index: got {ignore_index}, expected a 64-bit integer")
 
 
 def _count(labels: Tensor, ignore_index: int | None) -> int:
@@ -149,8 +176,8 @@ def linear_logprob(
             exchange eight integers, for which a GPU is waited for.
 
     Returns:
-        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if an input is fp64). With ``group``, the same on every
-        rank; the backward then gives each rank the whole gradient of hidden, and that of its slice of the head.
+        `LogprobOutput` of tensors of labels' shape, fp32 (fp64 if hidden or weight is). With ``group``, the same on
+        every rank; the backward then gives each rank the whole gradient of hidden, and that of its slice of the head.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is computed. A label out of range is among them on
@@ -168,9 +195,10 @@ def linear_logprob(
         hidden, weight, labels, bias, group = distributed.local_head(hidden, weight, labels, bias, group)
     name = None if group is None else distributed.group_name(group)
     with nullcontext() if name is None else distributed.refusing_together(name):
-        labels = _check_head(hidden, weight, labels, bias, sharded=name is not None)
+        labels = check_inputs(hidden, weight, labels, bias, sharded=name is not None)
         transform = _check_transform(temperature, logit_scale, softcap)
         names = _check_outputs(outputs)
+        _check_ignore_index(ignore_index)
         _check_exact(grad_filter)
         budget = parse_bytes(memory_budget)
         device_type = hidden.device.type
@@ -217,28 +245,45 @@ def linear_logprob(
     return _output(results, names)
 
 
-def _check_head(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sharded: bool) -> Tensor:
-    """Labels in 64 bits, if all is well."""
-    _check_tensor("hidden", hidden)
-    _check_tensor("weight", weight, 2)
+def check_inputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sharded: bool = False, prefix: str = ""
+) -> Tensor:
+    """Labels in 64 bits, if all is well. ``prefix`` goes before the names in errors, as in ref_hidden."""
+    _check_tensor(f"{prefix}hidden", hidden)
+    _check_tensor(f"{prefix}weight", weight, 2)
     if hidden.ndim < 1:
-        raise ValueError("hidden: got a scalar, expected shape [*, H]")
+        raise ValueError(f"{prefix}hidden: got a scalar, expected shape [*, H]")
     if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] to go with hidden "
-            f"{tuple(hidden.shape)}"
+            f"{prefix}weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] to go with "
+            f"{prefix}hidden {tuple(hidden.shape)}"
         )
     if (weight.shape[0] < 1 and not sharded) or weight.shape[1] < 1:
-        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected at least one row and one column")
+        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected at least one row and one column")
     if weight.device != hidden.device:
-        raise ValueError(f"weight: on device {weight.device}, expected {hidden.device}, where hidden is")
+        raise ValueError(
+            f"{prefix}weight: on device {weight.device}, expected {hidden.device}, where {prefix}hidden is"
+        )
     if bias is not None:
-        _check_tensor("bias", bias)
+        _check_tensor(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the rows of weight")
+            raise ValueError(
+                f"{prefix}bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the rows of "
+                f"{prefix}weight"
+            )
         if bias.device != hidden.device:
-            raise ValueError(f"bias: on device {bias.device}, expected {hidden.device}, where hidden is")
-    return _check_labels(labels, hidden.shape[:-1], hidden.device, "hidden")
+            raise ValueError(
+                f"{prefix}bias: on device {bias.device}, expected {hidden.device}, where {prefix}hidden is"
+            )
+    return _check_labels(labels, hidden.shape[:-1], hidden.device, f"{prefix}hidden")
+
+
+def check_logits(logits: Tensor, labels: Tensor, name: str = "logits") -> Tensor:
+    """Labels in 64 bits, if all is well."""
+    _check_tensor(name, logits)
+    if logits.ndim < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected [*, V] with V >= 1")
+    return _check_labels(labels, logits.shape[:-1], logits.device, name)
 
 
 def logprob(
@@ -279,12 +324,10 @@ def logprob(
         >>> dpofast.logprob(torch.zeros(3, 4), torch.tensor([0, 3, -100])).logps
         tensor([-1.3863, -1.3863,  0.0000])
     """
-    _check_tensor("logits", logits)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [*, V] with V >= 1")
-    labels = _check_labels(labels, logits.shape[:-1], logits.device, "logits")
+    labels = check_logits(logits, labels)
     transform = _check_transform(temperature, logit_scale, softcap)
     names = _check_outputs(outputs)
+    _check_ignore_index(ignore_index)
     _check_exact(grad_filter)
     if inplace_grad and torch.compiler.is_compiling():
         raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")

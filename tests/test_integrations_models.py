@@ -309,7 +309,10 @@ def test_a_model_in_distributed_data_parallel_gives_the_same_loss_and_gradients(
 # The examples
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "tiny"))
+TESTED_ELSEWHERE = ("tiny", "lightning_loop")
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.py")}.difference(TESTED_ELSEWHERE)))
 def test_the_example_runs_on_dpofast_and_learns(name, monkeypatch):
     if name == "trl_dpo":
         pytest.importorskip("trl", minversion="1.16")

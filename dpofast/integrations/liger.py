@@ -45,6 +45,8 @@ class _Pairs:
     """The log-probabilities of a batch ``[chosen; rejected]``, and what Liger reports of it."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int) -> None:
+        losses.check_dense("_input", hidden)
+        losses.check_dense("target", target)
         if target.dim() != 2 or target.shape[0] % 2 or hidden.shape[:-1] != target.shape:
             raise ValueError(
                 f"_input has shape {list(hidden.shape)} and target {list(target.shape)}; expected [2B, T, H] and "
@@ -428,6 +430,8 @@ class LigerFusedLinearKTOLoss(_LigerLoss):
             loss, (the sums over good completions and over bad ones of logps, logits and rewards, in this order); all
             but the loss without gradient.
         """
+        losses.check_dense("_input", _input)
+        losses.check_dense("target", target)
         if preference_labels is None or preference_labels.dtype != torch.bool:
             what = "None" if preference_labels is None else f"of {preference_labels.dtype}"
             raise TypeError(f"preference_labels is {what}; expected torch.bool [N], True for a good completion")
@@ -439,6 +443,8 @@ class LigerFusedLinearKTOLoss(_LigerLoss):
                 f"_input has shape {list(_input.shape)}, target {list(target.shape)} and preference_labels "
                 f"{list(preference_labels.shape)}; expected [N, T, H], [N, T] and [N]"
             )
+        if kl is not None:
+            losses.check_dense("kl", kl)
         if kl is not None and kl.numel() != 1 and kl.shape != target.shape[:1]:
             raise ValueError(f"kl has shape {list(kl.shape)}; expected one value, or {list(target.shape[:1])}")
 

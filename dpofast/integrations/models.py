@@ -525,6 +525,7 @@ def _refuse_transform(options: Mapping[str, Any]) -> None:
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> Tensor:
+    losses.check_dense("labels", labels)
     if labels.dim() != 2 or hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: got shape {list(labels.shape)}, expected {list(hidden.shape[:-1])}, that of the positions that "

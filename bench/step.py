@@ -1,0 +1,369 @@
+"""The step's benchmark: what dpofast makes of the time and the peak memory of a whole training step.
+
+    make bench-step                     some minutes
+    python bench/step.py --quick        a tiny random model: only shows that it runs
+
+SmolLM2-135M-Instruct's own weights, pairs from the documentation of ruff's rules, and each trainer's defaults. A step
+is the reference's forward, the policy's forward and backward, clipping and AdamW. Time: both ways in turns in one
+process, which may be shared, so that only their ratio means something. Memory: each way in a process of its own, the
+growth of its resident set within the second step, above weights and AdamW's moments.
+
+After the warm-up the learning rate is 0, which saves no work: both ways then meet the same weights, and their losses
+and gradients must agree, or the script fails. Prints a table in Markdown and writes it to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from head import RESULTS, machine, seconds
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpofast._memory import peak_growth
+
+PAIRS = 4
+WAYS = ("before", "after")  # without dpofast, with it
+BETA = 0.1
+IGNORE = -100
+PAIRS_FILE, RATES_FILE = "pairs.json", "rates.json"
+TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
+"""Relative, of loss and gradient norm. With 16 bits TRL, Liger and plain PyTorch round each logit, which is some tens,
+and a loss is of hundreds of them; dpofast does not."""
+
+# Imported once, in a process that does nothing else and that all others are forked from.
+PRELOAD = ["dpofast.integrations.trl", "dpofast.integrations.models", "dpofast.integrations.liger", "peft",
+           "liger_kernel.chunked_loss", "transformers.models.llama.modeling_llama"]  # fmt: skip
+
+ForwardBackward = Callable[[str], Tensor]
+"""Of one of WAYS; returns the loss."""
+
+
+# What is trained on what: written to a folder once, read by each process
+
+
+def write_smollm2(folder: Path, length: int) -> None:
+    """The checkpoint, and the longest pairs of which no sequence has more than ``length`` tokens."""
+    from transformers import AutoModelForCausalLM
+
+    from dpofast.demo import data
+    from dpofast.demo.model import gguf_file, load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(gguf_file())
+    documented, _ = data.documented_pairs(data.ruff_binary())
+    sized = []
+    for pair in documented:
+        ids = data.encode(pair, tokenizer)
+        longest = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
+        if longest <= length:
+            sized.append((longest, pair.rule, ids))
+    if len(sized) < PAIRS:
+        raise ValueError(f"--length {length}: only {len(sized)} pairs are that short, {PAIRS} are needed")
+    pairs = [
+        {"prompt": tokenizer.decode(ids.prompt), **{side: tokenizer.decode(getattr(ids, side)[:-1])  # TRL adds eos
+                                                    for side in ("chosen", "rejected")}}
+        for _, _, ids in sorted(sized)[-PAIRS:]
+    ]  # fmt: skip
+    loaded = load_model(gguf_file())
+    del loaded.config.quantization_config  # its weights are floats by now, and trainers refuse what says it is not
+    model = AutoModelForCausalLM.from_config(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    _write(folder, model, tokenizer, pairs, {"full": 1e-5, "LoRA": 1e-3})
+
+
+def write_tiny(folder: Path) -> None:
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    import tiny
+
+    _write(folder, tiny.model(), tiny.tokenizer(), tiny.pairs(PAIRS), {"full": 1e-2, "LoRA": 1e-2})
+
+
+def _write(folder: Path, model: Any, tokenizer: Any, pairs: list[dict[str, str]], rates: dict[str, float]) -> None:
+    """``rates`` are the warm-up's: the loss must leave ln 2, where any two losses would agree."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / PAIRS_FILE).write_text(json.dumps(pairs))
+    (folder / RATES_FILE).write_text(json.dumps(rates))
+
+
+def read(folder: Path) -> tuple[Any, Any, list[dict[str, str]]]:
+    """``(model, tokenizer, pairs)``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder), json.loads((folder / PAIRS_FILE).read_text())
+
+
+def read_batch(folder: Path) -> tuple[Any, Any, dict[str, Tensor], Tensor]:
+    """``(policy, reference, inputs, labels)`` for the loops without a trainer; rows are ``[chosen; rejected]``."""
+    policy, tokenizer, pairs = read(folder)
+    reference = read(folder)[0].requires_grad_(False)
+    ids, labels = [], []
+    for side in ("chosen", "rejected"):
+        for pair in pairs:
+            prompt = tokenizer(pair["prompt"], add_special_tokens=False)["input_ids"]
+            answer = [*tokenizer(pair[side], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            ids.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    inputs = {"input_ids": pad(ids), "attention_mask": pad([torch.ones_like(row) for row in ids])}
+    return policy, reference, inputs, pad(labels, padding_value=IGNORE)
+
+
+# The rows: each builds a model and both ways through it
+
+
+def trl(folder: Path, bf16: bool, lora: bool) -> tuple[nn.Module, ForwardBackward]:
+    """TRL's DPOTrainer with its defaults, gradient checkpointing among them; the reference is a model beside it, or
+    under LoRA the model itself."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
+    from dpofast.integrations.trl import patched
+
+    model, tokenizer, pairs = read(folder)
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=None if lora else read(folder)[0],
+        args=DPOConfig(
+            output_dir=str(folder / "trainer"),
+            per_device_train_batch_size=PAIRS,
+            beta=BETA,
+            bf16=bf16,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    )
+    # What Trainer.train does before its first step: TRL's default, and autocast around the forward.
+    trainer.model.gradient_checkpointing_enable()
+    wrapped = trainer.accelerator.prepare(trainer.model).train()
+    batch = next(iter(trainer.get_train_dataloader()))
+
+    def forward_backward(way: str) -> Tensor:
+        with patched() if way == "after" else contextlib.nullcontext():
+            loss = trainer.compute_loss(wrapped, batch)
+            trainer.accelerator.backward(loss)
+        return loss.detach()
+
+    return trainer.model, forward_backward
+
+
+def plain(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
+    """A loop that takes log-softmax of the model's logits, against `model_dpo_loss`; Lightning and Transformers'
+    Trainer, whose ``compute_loss`` one writes, run the same."""
+    from dpofast.integrations.models import model_dpo_loss
+
+    policy, reference, inputs, labels = read_batch(folder)
+    targets = labels[:, 1:]
+
+    def score(model: nn.Module) -> Tensor:
+        logps = model(**inputs, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        picked = logps.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return picked.masked_fill(targets == IGNORE, 0).sum(-1)
+
+    def before() -> Tensor:
+        with torch.no_grad():
+            ref = score(reference)
+        chosen, rejected = (score(policy) - ref).chunk(2)
+        return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+    def after() -> Tensor:
+        return model_dpo_loss(policy, inputs, labels, ref_model=reference, loss_type="sigmoid", beta=BETA).loss
+
+    return policy, _loop({"before": before, "after": after}, bf16)
+
+
+def liger(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
+    """Liger's fused DPO loss, against the class of the same name in dpofast, on the same hidden states."""
+    from liger_kernel import chunked_loss
+
+    from dpofast.integrations import liger as ours
+
+    policy, reference, inputs, labels = read_batch(folder)
+
+    def loss(function: nn.Module) -> Tensor:
+        with torch.no_grad():
+            ref_hidden = reference.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        hidden = policy.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        head, ref_head = policy.lm_head.weight, reference.lm_head.weight
+        return function(head, hidden, labels[:, 1:], ref_input=ref_hidden, ref_weight=ref_head)[0]
+
+    modules = {"before": chunked_loss, "after": ours}
+    # Liger's compiles itself, in the warm-up
+    losses = {way: partial(loss, module.LigerFusedLinearDPOLoss(beta=BETA)) for way, module in modules.items()}
+    return policy, _loop(losses, bf16)
+
+
+def _loop(losses: dict[str, Callable[[], Tensor]], bf16: bool) -> ForwardBackward:
+    """bf16 is autocast with weights in fp32, as a trainer does it."""
+
+    def forward_backward(way: str) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = losses[way]()
+        loss.backward()
+        return loss.detach()
+
+    return forward_backward
+
+
+ROWS: dict[str, Callable[[Path], tuple[nn.Module, ForwardBackward]]] = {
+    "TRL DPOTrainer, bf16": partial(trl, bf16=True, lora=False),
+    "TRL DPOTrainer, fp32": partial(trl, bf16=False, lora=False),
+    "TRL DPOTrainer, LoRA, bf16": partial(trl, bf16=True, lora=True),
+    "plain PyTorch, log-softmax of logits, bf16": partial(plain, bf16=True),
+    "Liger LigerFusedLinearDPOLoss, bf16": partial(liger, bf16=True),
+}
+
+
+# Measuring
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step found."""
+
+    loss: float
+    grad_norm: float
+
+
+class Stepper:
+    """Steps of one row in either way, warmed up by one step in each of ``warm_up``."""
+
+    def __init__(self, row: str, folder: Path, warm_up: tuple[str, ...]) -> None:
+        torch.manual_seed(0)  # LoRA starts at random
+        model, self.forward_backward = ROWS[row](folder)
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rates = json.loads((folder / RATES_FILE).read_text())
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rates["LoRA" if "LoRA" in row else "full"])
+        for way in warm_up:
+            self(way)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def __call__(self, way: str) -> Outcome:
+        loss = self.forward_backward(way)
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Outcome(loss.item(), norm.item())
+
+
+def times(row: str, folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, Outcome]]:
+    """Seconds of each step, in turns, and what the last ones found."""
+    step = Stepper(row, folder, WAYS)
+    took: dict[str, list[float]] = {way: [] for way in WAYS}
+    found: dict[str, Outcome] = {}
+    for _ in range(rounds):
+        for way in WAYS:
+            took[way].append(seconds(lambda way=way: found.update({way: step(way)})))
+    return took, found
+
+
+def peak(row: str, folder: Path, way: str) -> int | None:
+    """Bytes by which a step raises this process's memory; None where that cannot be told."""
+    step = Stepper(row, folder, (way,))
+    return peak_growth(lambda: step(way))
+
+
+def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(work, *args).result()
+
+
+def check(row: str, found: dict[str, Outcome]) -> None:
+    """Raise unless both ways found the same loss and gradient, and a loss that could have differed."""
+    before, after = (found[way] for way in WAYS)
+    tolerance = TOLERANCE[row[-4:]]
+    if abs(before.loss - math.log(2)) < 0.01:
+        raise RuntimeError(f"{row}: the loss is {before.loss}, that of a policy which equals its reference")
+    for name, mine in asdict(after).items():
+        theirs = asdict(before)[name]
+        if not math.isclose(mine, theirs, rel_tol=tolerance):
+            raise RuntimeError(f"{row}: {name} is {mine} with dpofast and {theirs} without it")
+
+
+def measure(row: str, folder: Path, rounds: int) -> dict[str, Any]:
+    took, found = in_a_process_of_its_own(times, row, folder, rounds)
+    check(row, found)
+    return {
+        "time_ratio": statistics.median(b / a for a, b in zip(*took.values(), strict=True)),
+        "seconds": took,
+        "peak_bytes": {way: in_a_process_of_its_own(peak, row, folder, way) for way in WAYS},
+        "found": {way: asdict(outcome) for way, outcome in found.items()},
+    }
+
+
+def table_row(row: str, result: dict[str, Any]) -> str:
+    before, after = (result["peak_bytes"][way] for way in WAYS)
+    peaks = ("-", "-", "-") if None in (before, after) else (
+        f"{before / 2**20:.0f} MiB", f"{after / 2**20:.0f} MiB", f"{after / before:.2f}"
+    )  # fmt: skip
+    return f"| {row} | {result['time_ratio']:.2f} | {' | '.join(peaks)} |"
+
+
+HEADER = """\
+| training step, before | time after / before | peak before | peak after | after / before |
+|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny random model in place of SmolLM2")
+    parser.add_argument("--rows", nargs="+", default=[""], metavar="PART", help="only rows whose name contains a PART")
+    parser.add_argument("--length", type=int, default=128, help="most tokens of a sequence (default 128)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way (default 3)")
+    parser.add_argument("--out", type=Path, default=None, help="where the results go (default bench/results/)")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if any(part in row for part in args.rows)]
+    if not rows:
+        parser.error(f"--rows {' '.join(args.rows)}: expected parts of {', '.join(ROWS)}")
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: expected at least 1")
+
+    # Read when Transformers and its like are imported, in other processes.
+    os.environ |= dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
+    about = machine() | {name: version(name) for name in ("transformers", "trl", "peft", "liger-kernel")}
+    print(" ".join(f"{key}={value}" for key, value in about.items()), flush=True)
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if args.quick:
+            in_a_process_of_its_own(write_tiny, folder)
+        else:
+            in_a_process_of_its_own(write_smollm2, folder, args.length)
+        print(HEADER, flush=True)
+        for row in rows:
+            results[row] = measure(row, folder, args.rounds)
+            print(table_row(row, results[row]), flush=True)
+
+    out = args.out or RESULTS / f"step-{about['date']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
+    print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
