@@ -625,11 +625,12 @@ FORKED = """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_computes_after_its_parent_has():
+def test_a_forked_child_computes_after_its_parent_has(tmp_path):
     """The CPU kernels start their threads in each call, so that none is missing in the child. PyTorch's own OpenMP
     threads are: a child in which PyTorch itself runs on several hangs with or without dpofast, and needs
     ``torch.set_num_threads(1)``, as data-loading workers have it."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED)], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORKED)],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,  # beside the sources these would be imported
+    )  # fmt: skip
     assert done.returncode == 0 and done.stdout.split() == ["all", str(len(_backend.cpu_isas()[:2]) + 2)], done.stderr
