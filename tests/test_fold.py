@@ -111,3 +111,18 @@ def test_a_backend_writes_d_hidden_in_the_dtype_it_is_given(backend):
         module.backward(isa, hidden, weight, None, rows, labels, transform, how, cache, saved, torch.ones(N), None,
                         out, None, None)  # fmt: skip
     assert torch.equal(wide.bfloat16(), narrow) and not torch.equal(wide, narrow.float())
+
+
+def test_the_largest_entry_of_a_slice_is_exact(backend):
+    """The CPU's running m may stay up to 8 below the largest z; a second largest label must not pass for the first."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(N, H) / 4, torch.randn(V, H)
+    largest = (hidden @ weight.T).topk(2).indices
+    module, isa = _ops._module(backend)
+    how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
+                 to_hidden=False, to_weight=False, outputs=2, keeps=False)._replace(block=2)  # fmt: skip
+    for place, labels in enumerate(largest.T.contiguous()):
+        stats = module.fold(isa, hidden, weight, None, torch.arange(N), labels, (1.0, 1.0, 0.0), ("is_top1",), how)
+        merged = distributed._merge(stats.unsqueeze(0), torch.zeros_like(labels))
+        top = TorchPasses().finish(merged, labels, V, ("is_top1",))["is_top1"]
+        assert top.all() if place == 0 else not top.any()
