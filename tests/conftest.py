@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     request.config.stash[_RAN].add(request.param)
     with numerics.threads(torch.get_num_threads() if request.param in CPU else 1):
         yield request.param
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """For tiny models in whole trainers: products this small are slowest on several threads, and each trainer collects
+    garbage, of all of torch."""
+    gc.freeze()
+    with numerics.threads(1):
+        yield
+    gc.unfreeze()
 
 
 @pytest.fixture(params=CPU)

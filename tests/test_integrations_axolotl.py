@@ -6,12 +6,10 @@ in `test_integrations_trl`.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import random
 
-import numerics
 import pytest
 import torch
 import yaml
@@ -33,15 +31,7 @@ from dpofast.integrations import trl as integration
 PLUGIN = "dpofast.integrations.axolotl.Plugin"
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
 V = len(WORDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Products this small are slowest on several threads; and Axolotl collects garbage at each step, all of torch's."""
-    gc.freeze()
-    with numerics.threads(1):
-        yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def model(family: str):

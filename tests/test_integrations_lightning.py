@@ -6,12 +6,10 @@ What is trained is the example's module, so that the example is what is proven. 
 
 from __future__ import annotations
 
-import gc
 import importlib
 import sys
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
 
@@ -26,15 +24,7 @@ from torch.utils.data import DataLoader
 from dpofast import primitive
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Products this small are slowest on several threads; and each trainer collects garbage, of all of torch."""
-    gc.freeze()
-    with numerics.threads(1):
-        yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ writes. Steps are taken with SGD, as in `test_integrations_trl`.
 
 from __future__ import annotations
 
-import gc
 import importlib.machinery
 import importlib.util
 import json
@@ -14,7 +13,6 @@ import random
 import sys
 import types
 
-import numerics
 import pytest
 import torch
 
@@ -36,15 +34,7 @@ from dpofast.integrations import llamafactory as integration
 
 WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
 V = len(WORDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Products this small are slowest on several threads; and each trainer collects garbage, of all of torch."""
-    gc.freeze()
-    with numerics.threads(1):
-        yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def model(seed: int, family: str):

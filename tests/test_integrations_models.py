@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import importlib
 import sys
 from pathlib import Path
 
-import numerics
 import pytest
 import torch
 
@@ -23,15 +21,7 @@ from dpofast.integrations import models
 
 V, T = 64, 7
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Products this small are slowest on several threads; and each trainer collects garbage, of all of torch."""
-    gc.freeze()
-    with numerics.threads(1):
-        yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 COMMON = dict(

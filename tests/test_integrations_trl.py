@@ -6,11 +6,9 @@ rounding noise takes a step of full size, and of either sign.
 
 from __future__ import annotations
 
-import gc
 import random
 from types import SimpleNamespace
 
-import numerics
 import pytest
 import torch
 
@@ -33,15 +31,7 @@ TRL_LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
     "discopop sft sigmoid_norm"
 ).split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Products this small are slowest on several threads; and each trainer collects garbage, of all of torch."""
-    gc.freeze()
-    with numerics.threads(1):
-        yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
