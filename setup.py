@@ -25,7 +25,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-CXXFLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -pthread -Wall -Wextra"
+CXXFLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -pthread -ffp-contract=off -Wall -Wextra"
 LDFLAGS = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
 BINDINGS = "csrc/bind.cpp"  # the only source that sees Python's headers and the version
 HEADERS = sorted(str(path) for kind in ("*.h", "*.cuh") for path in Path("csrc").rglob(kind))

@@ -73,6 +73,7 @@ int64_t backward(const std::string& isa, const py::dict& d) {
   a.grad_rows = pointer<int64_t>(d, "grad_rows");
   a.grad_weight = pointer(d, "grad_weight");
   a.grad_bias = pointer(d, "grad_bias");
+  a.token_chunk = value<int64_t>(d, "token_chunk");
   a.workspace = pointer(d, "workspace");
   const Table& t = table(isa);
   py::gil_scoped_release unlocked;
@@ -169,17 +170,19 @@ PYBIND11_MODULE(_C, m) {
       "traits",
       [](const std::string& isa, int hidden, int weight) {
         const Traits t = table(isa).traits(dtype(hidden), dtype(weight));
-        return py::make_tuple(t.vector, t.panel, t.unit, t.elem_size, t.acc_size);
+        return py::make_tuple(t.vector, t.panel, t.unit, t.elem_size, t.acc_size, t.cached_size);
       },
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"),
-      "(tokens in a vector, tokens in a panel, k in a dot-product step, bytes of a product's element, of an accumulator)");
+      "(tokens in a vector, tokens in a panel, k in a dot-product step, bytes of a product's element, of an accumulator, of a "
+      "kept exponential)");
   m.def(
       "peak",
       [](const std::string& isa, int hidden, int weight) {
         std::vector<char> work(kPeakBytes);
-        return table(isa).peak(dtype(hidden), dtype(weight), work.data());
+        const Peak peak = table(isa).peak(dtype(hidden), dtype(weight), work.data());
+        return py::make_tuple(peak.hardware, peak.micro_kernel);
       },
-      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread in the micro-kernel");
+      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread: (of a loop of independent multiply-adds, of the micro-kernel)");
   m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
   m.def("cpu_features", &cpu_features, "CPU features that decide among them");
 #if defined(DPOFAST_CUDA_ARCHS)

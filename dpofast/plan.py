@@ -1,7 +1,7 @@
 """Schedules and tiles: what a call will do, how much memory it will take, and roughly how long.
 
 `choose` is what the op runs on; `plan` is the same answer with its reasons, for people. Sizes are those of
-the kernels' own layout (``csrc/cpu/linear_logprob.h``); a test holds the two equal.
+the kernels' own layout (``csrc/cpu/head_*.h``); a test holds the two equal.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from dpofast import _backend, cost
 DEFAULT_MEMORY_BUDGET = 1 << 30
 """Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
 
-BLOCK = 192
-"""Vocabulary rows per block: deep enough that accumulators are loaded and stored rarely, and small enough that a
-block of W, its transpose and a panel of tokens share a 1 MiB L2 cache at common hidden sizes."""
+GROUP_ROWS, FOLD_ROWS = 192, 48  # kGroupRows, kFoldRows of csrc/cpu/head_layout.h
+BLOCKS = (GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4)
+"""Vocabulary rows per block, the first that the budget allows. 192 are deep enough that accumulators are loaded and stored
+rarely, and few enough that a block of W stays in an L2 cache at common hidden sizes. Log-probs have the same bits with each."""
 
-PIECES = 8  # kPieces of csrc/cpu/linear_logprob.h
+WIDEST_BLOCK = 8 * GROUP_ROWS
+"""For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
+BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stays in an L2 cache
+
+PIECES = 8  # kPieces of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -38,6 +43,7 @@ class Traits(NamedTuple):
     unit: int  # k in one dot-product step
     elem: int  # bytes of a product's element
     acc: int  # bytes of an accumulator
+    cached: int  # bytes of an exponential that is kept for the backward
 
 
 TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
@@ -83,17 +89,22 @@ def parse_bytes(value: int | str | None, name: str = "memory_budget") -> int:
 
 
 class _Layout:
-    """Bytes of each buffer of csrc/cpu/linear_logprob.h, for n tokens and one block size."""
+    """Bytes of each buffer of csrc/cpu/head_*.h, for n tokens and one block size.
 
-    def __init__(self, n, h, v, traits: Traits, block, threads, as_is, outputs):
+    ``direct`` says that d weight has the accumulator's type, and is its own sum.
+    """
+
+    def __init__(self, n, h, v, traits: Traits, block, threads, as_is, outputs, direct):
         self.n, self.h, self.v, self.t, self.block, self.threads, self.as_is = n, h, v, traits, block, threads, as_is
         self.n_pad = _up(n, traits.vector)
         self.h_pad = _up(h, traits.unit)
         self.blocks = (v + block - 1) // block
-        self.outputs = outputs
+        self.outputs, self.direct = outputs, direct
+        self.tile_rows = min(block, GROUP_ROWS)
 
     def cache_per_block(self):
-        return _up(self.block * self.n_pad * self.t.elem, 64) + _up(self.n_pad * self.t.acc, 64)
+        folds = -(-self.block // FOLD_ROWS)
+        return _up(self.block * self.n_pad * self.t.cached, 64) + _up(folds * self.n_pad * self.t.acc, 64)
 
     def jacobian(self):
         return self.h * self.n_pad * self.t.acc
@@ -107,35 +118,53 @@ class _Layout:
         """What the threads have of their own: at most the sum over forward's and backward's buffers."""
         t = self.t
         per_thread = (
-            (self.block + 2) * t.panel * t.acc + self.block * t.panel * t.elem + max(self.h_pad, t.panel) * t.acc
+            (self.tile_rows + 2) * t.panel * t.acc
+            + self.tile_rows * t.panel * t.elem
+            + max(self.h_pad, t.panel) * t.acc
         )
         return _up(self.threads * per_thread, 64) + 128
 
     def forward(self, jacobian=False):
         t = self.t
-        prepares = jacobian or not self.as_is
-        pieces = 1 if prepares else min(self.blocks, PIECES)
+        pieces = min(-(-self.v // GROUP_ROWS), PIECES)
         stats = (2 + self.outputs) * _up(pieces * self.n_pad * t.acc, 64) + _up(self.n_pad * t.acc, 64)
-        scratch = _up(self.threads * (self.block + 2) * t.panel * t.acc, 64) + _up(
+        scratch = _up(self.threads * (self.tile_rows + 2) * t.panel * t.acc, 64) + _up(
             self.threads * self.h_pad * t.elem, 64
         )
-        exps = _up(self.threads * self.block * t.panel * t.elem, 64) if jacobian else 0
+        if jacobian:
+            scratch += _up(self.threads * self.tile_rows * t.panel * t.elem, 64) + _up(self.n_pad * t.acc, 64)
         packed = _up(self.h_pad * self.n_pad * t.elem, 64)
-        return self._weight_blocks(True, jacobian) + packed + stats + scratch + exps
+        return self._weight_blocks(True, jacobian) + packed + stats + scratch
 
-    def backward(self, to_hidden, to_weight, recomputes, entropy):
+    def backward(self, to_hidden, to_weight, recomputes, entropy, chunk=0):
+        """``chunk``: tokens packed at a time, 0: all."""
         t = self.t
+        window = _up(chunk, t.panel) if 0 < chunk < self.n_pad else self.n_pad
+        windows = -(-self.n // window)
         row = max(self.h_pad, t.panel)
-        total = _up(self.threads * (self.block + 1) * t.panel * t.acc, 64) + _up(self.threads * row * t.acc, 64)
+        total = _up(self.threads * (self.tile_rows + 1) * t.panel * t.acc, 64) + _up(self.threads * row * t.acc, 64)
         total += self._weight_blocks(recomputes or to_hidden, to_hidden)
-        ld = self.n_pad + (64 // t.elem if self.n_pad * t.elem % 4096 == 0 else 0)
+        ld = window + (64 // t.elem if window * t.elem % 4096 == 0 else 0)
         total += 2 * _up(self.block * ld * t.elem, 64) if to_weight else 0
-        total += 2 * _up(self.block * self.n_pad * t.elem, 64) if to_hidden and not (to_weight and t.unit == 1) else 0
+        total += 2 * _up(self.block * window * t.elem, 64) if to_hidden else 0
         total += (5 if entropy else 3) * _up(self.n_pad * t.acc, 64)
-        total += _up(self.h_pad * self.n_pad * t.elem, 64) if recomputes else 0
+        total += _up(self.h_pad * window * t.elem, 64) if recomputes else 0
         total += _up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0
-        total += _up(_up(self.h, t.panel) * _up(self.n, t.unit) * t.elem, 64) if to_weight else 0
+        if to_weight:
+            columns = _up(self.h, t.panel)
+            total += _up(columns * _up(min(window, self.n), t.unit) * t.elem, 64)
+            if windows > 1 and not self.direct:
+                group = min(self.blocks, max(1, window // self.block))
+                total += _up(group * self.block * columns * t.acc, 64)
         return total
+
+
+def _block_sizes(n, h, v, elem):
+    """Blocks to consider for n tokens, the preferred first: wide ones where nothing is lost by it."""
+    wide = GROUP_ROWS
+    while 2 * wide <= WIDEST_BLOCK and 2 * wide * max(n, h) * elem <= BLOCK_BYTES:
+        wide *= 2
+    return [min(block, _up(v, 2)) for block in dict.fromkeys((wide, *BLOCKS))]
 
 
 def choose(
@@ -176,15 +205,15 @@ def choose(
     traits = TRAITS[backend.partition(":")[2], hidden_dtype, weight_dtype]
     # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
     as_is = as_is and traits.elem == weight_dtype.itemsize and h % traits.unit == 0
+    direct = weight_dtype.itemsize == traits.acc
     needed = 0
-    for block in (BLOCK, BLOCK // 2, BLOCK // 4):
-        block = min(block, _up(v, 2))
+    for block in _block_sizes(n, h, v, traits.elem):
 
-        def layout(tokens, block=block):
-            return _Layout(tokens, h, v, traits, block, 0, as_is, outputs)
+        def layout(tokens, threads=0, block=block):
+            return _Layout(tokens, h, v, traits, block, threads, as_is, outputs, direct)
 
         whole = layout(n)
-        tiles = _Layout(n, h, v, traits, block, threads, as_is, outputs).tiles()
+        tiles = layout(n, threads).tiles()
         if not to_weight:
             if to_hidden and keeps:
                 workspace = max(whole.forward(True), whole.backward(True, False, True, True) if entropy else 0)
@@ -198,6 +227,8 @@ def choose(
             schedule = "recompute" if to_hidden else "score"
             if chunk_need(n) <= budget:
                 return Choice(schedule, block, 0, 0, chunk_need(n) + tiles, 0.0)
+            if block > GROUP_ROWS:  # wide ones are for problems that fit as they are
+                continue
             chunk = _fitting_chunk(n, traits.panel, budget, chunk_need)
             if chunk:
                 return Choice(schedule, block, chunk, 0, chunk_need(chunk) + tiles, 0.0)
@@ -208,26 +239,40 @@ def choose(
         per_block = whole.cache_per_block()
         if keeps and all_cached + per_block * whole.blocks <= budget:
             return Choice("cached", block, 0, per_block * whole.blocks, all_cached + tiles, 1.0)
+        if block > GROUP_ROWS:
+            continue
         partly = max(whole.forward(), whole.backward(to_hidden, True, True, entropy))
         if partly <= budget:
             cached = (budget - partly) // per_block if keeps else 0
             share = cached / whole.blocks
             return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly + tiles, share)
+
+        # Tokens a window at a time: the same products, of operands packed and widened more than once.
+        def window_need(tokens, layout=layout, whole=whole):
+            return max(layout(tokens).forward(), whole.backward(to_hidden, True, True, entropy, tokens))
+
+        chunk = _fitting_chunk(n, traits.panel, budget, window_need)
+        if chunk:
+            return Choice("recompute", block, chunk, 0, window_need(chunk) + tiles, 0.0)
+
         # Not both gradients at once: d hidden by token chunks, then d weight; one product more.
-        weight_only = max(whole.forward(), whole.backward(False, True, True, entropy))
-        if weight_only <= budget:
+        def split_need(tokens, layout=layout, whole=whole):
+            part = layout(tokens)
+            weight_only = whole.backward(False, True, True, entropy, tokens)
+            return max(part.forward(), part.backward(to_hidden, False, True, entropy), weight_only)
 
-            def hidden_need(tokens, layout=layout):
-                return layout(tokens).backward(True, False, True, entropy)
-
-            chunk = _fitting_chunk(n, traits.panel, budget, hidden_need) if to_hidden else n
-            if chunk:
-                return Choice("recompute-split", block, chunk, 0, max(weight_only, hidden_need(chunk)) + tiles, 0.0)
-        needed = weight_only
+        chunk = _fitting_chunk(n, traits.panel, budget, split_need)
+        if chunk and to_hidden:
+            return Choice("recompute-split", block, chunk, 0, split_need(chunk) + tiles, 0.0)
+        needed = split_need(min(n, traits.panel))
     raise ValueError(
         f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
         f"the smallest workspace is about {needed} bytes: raise memory_budget or pass fewer sequences at a time"
     )
+
+
+chosen = functools.lru_cache(maxsize=1024)(choose)
+"""`choose`, remembered: a training loop asks the same again and again, and the answer takes longer than a small call."""
 
 
 def _fitting_chunk(n, panel, budget, need):
@@ -402,6 +447,8 @@ class Plan(NamedTuple):
     bytes_moved: int
     predicted_seconds: float | None
     floor_seconds: float | None
+    core_flops: float | None  # of multiply-adds on one CPU core, measured
+    kernel_flops: float | None  # of the micro-kernel on it
 
     def __str__(self) -> str:
         mib = 1 << 20
@@ -422,12 +469,18 @@ class Plan(NamedTuple):
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
                  f"(products alone, {source})")
             )  # fmt: skip
+        if self.core_flops is not None:
+            share = self.kernel_flops / self.core_flops
+            lines.append(
+                ("a core", f"{self.core_flops / 1e9:.0f} GFLOP/s of multiply-adds; the micro-kernel "
+                 f"{self.kernel_flops / 1e9:.0f} ({share:.0%})")
+            )  # fmt: skip
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 
 @functools.lru_cache(maxsize=64)
-def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> float:
-    """Flop/s of one thread in the micro-kernel, measured here and now (about 10 ms)."""
+def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[float, float]:
+    """Flop/s of one core and of the micro-kernel on it, measured here and now (about 30 ms)."""
     return _backend._C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
 
 
@@ -495,7 +548,7 @@ def plan(
     gemms = _products(choice, train_hidden, train_head)
     flops = 2.0 * n_tokens * hidden_size * vocab_size
     size = torch_dtype.itemsize
-    predicted = floor = None
+    predicted = floor = core = kernel = None
     if exact.startswith("cpu:"):
         weight_bytes = hidden_size * vocab_size * size
         # W is read in the forward and again in the backward unless it has no products left to do with it; d weight
@@ -503,8 +556,8 @@ def plan(
         reads_of_weight = 1 + (n_grads > 0 and choice.schedule != "jacobian")
         bytes_moved = reads_of_weight * weight_bytes + train_head * weight_bytes + 2 * choice.cache_bytes
         bytes_moved += (1 + train_hidden) * n_tokens * hidden_size * size
-        rate = threads * _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
-        predicted, floor = gemms * flops / rate, (1 + n_grads) * flops / rate
+        core, kernel = _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
+        predicted, floor = (products * flops / (threads * kernel) for products in (gemms, 1 + n_grads))
     else:
         traits = tiled_traits(exact, torch_dtype, torch_dtype)
         columns, _ = kept_columns(choice, n_tokens, vocab_size, traits.elem)
@@ -519,5 +572,5 @@ def plan(
         f"cuda on {device}" if gpu else exact, choice.schedule, n_tokens, hidden_size, vocab_size,
         str(torch_dtype).removeprefix("torch."), threads,
         choice.block, choice.token_chunk, budget, choice.cache_bytes, choice.workspace_bytes, gemms, 1 + n_grads,
-        int(bytes_moved), predicted, floor,
+        int(bytes_moved), predicted, floor, core, kernel,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from dpofast import _backend, _ops, cost, distributed
 from dpofast.backends._tensors import flags, wide_dtype
-from dpofast.plan import DTYPE_CODES, choose, parse_bytes
+from dpofast.plan import DTYPE_CODES, choose, chosen, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -215,7 +215,8 @@ def linear_logprob(
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
-        choice = choose(
+        # a compiled graph cannot look into the memory of `chosen`
+        choice = (choose if torch.compiler.is_compiling() else chosen)(
             n,
             weight.shape[1],
             max(1, weight.shape[0]),

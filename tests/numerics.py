@@ -163,11 +163,11 @@ def recorded_choices(replay: Choice | None = None):
         choices.append(replay or choose(*args, **kwargs))
         return choices[-1]
 
-    primitive.choose = recording
+    primitive.chosen = recording
     try:
         yield choices
     finally:
-        primitive.choose = choose
+        primitive.chosen = choose
 
 
 # What a schedule's name in the tests means: which inputs train, and what its plan looks like.
@@ -185,6 +185,10 @@ SCHEDULES = {
         lambda c, n: c.schedule == "mixed" and 0 < c.cached_share < 1,
     ),
     "recompute": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute" and not c.cache_bytes),
+    "recompute, tokens by windows": (
+        ("hidden", "weight", "bias"),
+        lambda c, n: c.schedule == "recompute" and 0 < c.token_chunk < n,
+    ),
     "recompute-split": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute-split"),
     "cached, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "cached"),
     "recompute, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "recompute"),

@@ -38,7 +38,7 @@ def example(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple]:
     """One entry for each call of dpofast's primitive."""
-    choose, seen = primitive.choose, []
+    choose, seen = primitive.chosen, []
     monkeypatch.setattr(primitive, "choose", lambda *args, **kwargs: seen.append(args) or choose(*args, **kwargs))
     return seen
 

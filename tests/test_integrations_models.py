@@ -307,7 +307,7 @@ def test_the_example_runs_on_dpofast_and_learns(name, monkeypatch):
     if name == "trl_dpo":
         pytest.importorskip("trl", minversion="1.16")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    choose, plans = primitive.choose, []
+    choose, plans = primitive.chosen, []
     monkeypatch.setattr(primitive, "choose", lambda *args, **kwargs: plans.append(args) or choose(*args, **kwargs))
     try:
         losses = importlib.import_module(name).main()

@@ -35,16 +35,21 @@ SIZES = list(itertools.product((1, 17, 64, 130, 1024), (1, 33, 64, 700), (2, 193
 
 @pytest.mark.parametrize(("isa", "hidden", "weight"), KINDS)
 def test_the_layout_is_the_kernels_own(isa, hidden, weight):
-    """Never less than what the kernels ask for, and not more than 2 % and a page above it."""
+    """Never less than what the kernels ask for, and not more than 2 % and a page above it.
+
+    The kernels start fewer threads than they may where the work is small, so for several only the first holds.
+    """
     traits = TRAITS[isa, hidden, weight]
 
     def check(claimed: int, asked: int, what) -> None:
-        assert asked <= claimed <= asked * 1.02 + 4096, (what, claimed, asked)
+        assert asked <= claimed, (what, claimed, asked)
+        assert threads > 1 or claimed <= asked * 1.02 + 4096, (what, claimed, asked)
 
     for (n, h, v), threads, contiguous in itertools.product(SIZES, (1, 3), (True, False)):
         as_is = contiguous and traits.elem == weight.itemsize and h % traits.unit == 0
-        for block in {min(b, v + v % 2) for b in (48, 96, 192)}:
-            layout = {k: _Layout(n, h, v, traits, block, threads, as_is, k) for k in (0, 1, 5)}
+        direct = weight.itemsize == traits.acc
+        for block in {min(b, v + v % 2) for b in (48, 96, 192, 1536)}:
+            layout = {k: _Layout(n, h, v, traits, block, threads, as_is, k, direct) for k in (0, 1, 5)}
             blocks = -(-v // block)
             here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
             for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 5)), (False, True)):
@@ -55,14 +60,15 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
             for to_hidden, to_weight, recomputes, entropy in itertools.product((False, True), repeat=4):
                 if not (to_hidden or to_weight) or (entropy and not recomputes):
                     continue
-                asked = ask(
-                    _backend._C.backward, *here, cached_blocks=0 if recomputes else blocks,
-                    grad_entropy=64 if entropy else None, grad_hidden=64 if to_hidden else None,
-                    grad_hidden_dtype=DTYPE_CODES[hidden],
-                    grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None,
-                )  # fmt: skip
-                claimed = layout[0].backward(to_hidden, to_weight, recomputes, entropy)
-                check(claimed, asked, ("backward", here, to_hidden, to_weight, recomputes, entropy))
+                for chunk in (0, 60, 700) if to_weight else (0,):
+                    asked = ask(
+                        _backend._C.backward, *here, cached_blocks=0 if recomputes else blocks,
+                        grad_entropy=64 if entropy else None, grad_hidden=64 if to_hidden else None,
+                        grad_hidden_dtype=DTYPE_CODES[hidden],
+                        grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None, token_chunk=chunk,
+                    )  # fmt: skip
+                    claimed = layout[0].backward(to_hidden, to_weight, recomputes, entropy, chunk)
+                    check(claimed, asked, ("backward", here, to_hidden, to_weight, recomputes, entropy, chunk))
 
 
 def choose_for(n=1000, h=576, v=49152, budget=1 << 30, dtype=BF16, backend=f"cpu:{ISAS[0]}", **kwargs):
@@ -92,7 +98,7 @@ def test_no_plan_exceeds_its_budget_and_more_budget_never_costs_a_product(backen
     assert last.schedule in ("score", "jacobian", "cached")
 
 
-@pytest.mark.parametrize("backend", (f"cpu:{ISAS[0]}", "torch"))
+@pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
 def test_the_schedules_of_design_section_2(backend):
     choice = functools.partial(choose_for, backend=backend)
     assert choice(to_hidden=False, to_weight=False).schedule == "score"
@@ -101,19 +107,33 @@ def test_the_schedules_of_design_section_2(backend):
     assert choice(to_hidden=False).schedule == "cached"
     assert choice(budget=64 << 20).schedule == "mixed" and 0 < choice(budget=64 << 20).cached_share < 1
     assert choice(n=8000, budget=32 << 20).schedule in ("recompute", "recompute-split")
+    assert choice(n=8000, budget=32 << 20, dtype=FP32).schedule in ("recompute", "recompute-split")
     small = choice(n=8000, budget=4 << 20, to_hidden=False, to_weight=False)
     assert small.schedule == "score" and 0 < small.token_chunk < 8000
 
 
-def test_a_budget_that_cannot_be_met_says_what_would_do():
+@pytest.mark.parametrize("dtype", (BF16, FP32, torch.float16))
+def test_every_instruction_set_offers_the_same_schedules(dtype):
+    """What a budget buys differs by the width of a vector at most, not by what a CPU can multiply."""
+    for n, budget, train in itertools.product((200, 1000, 8000), (32, 64, 128, 256, 1024), (True, False)):
+        choices = {
+            isa: choose_for(n, budget=budget << 20, dtype=dtype, to_weight=train, backend=f"cpu:{isa}") for isa in ISAS
+        }
+        shares = [c.cached_share for c in choices.values()]
+        assert max(shares) - min(shares) <= 0.2, (n, budget, train, choices)
+        assert len({c.schedule == "jacobian" for c in choices.values()}) == 1, (n, budget, train, choices)
+
+
+@pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
+def test_a_budget_that_cannot_be_met_says_what_would_do(backend):
     with pytest.raises(
         ValueError, match=r"memory_budget: 1000 bytes cannot be met for 1000 completion tokens"
     ) as error:
-        choose_for(budget=1000)
+        choose_for(budget=1000, backend=backend)
     needed = int(str(error.value).split("about ")[1].split(" bytes")[0])
-    assert choose_for(budget=int(needed * 1.5)).workspace_bytes <= needed * 1.5
+    assert choose_for(budget=int(needed * 1.5), backend=backend).workspace_bytes <= needed * 1.5
     with pytest.raises(ValueError, match="memory_budget"):
-        choose_for(budget=needed // 2)
+        choose_for(budget=needed // 2, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +181,12 @@ def test_plan_reports_what_the_op_will_choose(backend):
             assert 0 < p.floor_seconds <= p.predicted_seconds < 60
 
 
-def gemms(**options) -> tuple[str, float]:
-    p = dpofast.plan(1000, 576, 49152, "bf16", backend=f"cpu:{ISAS[0]}", threads=2, **options)
-    return p.schedule, round(p.gemms, 6)
+@pytest.mark.parametrize("isa", ISAS)
+def test_plan_counts_products_as_the_table_of_schedules_does(isa):
+    def gemms(**options) -> tuple[str, float]:
+        p = dpofast.plan(1000, 576, 49152, "bf16", backend=f"cpu:{isa}", threads=2, **options)
+        return p.schedule, round(p.gemms, 6)
 
-
-def test_plan_counts_products_as_design_section_2_does():
     assert gemms(train_hidden=False, train_head=False) == ("score", 1)
     assert gemms(train_head=False) == ("jacobian", 2)
     assert gemms() == ("cached", 3)

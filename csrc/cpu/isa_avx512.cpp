@@ -1,6 +1,7 @@
 #if defined(__x86_64__)
 #include "cpu/isa_begin.h"
 
+#define DPOFAST_FMA
 #define DPOFAST_MR 6
 #define DPOFAST_NV 4
 

@@ -2,6 +2,7 @@
 #include "cpu/isa_begin.h"
 
 #define DPOFAST_AVX512_BF16
+#define DPOFAST_FMA
 #define DPOFAST_MR 6
 #define DPOFAST_NV 4
 

@@ -19,7 +19,7 @@ struct Head {  // the problem
   const void* bias;       // [v] in the accumulator's type, or null
   const int64_t* labels;  // [n]; not in [0, v) where the weight is a slice of a vocabulary and the label's row elsewhere
   double temperature, logit_scale, softcap;  // softcap 0: none
-  int64_t block;                             // vocabulary rows per block; a multiple of 2
+  int64_t block;                             // vocabulary rows per block; a multiple of 2 (cpu/head_layout.h)
   int threads;
 };
 
@@ -49,6 +49,7 @@ struct BackwardArgs {
   const int64_t* grad_rows;                 // [n] row numbers in grad_hidden
   void* grad_weight;                        // weight's dtype, [v, h] contiguous; or null
   void* grad_bias;                          // accumulator's type, [v]; or null
+  int64_t token_chunk;                      // with grad_weight or grad_bias: tokens packed at a time; 0: all
   void* workspace;
 };
 
@@ -71,10 +72,14 @@ struct RowsArgs {
 
 // What sizes depend on, for a plan: vector and panel widths (tokens), k per dot-product step, bytes.
 struct Traits {
-  int64_t vector, panel, unit, elem_size, acc_size;
+  int64_t vector, panel, unit, elem_size, acc_size, cached_size;
 };
 
-constexpr int64_t kPeakBytes = 256 << 10;  // zeroed by the caller
+// Flop/s of one thread: of a loop of independent multiply-adds, and of the micro-kernel on operands in the L1 and L2 caches.
+struct Peak {
+  double hardware, micro_kernel;
+};
+constexpr int64_t kPeakBytes = 1 << 20;  // of memory that `peak` works in, zeroed by the caller
 
 struct Table {
   const char* name;
@@ -83,7 +88,7 @@ struct Table {
   void (*rows_forward)(const RowsArgs&);
   void (*rows_backward)(const RowsArgs&);
   Traits (*traits)(DType hidden, DType weight);
-  double (*peak)(DType hidden, DType weight, char* work);  // flop/s of one thread; `work` has kPeakBytes
+  Peak (*peak)(DType hidden, DType weight, char* work);
 };
 
 // Instruction sets that are compiled in and that this machine has, best first; ends with nullptr.

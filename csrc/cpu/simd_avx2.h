@@ -48,6 +48,30 @@ struct Avx2Vec {
     return _mm256_blendv_ps(big, tanh_polynomial<Avx2Vec>(a), _mm256_cmp_ps(mag, set1(0.625f), _CMP_LT_OQ));
   }
 
+  // out[8][8] = in[8][8] transposed
+  static void transpose(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
+    reg r[8], q[8];
+DPOFAST_UNROLL
+    for (int i = 0; i < 8; ++i) r[i] = load(in + i * ld_in);
+DPOFAST_UNROLL
+    for (int i = 0; i < 8; i += 2) {
+      q[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      q[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+DPOFAST_UNROLL
+    for (int i = 0; i < 8; i += 4) {
+      r[i] = _mm256_shuffle_ps(q[i], q[i + 2], 0x44);
+      r[i + 1] = _mm256_shuffle_ps(q[i], q[i + 2], 0xee);
+      r[i + 2] = _mm256_shuffle_ps(q[i + 1], q[i + 3], 0x44);
+      r[i + 3] = _mm256_shuffle_ps(q[i + 1], q[i + 3], 0xee);
+    }
+DPOFAST_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      store(out + i * ld_out, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+      store(out + (i + 4) * ld_out, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
+  }
+
   static reg load_bf16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }

@@ -22,7 +22,11 @@ struct ScalarVec {
   static reg add(reg a, reg b) { DPOFAST_LANES(a.x[i] + b.x[i]); }
   static reg sub(reg a, reg b) { DPOFAST_LANES(a.x[i] - b.x[i]); }
   static reg mul(reg a, reg b) { DPOFAST_LANES(a.x[i] * b.x[i]); }
+#if defined(DPOFAST_FMA)
+  static reg fma(reg a, reg b, reg c) { DPOFAST_LANES(std::fma(a.x[i], b.x[i], c.x[i])); }
+#else
   static reg fma(reg a, reg b, reg c) { DPOFAST_LANES(a.x[i] * b.x[i] + c.x[i]); }
+#endif
   static reg max(reg a, reg b) { DPOFAST_LANES(a.x[i] > b.x[i] ? a.x[i] : b.x[i]); }  // b if either is NaN
   static reg exp(reg a) { DPOFAST_LANES(std::exp(a.x[i])); }
   static reg tanh(reg a) { DPOFAST_LANES(std::tanh(a.x[i])); }

@@ -13,7 +13,7 @@ from dpofast._backend import _C
 from dpofast.backends import _pages, tiled
 from dpofast.backends._tensors import element_offsets, empty_results, flags, pointer, wide_dtype
 from dpofast.backends.torch import Stat
-from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _up
+from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _Layout
 
 
 def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
@@ -26,8 +26,6 @@ def grad_weight_tensor(weight: Tensor) -> Tensor:
     return _pages.empty(tuple(weight.shape), weight.dtype, "grad_weight")
 
 
-def _alloc(n_bytes: int) -> Tensor:
-    return torch.empty(max(n_bytes, 1), dtype=torch.uint8)
 
 
 def _head(hidden, weight, bias, rows, y, transform, block):
@@ -50,7 +48,8 @@ def _head(hidden, weight, bias, rows, y, transform, block):
 
 
 def _run(function, isa: str, args: dict) -> None:
-    workspace = _alloc(function(isa, args))  # without a workspace it only says how much it needs
+    n_bytes = function(isa, args)  # without a workspace it only says how much it needs
+    workspace = _pages.empty((max(n_bytes, 1),), torch.uint8, "workspace")
     function(isa, args | {"workspace": workspace.data_ptr()})
 
 
@@ -58,10 +57,9 @@ def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: i
     """How many vocabulary blocks of n tokens the cache holds."""
     if choice.schedule not in ("cached", "mixed"):
         return 0
-    t = TRAITS[isa, hidden.dtype, weight.dtype]
-    n_pad = _up(n, t.vector)
-    per_block = _up(choice.block * n_pad * t.elem, 64) + _up(n_pad * t.acc, 64)
-    return min(-(-weight.shape[0] // choice.block), choice.cache_bytes // per_block)
+    (v, h), t = weight.shape, TRAITS[isa, hidden.dtype, weight.dtype]
+    layout = _Layout(n, h, v, t, choice.block, threads=0, as_is=False, outputs=0, direct=False)
+    return min(layout.blocks, choice.cache_bytes // layout.cache_per_block())
 
 
 def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice, cache: Tensor) -> dict[str, Tensor]:
@@ -99,7 +97,7 @@ def fold(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choice)
 
 
 def _chunks(choice: Choice, n: int) -> list[slice]:
-    return tiled.chunks(n, choice.token_chunk if choice.schedule in ("score", "recompute") else 0)
+    return tiled.chunks(n, choice.token_chunk)
 
 
 def backward(
@@ -136,6 +134,7 @@ def backward(
             "grad_hidden_dtype": DTYPE_CODES[hidden.dtype if grad_hidden is None else grad_hidden.dtype],
             "grad_weight": pointer(grad_weight) if to_rest else None,
             "grad_bias": pointer(bias_out) if to_rest else None,
+            "token_chunk": choice.token_chunk if to_rest else 0,
         }
         _run(_C.backward, isa, args)
         del alive

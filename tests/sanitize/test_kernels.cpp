@@ -75,14 +75,15 @@ struct Case {
   int schedule;                 // share of cached blocks in thirds, or kJacobian, or kScore
   bool transposed_weight;
   int threads;
+  int64_t token_chunk = 0;  // of the backward
 };
 constexpr int kRecompute = 0, kMixed = 1, kCached = 3, kJacobian = 4, kScore = 5;
 
 std::string describe(const Case& c) {
   char text[200];
-  std::snprintf(text, sizeof text, "n %d h %d v %d block %d dtypes %d %d bias %d softcap %d entropy %d schedule %d ld %d threads %d",
+  std::snprintf(text, sizeof text, "n %d h %d v %d block %d dtypes %d %d bias %d softcap %d entropy %d schedule %d ld %d threads %d chunk %d",
                 int(c.n), int(c.h), int(c.v), int(c.block), int(c.hidden), int(c.weight), c.bias, c.softcap, c.entropy,
-                c.schedule, c.transposed_weight, c.threads);
+                c.schedule, c.transposed_weight, c.threads, int(c.token_chunk));
   return text;
 }
 
@@ -197,8 +198,8 @@ void check_linear_logprob(const Table& table, const Case& c) {
   // The kernels.
   const int64_t n_padded = round_up(c.n, traits.vector), blocks = ceil_div(c.v, c.block);
   const int64_t cached = c.schedule <= kCached ? blocks * c.schedule / 3 : 0;
-  const int64_t per_block =
-      round_up(c.block * n_padded * traits.elem_size, 64) + round_up(n_padded * traits.acc_size, 64);
+  const int64_t per_block = round_up(c.block * n_padded * traits.cached_size, 64) +
+                            round_up(ceil_div(c.block, 48) * n_padded * traits.acc_size, 64);
   Buffer cache(cached * per_block), jacobian(c.schedule == kJacobian ? c.h * n_padded * traits.acc_size : 0);
   Tensor logps(acc, c.n), lse(acc, 2 * c.n), entropy(acc, c.n), log_sum_sq_probs(acc, c.n), mean_logits(acc, c.n);
   std::vector<uint8_t> is_top1(size_t(c.n), 255);
@@ -239,7 +240,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   if (c.schedule == kScore) return;
 
   // Rounded where it is stored and, in a 16-bit product, where g is; the jacobian rounds its p, not its label.
-  const double product = traits.elem_size == 2 ? 8e-3 : 0;
+  const double product = traits.cached_size == 2 ? 8e-3 : 0;
   Tensor d_hidden(c.hidden, c.n * c.h), d_weight(c.weight, c.v * c.h), d_bias(acc, c.v);
   const bool with_jacobian = c.schedule == kJacobian && !c.entropy, head_trains = c.schedule != kJacobian;
   BackwardArgs b{};
@@ -251,6 +252,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_rows = grad_rows.data();
   b.grad_weight = head_trains ? d_weight.data() : nullptr;
   b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
+  b.token_chunk = c.token_chunk;
   Buffer backward_workspace(table.backward(b));
   b.workspace = backward_workspace.data.get();
   table.backward(b);
@@ -270,6 +272,60 @@ void check_linear_logprob(const Table& table, const Case& c) {
     std::printf("d hidden depends on the threads (%s)\n", where.c_str());
     ++failures;
   }
+}
+
+// Log-probs and statistics have the same bits whatever the blocks, the schedule, the threads and the rest of the batch.
+void check_equal_bits(const Table& table, DType type) {
+  constexpr int64_t n = 70, h = 37, v = 2003;
+  const Traits traits = table.traits(type, type);
+  const DType acc = traits.acc_size == 8 ? DType::f64 : DType::f32;
+  Tensor hidden(type, n * h), weight(type, v * h), bias(acc, v);
+  hidden.fill(1);
+  weight.fill(8 / std::sqrt(double(h)));
+  bias.fill(9);
+  std::vector<int64_t> offsets, labels;
+  for (int64_t t = 0; t < n; ++t) offsets.push_back(t * h), labels.push_back(int64_t((uniform() + 1) / 2 * double(v)));
+
+  auto run = [&](int64_t first, int64_t count, int64_t block, bool cached, bool jacobian, int threads) {
+    ForwardArgs f{};
+    f.head = Head{count, h, v, hidden.data(), type, offsets.data() + first, 1, weight.data(), type, h, 1, bias.data(),
+                  labels.data() + first, 0.7, 1.3, 0.0, block, threads};
+    const int64_t n_padded = round_up(count, traits.vector), blocks = ceil_div(v, block);
+    Buffer cache(cached ? blocks * (round_up(block * n_padded * traits.cached_size, 64) +
+                                    round_up(ceil_div(block, 48) * n_padded * traits.acc_size, 64)) : 0);
+    Buffer sums(jacobian ? h * n_padded * traits.acc_size : 0);
+    Tensor out(acc, 6 * count);
+    std::vector<uint8_t> is_top1(static_cast<size_t>(count), 255);
+    char* const at = static_cast<char*>(out.data());
+    const int64_t size = count * int64_t(size_of(acc));
+    f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
+    f.logps = at, f.entropy = at + size, f.log_sum_sq_probs = at + 2 * size, f.mean_logits = at + 3 * size, f.lse = at + 4 * size;
+    f.is_top1 = is_top1.data();
+    f.cache = cached ? cache.data.get() : nullptr, f.cached_blocks = cached ? blocks : 0;
+    f.jacobian = jacobian ? sums.data.get() : nullptr;
+    Buffer workspace(table.forward(f));
+    f.workspace = workspace.data.get();
+    table.forward(f);
+    return std::string(at, size_t(4 * size));
+  };
+  const std::string want = run(0, n, 192, false, false, 1);
+  auto check = [&](const std::string& got, int64_t first, int64_t count, int64_t block, bool cached, bool jacobian, int threads) {
+    for (int64_t i = 0; i < 4; ++i) {
+      const size_t size = size_of(acc), from = size_t(i * n + first) * size;
+      if (got.compare(size_t(i * count) * size, size_t(count) * size, want, from, size_t(count) * size) == 0) continue;
+      std::printf("%s: bits of result %d differ (dtype %d first %d count %d block %d cached %d jacobian %d threads %d)\n", table.name,
+                  int(i), int(type), int(first), int(count), int(block), cached, jacobian, threads);
+      ++failures;
+      return;
+    }
+  };
+  for (int64_t block : {48, 96, 192, 384, 768, 1536, 2004})
+    for (int how = 0; how < 3; ++how)
+      for (int threads : {1, 3})
+        for (int64_t count : {n, int64_t(1), int64_t(17)}) {
+          const int64_t first = n - count;
+          check(run(first, count, block, how == 1, how == 2, threads), first, count, block, how == 1, how == 2, threads);
+        }
 }
 
 void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool softcap, bool entropy, bool inplace, int threads) {
@@ -359,6 +415,18 @@ int main(int argc, char** argv) {
     for (int schedule : {kRecompute, kJacobian})
       check_linear_logprob(*table, {3, 1101, 9, 4, t, t, false, false, false, schedule, false, 3});
 
+  // Tokens a window at a time, into d weight itself and into sums of a group of blocks; 200 tokens are several panels.
+  for (DType t : kTypes)
+    for (DType weight : {t, DType::bf16})
+      for (int schedule : {kRecompute, kMixed})
+        for (int64_t chunk : {1, 100, 128, 1000})
+          for (bool entropy : {false, true})
+            check_linear_logprob(*table, {200, 21, 67, 16, t, weight, true, entropy, entropy, schedule, false, 3, chunk});
+  // More tokens than are added up at a time.
+  check_linear_logprob(*table, {600, 5, 30, 10, DType::f32, DType::f32, true, false, false, kRecompute, false, 1, 0});
+  check_linear_logprob(*table, {600, 70, 30, 10, DType::f32, DType::f32, true, false, false, kCached, false, 3, 0});
+  for (DType t : {DType::f32, DType::bf16, DType::f16, DType::f64}) check_equal_bits(*table, t);
+
   for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
     for (DType t : kTypes)
       for (int options = 0; options < 8; ++options)
@@ -366,7 +434,10 @@ int main(int argc, char** argv) {
 
   std::vector<char> work(kPeakBytes);
   for (DType t : kTypes)
-    if (!(table->peak(t, t, work.data()) > 0)) std::printf("peak: not positive\n"), ++failures;
+  {
+    const Peak peak = table->peak(t, t, work.data());
+    if (!(peak.hardware > 0 && peak.micro_kernel > 0)) std::printf("peak: not positive\n"), ++failures;
+  }
 
   if (failures) return std::printf("%d failures\n", failures), 1;
   std::printf("ok\n");

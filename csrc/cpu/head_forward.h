@@ -1,0 +1,161 @@
+// linear_logprob forward: one pass over the vocabulary, in one call.
+#pragma once
+
+template <class K>
+struct Forward {
+  using acc = typename K::acc;
+  using elem = typename K::elem;
+  using V = typename K::Vec;
+
+  const ForwardArgs& a;
+  const Shape<K> s;
+  const int threads;
+  acc* const jacobian;  // sum_v exp(z_v - shift) W_v, transposed: panel after panel of [h, width]
+  Arena arena;
+  const WeightBlocks<K> w;
+  // A step takes `together` blocks that stand `apart` and meet in no piece; one, where something is prepared for the next.
+  int64_t together = 1, apart = 1;
+  Stats<acc> stats{};
+  elem *packed, *exps, *rows;
+  acc *tiles, *shift;
+
+  explicit Forward(const ForwardArgs& args)
+      : a(args), s(a.head), threads(s.threads(a.jacobian ? 2 : 1)), jacobian(static_cast<acc*>(a.jacobian)),
+        arena{static_cast<char*>(a.workspace)}, w(s, true, jacobian != nullptr, arena) {
+    if (!w.any() && kGroupRows % s.block == 0) {
+      together = kPieces;
+      apart = kGroupRows / s.block;
+    } else if (!w.any() && s.block % kGroupRows == 0 && s.block <= kPieces * kGroupRows) {
+      together = kPieces * kGroupRows / s.block;
+    }
+    const int64_t groups = ceil_div(s.v, kGroupRows);
+    stats.pieces = groups < kPieces ? groups : kPieces;
+    stats.stride = s.n_padded;
+    packed = arena.take<elem>(s.h_padded * s.n_padded);
+    auto stat = [&](bool wanted) { return wanted ? arena.take<acc>(stats.pieces * s.n_padded) : nullptr; };
+    stats.m = stat(true);
+    stats.sum = stat(true);
+    stats.sum_x = stat(a.outputs & kEntropy);
+    stats.sum_sq = stat(a.outputs & kLogSumSqProbs);
+    stats.sum_z = stat(a.outputs & kMeanLogits);
+    stats.top = stat(a.outputs & kIsTop1);
+    stats.top_before = stat(a.outputs & kIsTop1);
+    stats.z_label = arena.take<acc>(s.n_padded);
+    tiles = arena.take<acc>(threads * tile_size());
+    exps = jacobian ? arena.take<elem>(threads * s.tile_rows() * s.P) : nullptr;
+    rows = arena.take<elem>(threads * s.h_padded);
+    shift = jacobian ? arena.take<acc>(s.n_padded) : nullptr;
+  }
+
+  void run() {
+    clear();
+    const int64_t rounds = ceil_div(s.blocks, together * apart);
+    for_steps(
+        threads, 1 + rounds * apart, [&](int64_t step) { return n_tasks(step); },
+        [&](int64_t step, int64_t i, int thread) { task(step, i, thread); });
+    finish_rows(stats, s.n, s.v, {a.logps, a.lse, a.entropy, a.log_sum_sq_probs, a.mean_logits, a.is_top1, a.stats});
+    if (jacobian) for_tasks(threads, s.panels, [&](int64_t panel, int thread) { finish_jacobian(panel, thread); });
+  }
+
+ private:
+  int64_t tile_size() const { return (s.tile_rows() + 2) * s.P; }  // logits, their padding row, factors
+
+  void clear() {
+    for (int64_t i = 0; i < stats.pieces * s.n_padded; ++i) {
+      stats.m[i] = -acc(INFINITY);
+      stats.sum[i] = 0;
+      if (stats.sum_x) stats.sum_x[i] = 0;
+      if (stats.sum_sq) stats.sum_sq[i] = 0;
+      if (stats.sum_z) stats.sum_z[i] = 0;
+      if (stats.top) stats.top[i] = stats.top_before[i] = -acc(INFINITY);
+    }
+    for (int64_t t = 0; t < s.n_padded; ++t) {
+      stats.z_label[t] = -acc(INFINITY);
+      if (shift) shift[t] = -acc(INFINITY);
+    }
+  }
+
+  // Step 0 packs hidden and prepares block 0. Step k works on the k-th `together` blocks, and prepares block k.
+  int64_t block_of(int64_t step, int64_t i) const {
+    return ((step - 1) / apart * together + i) * apart + (step - 1) % apart;
+  }
+  int64_t n_tasks(int64_t step) const {
+    if (step == 0) return s.panels + w.tasks();
+    int64_t blocks = 0;
+    while (blocks < together && block_of(step, blocks) < s.blocks) ++blocks;
+    return blocks * s.panels + (step < s.blocks ? w.tasks() : 0);
+  }
+  void task(int64_t step, int64_t i, int thread) const {
+    const int64_t block = i / s.panels, panel = i % s.panels;
+    if (step == 0) {
+      if (block > 0) return w.prepare(0, i - s.panels);
+      return pack_tokens<K>(s, packed_of(panel), rows + thread * s.h_padded, panel);
+    }
+    if (block < together && block_of(step, block) < s.blocks) return fold_block(block_of(step, block), panel, thread);
+    w.prepare(step, i - s.panels);  // where anything is prepared, a step has one block
+  }
+
+  elem* packed_of(int64_t panel) const { return packed + panel * s.P * s.h_padded; }
+
+  void fold_block(int64_t b, int64_t panel, int thread) const {
+    const Fold<K> fold{stats, a.head.labels, static_cast<const acc*>(a.head.bias),
+                       Transform<V>(a.head.temperature, a.head.logit_scale, a.head.softcap)};
+    const int64_t width = s.width(panel), t0 = panel * s.P, tokens = s.tokens(panel);
+    acc* const c = tiles + thread * tile_size();
+    for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
+      const int64_t v0 = b * s.block + r0;
+      logits_tile<K>(s, w, packed_of(panel), b, r0, n_rows, width, c);
+      fold.prepare(c, width, n_rows, v0, t0, tokens);
+      if (jacobian) {
+        add_to_jacobian(fold, c, b, r0, n_rows, panel, thread);
+      } else if (b < a.cached_blocks) {
+        const CacheBlock<K> cache(s, a.cache, b);
+        fold(c, width, n_rows, v0, t0, tokens,
+             ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.m + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
+      } else {
+        fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
+      }
+    });
+  }
+
+  void add_to_jacobian(const Fold<K>& fold, acc* c, int64_t b, int64_t r0, int64_t n_rows, int64_t panel, int thread) const {
+    const int64_t width = s.width(panel), t0 = panel * s.P;
+    const bool first = b == 0 && r0 == 0;
+    acc* const factor = c + (s.tile_rows() + 1) * s.P;
+    acc* const sums = jacobian + t0 * s.h;
+    elem* const e = exps + thread * s.tile_rows() * s.P;
+    if (fold.raise_shift(c, width, n_rows, shift + t0, factor) && !first)
+      for (int64_t k = 0; k < s.h; ++k)
+        for (int64_t t = 0; t < width; t += V::W)
+          V::store(sums + k * width + t, V::mul(V::load(sums + k * width + t), V::load(factor + t)));
+    fold(c, width, n_rows, b * s.block + r0, t0, s.tokens(panel), ToProduct<K>{e, shift + t0, width, V::set1(0)});
+    gemm_panel<K>(w.transposed_of(b) + r0, s.block, s.h, e, width, int(width / V::W), round_up(n_rows, K::unit), sums, width,
+                  !first);
+  }
+
+  // d logp / d hidden = (1 - p_label) W[label] - sum_{v != label} p_v W_v
+  void finish_jacobian(int64_t panel, int thread) const {
+    const Transform<V> transform(a.head.temperature, a.head.logit_scale, a.head.softcap);
+    const int64_t width = s.width(panel);
+    acc* const sums = jacobian + panel * s.P * s.h;
+    elem* const row = rows + thread * s.h_padded;
+    for (int64_t t = 0; t < s.tokens(panel); ++t) {
+      const int64_t token = panel * s.P + t;
+      const acc* lse = static_cast<const acc*>(a.lse) + 2 * token;
+      const acc logp = static_cast<const acc*>(a.logps)[token], others = -std::exp(shift[token] - lse[0] - lse[1]);
+      const acc own = -std::expm1(logp) * transform.bend(stats.z_label[token]);
+      read_row<K>(a.head.weight, a.head.weight_dtype, a.head.labels[token] * a.head.weight_row_stride,
+                  a.head.weight_col_stride, s.h, s.h_padded, row);
+      for (int64_t k = 0; k < s.h; ++k)
+        sums[k * width + t] = others * sums[k * width + t] + own * K::to_acc(row[k]);
+    }
+  }
+};
+
+// Bytes of workspace; computes nothing without one.
+template <class K>
+static int64_t forward(const ForwardArgs& a) {
+  Forward<K> call(a);
+  if (a.workspace) call.run();
+  return call.arena.used;
+}
