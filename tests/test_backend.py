@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 
 import pytest
 import torch
@@ -22,14 +23,14 @@ def _clean_environment(monkeypatch):
 def test_the_compiled_module_is_there_and_ends_with_the_scalar_kernels():
     """Everything else tests little without it."""
     assert ISAS and ISAS[-1] == "scalar" and len(set(ISAS)) == len(ISAS)
-    order = ("avx512_bf16", "avx512", "avx2", "scalar")
+    order = ("avx512_bf16", "avx512", "avx2", "neon", "scalar")
     assert [isa for isa in order if isa in ISAS] == list(ISAS)
 
 
 def test_the_instruction_sets_are_those_the_machine_has():
     features = _backend._C.cpu_features()
     if not features:
-        assert ISAS == ("scalar",)
+        assert ISAS == (("neon", "scalar") if platform.machine() in ("aarch64", "arm64") else ("scalar",))
         return
     avx2 = features["avx2"] and features["fma"]
     avx512 = avx2 and all(features[f"avx512{x}"] for x in ("f", "bw", "dq", "vl"))

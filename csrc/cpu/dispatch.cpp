@@ -19,6 +19,8 @@ struct Available {
     if (avx512 && __builtin_cpu_supports("avx512bf16")) list[n++] = &kAvx512Bf16;
     if (avx512) list[n++] = &kAvx512;
     if (avx2) list[n++] = &kAvx2;
+#elif defined(__aarch64__)
+    list[n++] = &kNeon;
 #endif
     list[n] = &kScalar;
   }

@@ -98,6 +98,8 @@ const Table* find(const char* name);  // nullptr if not available
 extern const Table kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Table kAvx2, kAvx512, kAvx512Bf16;
+#elif defined(__aarch64__)
+extern const Table kNeon;
 #endif
 
 }  // namespace dpofast::cpu

@@ -1,5 +1,6 @@
 // The CPU kernels of one instruction set against a naive double implementation, in buffers of exactly the
-// size they ask for, so that AddressSanitizer sees a read or a write one element too far.
+// size they ask for, so that AddressSanitizer sees a read or a write one element too far. Before them, the
+// functions of its vectors (vectors.h).
 //
 //   test_kernels <instruction set>
 //
@@ -16,10 +17,34 @@
 #include "core/float16.h"
 #include "cpu/kernels.h"
 
+namespace dpofast::cpu {
+// vectors_*.cpp: how many functions of an instruction set's vectors are wrong
+int check_scalar_vectors();
+int check_neon_vectors();
+int check_avx2_vectors();
+int check_avx512_vectors();
+int check_avx512_bf16_vectors();
+}  // namespace dpofast::cpu
+
 using namespace dpofast;
 using namespace dpofast::cpu;
 
 namespace {
+
+struct VectorCheck {
+  const char* isa;
+  int (*run)();
+};
+constexpr VectorCheck kVectorChecks[] = {
+    {"scalar", check_scalar_vectors},
+#if defined(__x86_64__)
+    {"avx2", check_avx2_vectors},
+    {"avx512", check_avx512_vectors},
+    {"avx512_bf16", check_avx512_bf16_vectors},
+#elif defined(__aarch64__)
+    {"neon", check_neon_vectors},
+#endif
+};
 
 uint64_t random_state = 1;
 
@@ -393,9 +418,14 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "usage: test_kernels <instruction set that this machine has>\n");
     return 2;
   }
+  int checked = 0;
+  for (const VectorCheck& check : kVectorChecks)
+    if (std::strcmp(check.isa, table->name) == 0) ++checked, failures += check.run();
+  if (checked != 1) std::printf("%s: no check of its vectors\n", table->name), ++failures;
+
   constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
-  // Odd sizes around a vector (4 to 16 tokens), a panel (8 to 64), a tile (6 rows) and a block.
+  // Odd sizes around a vector (4 to 16 tokens), a panel (8 to 64), a tile (4 to 6 rows) and a block.
   constexpr int64_t kShapes[][4] = {{1, 1, 1, 2},   {1, 7, 5, 2},    {3, 5, 7, 4},    {2, 3, 64, 64},  {17, 9, 33, 16},
                                     {67, 21, 101, 48}, {64, 16, 96, 32}, {129, 2, 19, 6}, {5, 67, 40, 14}};
   for (const auto& s : kShapes)
