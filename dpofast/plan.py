@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dpofast import _backend, cost
+from dpofast.env_info import amx_note
 
 DEFAULT_MEMORY_BUDGET = 1 << 30
 """Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
@@ -422,6 +423,8 @@ class Plan(NamedTuple):
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
                  f"(products alone, {source})")
             )  # fmt: skip
+        if self.backend.startswith("cpu") and self.dtype == "bfloat16" and amx_note():
+            lines.append(("amx", amx_note()))
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 
