@@ -45,6 +45,7 @@ CUDA_SOURCES = [CUDA_BINDINGS, *sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 NVCCFLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
 JOB_MEMORY = 2 << 30  # bytes that one compiler call may take; nvcc's are the large ones
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "backslashreplace"}
 NOTES = "_build_notes.json"  # beside the module; read by dpofast/_backend.py and dpofast/env_info
 
 # The names that torch.utils.cpp_extension (2.13) takes in TORCH_CUDA_ARCH_LIST, and its "native", for which it asks the
@@ -185,6 +186,7 @@ class Cuda:
             raise Missing(f"{self.nvcc} does not answer as nvcc does", f"repair the CUDA toolkit{AGAIN}")
         self.version = release[1]
         asked = asked_archs()
+        self._refusal = ""  # in nvcc's words
         self.archs = [arch for arch in asked if self._accepts(arch)]
         self.refused = [arch for arch in asked if arch not in self.archs]
         if not self.archs:
@@ -196,7 +198,8 @@ class Cuda:
 
     def missing_archs(self):
         numbers = ", ".join(f"sm_{arch_number(arch)}" for arch in self.refused)
-        return Missing(f"nvcc {self.version} cannot compile for {numbers}", f"install a CUDA toolkit that can{AGAIN}")
+        why = f"nvcc {self.version} cannot compile for {numbers}{self._refusal}"
+        return Missing(why, f"install a CUDA toolkit that can{AGAIN}")
 
     def flags(self):
         targets = []
@@ -212,16 +215,18 @@ class Cuda:
             return False
         # The list is without "90a" and the like, and nothing is compiled here: a few milliseconds.
         command = [self.nvcc, "--dryrun", f"-gencode=arch=compute_{number},code=sm_{number}", "-c", CUDA_SOURCES[-1]]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        done = subprocess.run(command, **PIPES, check=False)
+        if done.returncode != 0:
+            self._refusal = f" ({first_error(done.stdout)})"
+        return done.returncode == 0
 
     def _ask(self, option):
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "backslashreplace"}
         try:
-            done = subprocess.run([self.nvcc, option], **pipes, check=False)
+            done = subprocess.run([self.nvcc, option], **PIPES, check=False)
         except OSError as error:
             raise Missing(f"{self.nvcc} cannot run ({error})", f"repair the CUDA toolkit{AGAIN}") from None
         if done.returncode != 0:
-            why = f"{self.nvcc} {option} exits with {done.returncode}: {first_error(done.stdout + done.stderr)}"
+            why = f"{self.nvcc} {option} exits with {done.returncode}: {first_error(done.stdout)}"
             raise Missing(why, f"repair the CUDA toolkit{AGAIN}")
         return done.stdout
 
@@ -292,9 +297,8 @@ def run_steps(steps, build_dir):
 def run_step(command):
     """Run one command and show what it prints."""
     output = ""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "backslashreplace"}
     try:
-        with subprocess.Popen(command, **pipes) as run:
+        with subprocess.Popen(command, **PIPES) as run:
             for line in run.stdout:
                 print(line, end="", flush=True)
                 output += line
@@ -342,9 +346,10 @@ class BuildExt(build_ext):
         wanted_cuda = setting("DPOFAST_BUILD_CUDA", "auto", "0", "1")
         module = Path(self.get_ext_fullpath(ext.name))
         left_out = {}
-        cuda = self._cuda(wanted_cuda, left_out)
         try:
-            self._compile(module, cuda, wanted_cuda == "1", left_out)
+            cxx, include = cxx_compiler(), pybind11_include()
+            cuda = self._cuda(wanted_cuda, left_out)
+            self._compile(module, cxx, include, cuda, wanted_cuda == "1", left_out)
         except Missing as missing:
             if required or wanted_cuda == "1":
                 asked = "DPOFAST_BUILD=required" if required else "DPOFAST_BUILD_CUDA=1"
@@ -373,26 +378,24 @@ class BuildExt(build_ext):
             left_out["cuda architectures"] = cuda.missing_archs()
         return cuda
 
-    def _compile(self, module, cuda, cuda_required, left_out):
+    def _compile(self, module, cxx, include, cuda, cuda_required, left_out):
         """Build the module; where the CUDA half is what stops it and nobody insists, without it."""
-        steps = self._steps(module, cuda)
         build_dir = Path(self.build_temp)
         build_dir.mkdir(parents=True, exist_ok=True)
         module.parent.mkdir(parents=True, exist_ok=True)
         try:
-            run_steps(steps, build_dir)
+            run_steps(self._steps(module, cxx, include, cuda), build_dir)
         except Missing as missing:
             if cuda is None or cuda_required:
                 raise
             left_out.pop("cuda architectures", None)
             print("dpofast: once more, without the CUDA half", flush=True)
-            run_steps(self._steps(module, None), build_dir)
+            run_steps(self._steps(module, cxx, include, None), build_dir)
             remedy = f"make this nvcc and the C++ compiler work together, or set DPOFAST_BUILD_CUDA=0{AGAIN}"
             left_out["cuda"] = Missing(missing.why, remedy)
 
-    def _steps(self, module, cuda):
+    def _steps(self, module, cxx, include, cuda):
         """Every command, in the order of a build that runs one at a time."""
-        cxx, include = cxx_compiler(), pybind11_include()
         cxxflags = shlex.split(f"{CXXFLAGS} {os.environ.get('CXXFLAGS', '')}")
         ldflags = shlex.split(f"{LDFLAGS} {os.environ.get('LDFLAGS', '')}")
         bindflags = [f"-I{path}" for path in (include, sysconfig.get_path("include"))]
@@ -438,7 +441,10 @@ class BuildExt(build_ext):
 
 def summary(notes):
     """What was left out, for the last lines of the build."""
-    lines = [f"{part}: {note['why']}.\nRemedy: {note['remedy']}." for part, note in notes.items()]
+    parts = {}
+    for part, note in notes.items():
+        parts.setdefault(f"{note['why']}.\nRemedy: {note['remedy']}.", []).append(part)
+    lines = [f"{' and '.join(names)}: {text}" for text, names in parts.items()]
     text = "\n".join(["dpofast is built, but without:", *lines, "`dpofast env` says this again."])
     wrap = textwrap.TextWrapper(96, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False).wrap
     rows = [row for line in text.splitlines() for row in wrap(line)]

@@ -40,7 +40,7 @@ NVCC = """#!/bin/sh
 case $1 in
     --version) echo "release 99.1, V99.1.0"; exit ;;
     --list-gpu-arch) for arch in {knows}; do echo compute_$arch; done; exit ;;
-    --dryrun) case $2 in {refuses}) exit 1 ;; *) exit 0 ;; esac ;;
+    --dryrun) case $2 in {refuses}) echo "nvcc fatal: an architecture of the future"; exit 1 ;; *) exit 0 ;; esac ;;
 esac
 exec "{compiler}" "$@"
 """
@@ -263,6 +263,7 @@ def test_what_an_older_nvcc_does_not_know_is_left_out(project, stand_in):
     # Newer GPUs compile the PTX of the newest that is left.
     assert targets(log) == ["sm_80", "sm_86", "sm_89", "sm_90,compute_90"]
     assert list(notes(wheel)) == ["cuda architectures"]
+    assert ("architecture of the future" in notes(wheel)["cuda architectures"]["why"]) == ("refuses" in stand_in)
     assert "sm_100, sm_120" in notes(wheel)["cuda architectures"]["why"]
     assert "dpofast is built, but without:" in project.output and "cannot compile for sm_100" in project.output
 
@@ -329,8 +330,9 @@ def test_what_the_module_needs_and_is_missing_costs_the_module_and_is_named(proj
     remedy = {"c++": r"install g\+\+ or clang\+\+", "pybind11": "pip install pybind11"}[missing]
     assert re.match(why, notes(wheel)["cpu"]["why"]) and re.match(remedy, notes(wheel)["cpu"]["remedy"])
     # The last thing that the build says.
+    assert "cuda" not in project.output.partition("dpofast is built, but without:")[2].replace("cpu and cuda: ", "")
     said = " ".join(project.output[project.output.index("dpofast is built, but without:") :].replace("*", "").split())
-    assert re.search(f"cpu: {why}.* Remedy: {remedy}.*`dpofast env` says this again.$", said)
+    assert re.search(f"cpu and cuda: {why}.* Remedy: {remedy}.*`dpofast env` says this again.$", said)
     with pytest.raises(AssertionError, match=f"DPOFAST_BUILD=required, but {why}"):
         project.build("wheel", **bare, DPOFAST_BUILD="required")
     with pytest.raises(AssertionError, match="DPOFAST_BUILD: got 'no', expected auto or required"):
