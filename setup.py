@@ -345,6 +345,7 @@ class BuildExt(build_ext):
         required = setting("DPOFAST_BUILD", "auto", "required") == "required"
         wanted_cuda = setting("DPOFAST_BUILD_CUDA", "auto", "0", "1")
         module = Path(self.get_ext_fullpath(ext.name))
+        module.parent.mkdir(parents=True, exist_ok=True)
         left_out = {}
         try:
             cxx, include = cxx_compiler(), pybind11_include()
@@ -382,7 +383,6 @@ class BuildExt(build_ext):
         """Build the module; where the CUDA half is what stops it and nobody insists, without it."""
         build_dir = Path(self.build_temp)
         build_dir.mkdir(parents=True, exist_ok=True)
-        module.parent.mkdir(parents=True, exist_ok=True)
         try:
             run_steps(self._steps(module, cxx, include, cuda), build_dir)
         except Missing as missing:

@@ -376,11 +376,13 @@ def test_a_build_in_place_keeps_its_notes_beside_the_module(project):
         subprocess.run(command, cwd=project.root, env=environment, capture_output=True, check=True, timeout=300)
         return (project.root / EXTENSION).exists(), (project.root / "dpofast" / "_build_notes.json").read_text()
 
+    without = project.bare("pybind11") | {"PYTHONPATH": str(project.tools)}
+    built, written = in_place(**without)
+    assert not built and "pybind11 is not installed" in written
     built, written = in_place(CXX=str(project.tools / "c++"))
     assert built and "DPOFAST_BUILD_CUDA=0" in written
-    (project.tools / "c++").unlink()
-    built, written = in_place(**project.bare("no_such_module"))
-    assert not built and "no C++ compiler" in written
+    built, written = in_place(**without)
+    assert not built and "pybind11 is not installed" in written
 
 
 def test_a_wheel_leaves_the_sources_as_they_are(project):
