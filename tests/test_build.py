@@ -48,6 +48,11 @@ FORBIDDEN_MODULE = "raise RuntimeError('the build imports torch')"
 FORBIDDEN_PROGRAM = "#!/bin/sh\necho 'the build calls git' >&2\nexit 1\n"
 
 
+# Without what the build heeds.
+HEEDED = re.compile("DPOFAST_|CXX|LDFLAGS|NVCCFLAGS|PYBIND11_INCLUDE|CUDA_HOME|CUDA_PATH|TORCH_CUDA_ARCH_LIST")
+CLEAN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not HEEDED.match(name)}
+
+
 class Project:
     """A copy of what the build reads, with stand-ins for the compiler, torch and git."""
 
@@ -96,7 +101,7 @@ class Project:
             [sys.executable, "-c", f"from setuptools import build_meta as b; print(b.build_{kind}('dist'))"],
             cwd=root or self.root,
             env={
-                **{name: value for name, value in os.environ.items() if name not in ("CXXFLAGS", "LDFLAGS")},
+                **CLEAN_ENVIRONMENT,
                 "CXX": str(self.tools / "c++"),
                 "COMPILER_LOG": str(self.log),
                 "PATH": f"{self.tools}{os.pathsep}{os.environ['PATH']}",
@@ -372,7 +377,7 @@ def test_without_ninja_the_same_is_compiled(project):
 def test_a_build_in_place_keeps_its_notes_beside_the_module(project):
     def in_place(**environment):
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        environment = {**os.environ, "COMPILER_LOG": str(project.log), "DPOFAST_BUILD_CUDA": "0", **environment}
+        environment = {**CLEAN_ENVIRONMENT, "COMPILER_LOG": str(project.log), "DPOFAST_BUILD_CUDA": "0", **environment}
         subprocess.run(command, cwd=project.root, env=environment, capture_output=True, check=True, timeout=300)
         return (project.root / EXTENSION).exists(), (project.root / "dpofast" / "_build_notes.json").read_text()
 
@@ -408,6 +413,10 @@ def test_an_old_setuptools_builds_it(project, tmp_path):
     assert set(compiled(log)) == SOURCES and EXTENSION in archive.namelist()
     metadata = archive.read(f"dpofast-{dpofast.__version__}.dist-info/METADATA").decode()
     assert "License: Apache-2.0" in metadata and f"Version: {dpofast.__version__}" in metadata
+    sdist, _ = project.build("sdist", PYTHONPATH=path)
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*")} <= names
     shutil.rmtree(tmp_path / "old" / "wheel")
     (project.tools / "sitecustomize.py").write_text("import sys\nsys.modules['wheel'] = None\n", encoding="utf-8")
     with pytest.raises(AssertionError, match="needs the package wheel: pip install wheel"):
@@ -423,7 +432,7 @@ def test_the_licence_is_said_in_a_form_that_no_setuptools_warns_of(project):
 
 def test_sdist_has_what_a_build_needs(project, tmp_path):
     unpacked = unpacked_sdist(project, tmp_path)
-    headers = {path.relative_to(ROOT) for path in ROOT.glob("csrc/**/*.h")}
+    headers = {path.relative_to(ROOT) for kind in ("h", "cuh") for path in ROOT.glob(f"csrc/**/*.{kind}")}
     assert all((unpacked / header).is_file() for header in headers)
     assert (unpacked / "Makefile").is_file() and (unpacked / "tests" / "test_build.py").is_file()
     _, log = project.build("wheel", root=unpacked)
