@@ -12,11 +12,17 @@ import os
 
 import torch
 
+from dpofast.env_info import left_out
+
+_LEFT_OUT = left_out()  # read once: torch.compile cannot look into files
+
 try:
     from dpofast import _C
 except ImportError as error:  # the package also works as plain Python, on backend "torch"
     _C = None
-    _why_no_C = f"the compiled module dpofast._C cannot be imported ({error})"
+    _why_no_C = f"the compiled module dpofast._C cannot be imported ({error}): reinstall dpofast"
+    if "cpu" in _LEFT_OUT:
+        _why_no_C = f"the compiled module dpofast._C was not built: {_LEFT_OUT['cpu']}"
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 added: dict[str, object] = {}
@@ -32,7 +38,7 @@ def cpu_isas() -> tuple[str, ...]:
 def _cpu_isa(requested: str | None) -> str:
     available = cpu_isas()
     if _C is None:
-        raise ValueError(f"backend='cpu' cannot run: {_why_no_C}; reinstall dpofast or use backend='torch'")
+        raise ValueError(f"backend='cpu' cannot run: {_why_no_C}; or use backend='torch'")
     source = "backend"
     if requested is None:
         requested, source = os.environ.get("DPOFAST_CPU_ISA") or available[0], "DPOFAST_CPU_ISA"
@@ -52,7 +58,7 @@ def _why_not(name: str, device_type: str) -> str | None:
         if _C is None:
             return f"cannot run: {_why_no_C}"
         if not hasattr(_C, "cuda_logprob_fold"):
-            return "is not compiled in: nvcc was not found when dpofast was built (or DPOFAST_BUILD_CUDA=0 was set)"
+            return f"is not compiled in: {_LEFT_OUT.get('cuda', 'dpofast was built without the CUDA toolkit')}"
         if device_type != "cuda":
             return f"needs tensors on a CUDA device, got device {device_type!r}"
         if torch.version.cuda is None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from dpofast import _backend, cost
+from dpofast.env_info import amx_note
 
 DEFAULT_MEMORY_BUDGET = 1 << 30
 """Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
@@ -475,6 +476,8 @@ class Plan(NamedTuple):
                 ("a core", f"{self.core_flops / 1e9:.0f} GFLOP/s of multiply-adds; the micro-kernel "
                  f"{self.kernel_flops / 1e9:.0f} ({share:.0%})")
             )  # fmt: skip
+        if self.backend.startswith("cpu") and self.dtype == "bfloat16" and amx_note():
+            lines.append(("amx", amx_note()))
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 

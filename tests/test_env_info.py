@@ -10,6 +10,8 @@ import pytest
 import dpofast
 from dpofast.env_info import env_info, format_env_info
 
+env_info_module = sys.modules["dpofast.env_info"]  # whose name in the package is that of the function
+
 SECTIONS = ["versions", "cpu", "gpu", "backends", "build", "environment"]
 
 CLEAN_ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("DPOFAST_")}
@@ -107,6 +109,32 @@ def test_bogus_setting_is_shown_and_explained(tmp_path, name):
     assert info["environment"][name] == "bogus"
     assert "bogus" in info["backends"]["auto on cpu"]
     assert info["backends"]["torch"].startswith("yes")
+
+
+def test_what_the_build_left_out_is_repeated_with_its_remedy(tmp_path, monkeypatch):
+    notes = {"cuda": {"why": "no nvcc", "remedy": "install it"}, "cuda architectures": {"why": "old", "remedy": "new"}}
+    (tmp_path / "notes.json").write_text(json.dumps(notes))
+    monkeypatch.setattr(env_info_module, "_NOTES", tmp_path / "notes.json")
+    build = env_info()["build"]
+    assert build["left out: cuda"] == "no nvcc: install it" and build["left out: cuda architectures"] == "old: new"
+    assert build["version"] == dpofast.__version__
+    (tmp_path / "notes.json").write_text("{")
+    assert env_info()["build"]["left out"].startswith("failed: JSONDecodeError")
+    monkeypatch.setattr(env_info_module, "_NOTES", tmp_path / "none.json")
+    assert not [name for name in env_info()["build"] if name.startswith("left out")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"), [("fpu amx_bf16 amx_tile", True), ("fpu avx512_bf16", False), ("fpu amx_bf16x", False)]
+)
+def test_amx_is_named_where_pytorch_has_it_and_dpofast_has_not(tmp_path, monkeypatch, flags, has):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nmodel name\t: A CPU\nflags\t\t: {flags}\nbugs\t: amx_bf16\n")
+    monkeypatch.setattr(env_info_module, "_CPUINFO", tmp_path / "cpuinfo")
+    assert (env_info()["cpu"]["amx"] != "no") == has
+    lines = str(dpofast.plan(100, 64, 1000, "bf16", backend="cpu")).splitlines()
+    assert any(line.startswith("amx ") and "torch.mm" in line for line in lines) == has
+    for other in ({"dtype": "fp32", "backend": "cpu"}, {"dtype": "bf16", "backend": "torch"}):
+        assert "amx" not in str(dpofast.plan(100, 64, 1000, **other))
 
 
 def test_missing_torch_is_named_on_first_use(tmp_path):

@@ -7,6 +7,7 @@ is reported in its place. (A package, not a module, so that `python -m dpofast.e
 
 import importlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ from typing import Any
 
 __all__ = ["env_info", "format_env_info"]
 
+_CPUINFO = Path("/proc/cpuinfo")  # Linux
+_NOTES = Path(__file__).parents[1] / "_build_notes.json"  # setup.py writes it beside dpofast._C
 _ENVIRONMENT = re.compile(r"DPOFAST_|OMP_NUM_THREADS$|MKL_NUM_THREADS$|CUDA_VISIBLE_DEVICES$|TRITON_INTERPRET$")
 
 
@@ -54,11 +57,12 @@ def env_info() -> dict[str, dict[str, Any]]:
             "usable cores": _probe(_usable_cores),
             "torch threads": _probe(lambda: importlib.import_module("torch").get_num_threads()),
             "features": _probe(lambda: _compiled().cpu_features()),
+            "amx": _probe(lambda: amx_note() or "no"),
             "instruction sets": _probe(lambda: _compiled().cpu_isas()),
         },
         "gpu": {"devices": _probe(_gpus)},
         "backends": backends if isinstance(backends, dict) else {"all": backends},
-        "build": build if isinstance(build, dict) else {"dpofast._C": build},
+        "build": (build if isinstance(build, dict) else {"dpofast._C": build}) | _probe_left_out(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _ENVIRONMENT.match(name)},
     }
 
@@ -71,6 +75,25 @@ def format_env_info(info: dict[str, dict[str, Any]]) -> str:
         width = max(map(len, entries), default=0)
         lines += [f"  {name:<{width}}  {_one_line(value)}" for name, value in entries.items()]
     return "\n".join(lines)
+
+
+def left_out() -> dict[str, str]:
+    """What the build could not have, by its name ("cpu", "cuda", "cuda architectures"): why, and the remedy."""
+    if not _NOTES.is_file():  # the sources themselves, never built
+        return {}
+    notes = json.loads(_NOTES.read_text(encoding="utf-8"))
+    return {part: f"{note['why']}: {note['remedy']}" for part, note in notes.items()}
+
+
+def amx_note() -> str | None:
+    """A sentence where this CPU multiplies bf16 in a way that only PyTorch uses, else None."""
+    flags = re.search(r"^flags\s*:.*\bamx_bf16\b", _CPUINFO.read_text(), re.M) if _CPUINFO.is_file() else None
+    return "yes: PyTorch's bf16 products use it and dpofast's do not, so that torch.mm may be faster" if flags else None
+
+
+def _probe_left_out() -> dict[str, str]:
+    notes = _probe(left_out)
+    return {f"left out: {part}": why for part, why in notes.items()} if isinstance(notes, dict) else {"left out": notes}
 
 
 def _probe(function: Callable[..., Any], *args: Any) -> Any:
@@ -116,7 +139,7 @@ def _backends() -> dict[str, str]:
 def _cpu_model() -> str:
     if platform.system() == "Darwin":
         return _run("sysctl", "-n", "machdep.cpu.brand_string")
-    match = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+    match = re.search(r"model name\s*:\s*(.*)", _CPUINFO.read_text(encoding="utf-8"))
     return match[1] if match else platform.processor() or "unknown"
 
 
