@@ -724,9 +724,9 @@ def unpaired_preference_loss(
         loss_type: a key of `UNPAIRED_LOSSES`: "kto", "apo_zero_unpaired", "bco".
         beta: > 0, a number or one per completion ``[N]``.
         kl: for "kto": log-ratios of mismatched completions ``[*]``, or their mean over all ranks. Averaged,
-            clamped at 0, and without gradient, as in TRL.
-        reward_shift: for "bco": a number, a tensor, or a `RunningMean`, which first takes in this batch's
-            rewards, beta times the log-ratios.
+            clamped at 0, and without gradient, as in TRL. Of no completions it is 0.
+        reward_shift: for "bco": a number, a tensor of one value or ``[N]``, or a `RunningMean`, which first takes in
+            this batch's rewards, beta times the log-ratios.
         reduction: "mean", "sum", or "none" for ``[N]``.
         options: weight ``[N]``, desirable_weight and undesirable_weight >= 0.
 
@@ -765,5 +765,9 @@ def unpaired_preference_loss(
             ratios = values["logratios"]
             values[name] = torch.as_tensor(value, dtype=ratios.dtype, device=ratios.device).detach()
     if kl is not None:
-        values["kl"] = values["kl"].mean().clamp(min=0)
+        values["kl"] = (values["kl"].sum() / max(values["kl"].numel(), 1)).clamp(min=0)
+    if reward_shift is not None:
+        shape = values["reward_shift"].shape
+        if shape not in ((), (1,), logps.shape):  # else it would be broadcast, to no loss or to one for each two
+            raise ValueError(f"reward_shift has shape {list(shape)}; expected one value, or [{logps.shape[0]}]")
     return _evaluate(terms, [values], reduction)
