@@ -165,6 +165,13 @@ def _token_mean(nll: Tensor, lengths: Tensor) -> Tensor:
     return nll * (nll.shape[0] / lengths.sum().clamp(min=1))
 
 
+def log_odds(average: Tensor) -> Tensor:
+    """``logit(exp(average))``, of the largest probability below 1 where it is 1: ORPO's odds, finite in every log."""
+    # log(1 - p) is -inf for p = 1, which a completion without tokens has
+    average = average.clamp(max=-torch.finfo(average.dtype).eps)
+    return average - torch.log(-torch.expm1(average))
+
+
 # The 15 losses of TRL 1.16
 
 
@@ -289,11 +296,6 @@ def _cpo(chosen_logps, rejected_logps, chosen_nll, chosen_lengths,
 @_loss("ORPO, arXiv:2403.07691 eq. 6 and 7",
        "sft - beta log sigmoid(logit(exp(a_w)) - logit(exp(a_l)))", reward="averages")  # fmt: skip
 def _orpo(chosen_averages, rejected_averages, chosen_nll, chosen_lengths, *, beta):
-    def log_odds(average: Tensor) -> Tensor:
-        # log(1 - p) is -inf for p = 1, which a completion without tokens has
-        average = average.clamp(max=-torch.finfo(average.dtype).eps)
-        return average - torch.log(-torch.expm1(average))
-
     ratio = F.logsigmoid(log_odds(chosen_averages) - log_odds(rejected_averages))
     return _token_mean(chosen_nll, chosen_lengths) - beta * ratio
 
