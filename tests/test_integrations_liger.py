@@ -246,6 +246,7 @@ def test_completions_that_are_certain_leave_loss_metrics_and_gradients_finite(na
         ({"loss_type": "ipo", "average_log_prob": True}, "average_log_prob=True has no meaning"),
         ({"ld_alpha": 0.5, "average_log_prob": True}, "no meaning with ld_alpha=0.5"),
         ({"use_weighting": True}, "options of linear_dpo_loss"),
+        ({"token_weights": torch.ones(2 * B, T)}, "options of linear_dpo_loss"),
         ({"beta": -1.0}, "beta=-1.0"),
         ({"simpo_gama": 1.0}, "simpo_gama"),
     ],

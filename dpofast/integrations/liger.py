@@ -155,8 +155,12 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
             ld_alpha=self.ld_alpha,
             **self.options,
         )
-        if objective.use_weighting or objective.metrics or objective.pair_weight is not None:
-            raise TypeError("use_weighting, metrics and pair_weight are options of linear_dpo_loss, not of this class")
+        tensors = objective.pair_weight is not None or objective.token_weights is not None
+        if objective.use_weighting or objective.metrics or tensors:
+            raise TypeError(
+                "use_weighting, metrics, pair_weight and token_weights are options of linear_dpo_loss, not of this "
+                "class"
+            )
         averaging = [term.loss.name for term in objective.terms if "chosen_lengths" in term.loss.needs]
         if self.average_log_prob and (averaging or self.ld_alpha is not None):
             what = f"loss_type={averaging[0]!r}" if averaging else f"ld_alpha={self.ld_alpha!r}"
