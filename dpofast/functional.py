@@ -43,10 +43,12 @@ def sequence_logps(
         logps: per-token log-probabilities ``[S, T]``, or packed ``[N]`` with cu_seqlens. Floating point.
         labels: token ids of the same shape; ``ignore_index`` where a token does not count.
         cu_seqlens: boundaries of packed sequences ``[S + 1]``, integer, from 0 to N, not decreasing.
-        average: divide by the number of labelled tokens, 1 for a sequence without any.
-        token_weights: a factor for each token, of the shape of logps.
+        average: divide by the number of labelled tokens, 1 for a sequence without any, whatever their weights.
+        token_weights: a factor for each token, of the shape of logps. Differentiable. Where a token does not count it
+            is not looked at and may be anything, NaN included.
         ld_alpha: LD-DPO. The sequences are ``[chosen; rejected]``, and in each pair the tokens past the
-            length of the shorter completion count ld_alpha, in [0, 1]. None counts every token fully.
+            length of the shorter completion count ld_alpha, in [0, 1]: for 0, not at all, even at a log-probability
+            of -inf. None counts every token fully.
         ignore_index: the label that does not count.
         group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold the sequences
             together: sequence- (context-) parallel. Each passes its own tokens of all S sequences, as many as it has
@@ -73,29 +75,26 @@ def sequence_logps(
     name = _sequence_group(group)
     with distributed.refusing_together(name):
         _check_tokens(labels, cu_seqlens, ignore_index)
-        losses.check_dense("logps", logps, labels=labels)
+        _check_like_labels("logps", logps, labels)
         if token_weights is not None:
-            losses.check_dense("token_weights", token_weights, labels=labels)
-        for argument, value in {"logps": logps, "token_weights": token_weights}.items():
-            if value is not None and (value.shape != labels.shape or not value.is_floating_point()):
-                raise (ValueError if value.is_floating_point() else TypeError)(
-                    f"{argument} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
-                    f"{list(labels.shape)}"
-                )
+            _check_like_labels("token_weights", token_weights, labels)
         _check_ld_alpha(ld_alpha)
     mask = labels != ignore_index
-    values = logps.to(torch.promote_types(logps.dtype, torch.float32))
+    # what does not count is 0 before any factor: 0 times a NaN would be one, in the value or in the gradient
+    values = torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
+    if token_weights is not None:
+        values = values * torch.where(mask, token_weights, 0.0)
     if name is not None:
         n_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        distributed.agree_on_sequences(name, n_sequences, str((average, ld_alpha, values.dtype)))
+        options = average, ld_alpha, token_weights is not None, values.dtype
+        distributed.agree_on_sequences(name, n_sequences, str(options))
     lengths = _lengths(mask, cu_seqlens, name) if average or ld_alpha is not None else None
-    if token_weights is not None:
-        values = values * token_weights
     if ld_alpha is not None:
         if lengths.shape[0] % 2:
             raise ValueError(f"ld_alpha needs [chosen; rejected], and the batch has {lengths.shape[0]} sequences")
-        values = torch.where(_tail(mask, lengths, cu_seqlens, name), ld_alpha * values, values)
-    sums = _sums(torch.where(mask, values, 0.0), cu_seqlens, name)
+        less = ld_alpha * values if ld_alpha else 0.0
+        values = torch.where(_tail(mask, lengths, cu_seqlens, name), less, values)
+    sums = _sums(values, cu_seqlens, name)
     return sums / lengths.clamp(min=1) if average else sums
 
 
@@ -161,6 +160,16 @@ def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) 
             raise ValueError(f"cu_seqlens={ends}; expected boundaries from 0 to N={labels.shape[0]}, not decreasing")
 
 
+def _check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
+    """A number for each token."""
+    losses.check_dense(name, value, labels=labels)
+    if value.shape != labels.shape or not value.is_floating_point():
+        raise (ValueError if value.is_floating_point() else TypeError)(
+            f"{name} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
+            f"{list(labels.shape)}"
+        )
+
+
 def _check_ld_alpha(ld_alpha: float | None) -> None:
     if ld_alpha is None:
         return
@@ -217,11 +226,11 @@ class DPOLossOutput(NamedTuple):
 
     Attributes:
         loss: a scalar, or ``[B]`` for reduction="none".
-        chosen_logps, rejected_logps: sums over each completion ``[B]``, weighted by ld_alpha.
+        chosen_logps, rejected_logps: sums over each completion ``[B]``, weighted by token_weights and ld_alpha.
         chosen_rewards, rejected_rewards: implicit rewards ``[B]``: beta times the log-ratios, or without a
             reference beta times what the loss compares.
         chosen_lengths, rejected_lengths: labelled tokens ``[B]``.
-        ref_chosen_logps, ref_rejected_logps: of the reference ``[B]``, None without one.
+        ref_chosen_logps, ref_rejected_logps: of the reference ``[B]``, weighted alike; None without one.
         entropy, mean_token_accuracy, chosen_logits, rejected_logits: scalars, None unless ``metrics=True``:
             means over all labelled tokens, over the chosen ones, and of the mean logit over each side's.
     """
@@ -269,6 +278,7 @@ class Objective:
     terms: Sequence[losses.Term]
     options: Mapping[str, Any]
     pair_weight: Tensor | None
+    token_weights: Tensor | None
     use_weighting: bool
     ld_alpha: float | None
     metrics: bool
@@ -289,6 +299,7 @@ def make_objective(
     loss_type: str | Sequence[str] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     pair_weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
     use_weighting: bool = False,
     ld_alpha: float | None = None,
     metrics: bool = False,
@@ -300,6 +311,8 @@ def make_objective(
         raise TypeError("weight is the head's; the weight of each pair is pair_weight")
     losses.check_reduction(reduction)
     _check_ld_alpha(ld_alpha)
+    if token_weights is not None:
+        losses.check_dense("token_weights", token_weights)
     for name, value in {"use_weighting": use_weighting, "metrics": metrics}.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected True or False")
@@ -311,7 +324,7 @@ def make_objective(
         if pair_weight is not None:
             losses.check_value("pair_weight", pair_weight, term.loss, losses.OPTIONS["weight"])
     options = {"loss_type": loss_type, "loss_weights": loss_weights, "reduction": reduction, **options}
-    return Objective(terms, options, pair_weight, use_weighting, ld_alpha, metrics)
+    return Objective(terms, options, pair_weight, token_weights, use_weighting, ld_alpha, metrics)
 
 
 def linear_dpo_loss(
@@ -344,7 +357,7 @@ def linear_dpo_loss(
         weight, bias: the head ``[V, H]`` and ``[V]``.
         labels: ``[2B, T]`` or ``[N]``, aligned with hidden: label t is the token that hidden t predicts.
         ref_logps: of the reference, per token ``[2B, T]`` or ``[N]``, or already summed ``[2B]`` (weighted by
-            ld_alpha, if that is set). Or instead
+            token_weights and ld_alpha, if these are set). Or instead
         ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, scored without gradient.
         cu_seqlens: boundaries of packed sequences ``[2B + 1]``, as in `sequence_logps`.
         ignore_index: the label of prompt and padding; those positions are not computed.
@@ -352,10 +365,11 @@ def linear_dpo_loss(
             `sequence_logps`. Every rank then has the same loss; the gradients of the head and of all below it are
             each rank's share, to be added up.
         options: loss_type, loss_weights, beta, label_smoothing, reduction and the losses' other options, as
-            in `preference_loss`, but that a pair's weight ``[B]`` is called pair_weight; ld_alpha, as in
-            `sequence_logps`, for policy and reference; use_weighting=True for `wpo_weights`; metrics=True for
-            the statistics that `DPOLossOutput.metrics` then has; and temperature, logit_scale, softcap,
-            backend, group (of a head in slices) and whatever else `linear_logprob` takes.
+            in `preference_loss`, but that a pair's weight ``[B]`` is called pair_weight; token_weights, of labels'
+            shape, and ld_alpha, as in `sequence_logps`, for the sums of policy and reference alike (lengths, the
+            supervised terms, WPO's weights and metrics have every token whole); use_weighting=True for `wpo_weights`;
+            metrics=True for the statistics that `DPOLossOutput.metrics` then has; and temperature, logit_scale,
+            softcap, backend, group (of a head in slices) and whatever else `linear_logprob` takes.
 
     Returns:
         `DPOLossOutput`.
@@ -538,29 +552,32 @@ def _preference(
                 raise ValueError(
                     f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]"
                 )
+        if objective.token_weights is not None:
+            _check_like_labels("token_weights", objective.token_weights, labels)
         policy = score(objective.outputs)
     if group is not None:
         reference_shape = None if ref_logps is None else ref_logps.ndim
         options = objective.outputs, objective.ld_alpha, objective.options["loss_type"], has_reference, reference_shape
         distributed.agree_on_sequences(group, sequences, str(options))
+    weights = {"token_weights": objective.token_weights, "ld_alpha": objective.ld_alpha}
 
-    def total(logps: Tensor, ld_alpha: float | None) -> Tensor:
+    def total(logps: Tensor, **weights: Any) -> Tensor:
         return sequence_logps(
-            logps, labels, cu_seqlens=cu_seqlens, ld_alpha=ld_alpha, ignore_index=ignore_index, group=sequence_group
+            logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index, group=sequence_group, **weights
         )
 
-    logps = total(policy.logps, objective.ld_alpha)
+    logps = total(policy.logps, **weights)
     lengths = _lengths(labels != ignore_index, cu_seqlens, group)
     given = dict(zip(_SIDES, logps.chunk(2), strict=True))
     given |= dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
     if has_reference:
         with torch.no_grad():
             reference = score_reference() if ref_logps is None else ref_logps.detach()
-            if reference.shape == labels.shape:
-                reference = total(reference, objective.ld_alpha)
+        if reference.shape == labels.shape:  # with a graph: token_weights may be learned, and weigh these too
+            reference = total(reference, **weights)
         given |= dict(zip(_REFERENCE_SIDES, reference.chunk(2), strict=True))
     if "chosen_nll" in losses.needed(objective.terms):
-        plain = logps if objective.ld_alpha is None else total(policy.logps, None)
+        plain = total(policy.logps) if any(x is not None for x in weights.values()) else logps
         given["chosen_nll"] = -plain.chunk(2)[0]
 
     weight = objective.pair_weight

@@ -165,6 +165,13 @@ def _token_mean(nll: Tensor, lengths: Tensor) -> Tensor:
     return nll * (nll.shape[0] / lengths.sum().clamp(min=1))
 
 
+def log_odds(average: Tensor) -> Tensor:
+    """``logit(exp(average))``, of the largest probability below 1 where it is 1: ORPO's odds, finite in every log."""
+    # log(1 - p) is -inf for p = 1, which a completion without tokens has
+    average = average.clamp(max=-torch.finfo(average.dtype).eps)
+    return average - torch.log(-torch.expm1(average))
+
+
 # The 15 losses of TRL 1.16
 
 
@@ -289,11 +296,6 @@ def _cpo(chosen_logps, rejected_logps, chosen_nll, chosen_lengths,
 @_loss("ORPO, arXiv:2403.07691 eq. 6 and 7",
        "sft - beta log sigmoid(logit(exp(a_w)) - logit(exp(a_l)))", reward="averages")  # fmt: skip
 def _orpo(chosen_averages, rejected_averages, chosen_nll, chosen_lengths, *, beta):
-    def log_odds(average: Tensor) -> Tensor:
-        # log(1 - p) is -inf for p = 1, which a completion without tokens has
-        average = average.clamp(max=-torch.finfo(average.dtype).eps)
-        return average - torch.log(-torch.expm1(average))
-
     ratio = F.logsigmoid(log_odds(chosen_averages) - log_odds(rejected_averages))
     return _token_mean(chosen_nll, chosen_lengths) - beta * ratio
 
@@ -724,9 +726,9 @@ def unpaired_preference_loss(
         loss_type: a key of `UNPAIRED_LOSSES`: "kto", "apo_zero_unpaired", "bco".
         beta: > 0, a number or one per completion ``[N]``.
         kl: for "kto": log-ratios of mismatched completions ``[*]``, or their mean over all ranks. Averaged,
-            clamped at 0, and without gradient, as in TRL.
-        reward_shift: for "bco": a number, a tensor, or a `RunningMean`, which first takes in this batch's
-            rewards, beta times the log-ratios.
+            clamped at 0, and without gradient, as in TRL. Of no completions it is 0.
+        reward_shift: for "bco": a number, a tensor of one value or ``[N]``, or a `RunningMean`, which first takes in
+            this batch's rewards, beta times the log-ratios.
         reduction: "mean", "sum", or "none" for ``[N]``.
         options: weight ``[N]``, desirable_weight and undesirable_weight >= 0.
 
@@ -765,5 +767,9 @@ def unpaired_preference_loss(
             ratios = values["logratios"]
             values[name] = torch.as_tensor(value, dtype=ratios.dtype, device=ratios.device).detach()
     if kl is not None:
-        values["kl"] = values["kl"].mean().clamp(min=0)
+        values["kl"] = (values["kl"].sum() / max(values["kl"].numel(), 1)).clamp(min=0)
+    if reward_shift is not None:
+        shape = values["reward_shift"].shape
+        if shape not in ((), (1,), logps.shape):  # else it would be broadcast, to no loss or to one for each two
+            raise ValueError(f"reward_shift has shape {list(shape)}; expected one value, or [{logps.shape[0]}]")
     return _evaluate(terms, [values], reduction)

@@ -81,7 +81,8 @@ class LinearDPOLoss(_Options):
         functional.check_options(linear_logprob, options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
-        """``tensors``: ref_logps, ref_hidden, bias, cu_seqlens, and per-pair beta, margin, pair_weight."""
+        """``tensors``: ref_logps, ref_hidden, ref_weight, bias, cu_seqlens, token_weights, and per-pair beta, margin,
+        pair_weight."""
         return linear_dpo_loss(hidden, weight, labels, **{**self.options, **tensors})
 
 
@@ -105,5 +106,5 @@ class DPOLoss(_Options):
         functional.check_options(logprob, options)
 
     def forward(self, logits: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
-        """``tensors``: ref_logps or ref_logits, cu_seqlens, and per-pair beta, margin, pair_weight."""
+        """``tensors``: ref_logps or ref_logits, cu_seqlens, token_weights, and per-pair beta, margin, pair_weight."""
         return dpo_loss(logits, labels, **{**self.options, **tensors})

@@ -62,8 +62,8 @@ def logprob(
     first = torch.arange(z.shape[-1], device=z.device)
     return LogprobOutput(
         logps=scatter(log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)),
-        # where(): 0 * log 0 is 0, so that a logit of -inf adds nothing
-        entropy=scatter(-torch.where(log_p == -torch.inf, 0.0, log_p.exp() * log_p).sum(-1))
+        # 0 * log 0 is 0, so that a logit of -inf adds nothing, to the gradient neither
+        entropy=scatter(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1))
         if want["entropy"]
         else None,
         log_sum_sq_probs=scatter(torch.logsumexp(2 * log_p.detach(), -1)) if want["log_sum_sq_probs"] else None,

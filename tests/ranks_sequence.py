@@ -65,8 +65,10 @@ def sums_of_sequences():
             torch.testing.assert_close(own.grad[:, here], whole.grad[:, here], rtol=1e-5, atol=1e-5)
 
 
-def dpo(here: slice, hidden, weight, labels, ref_logps=None, **options):
+def dpo(here: slice, hidden, weight, labels, ref_logps=None, token_weights=None, **options):
     """Everything that a step gives: outputs, metrics, d hidden, d weight."""
+    if token_weights is not None:
+        options["token_weights"] = token_weights[:, here]
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     reference = {}
     if ref_logps is not None:
@@ -84,6 +86,7 @@ def losses_of_split_sequences():
         {}, {"ld_alpha": 0.5}, {"use_weighting": True}, {"loss_type": "ipo"}, {"loss_type": "simpo"},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5},
         {"ref_logps": torch.randn(S, T).double()}, {"ref_logps": torch.randn(S).double()},
+        {"token_weights": torch.rand(S, T).double(), "loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5},
     )):  # fmt: skip
         here, problem = part(kind), batch()
         want, want_metrics, d_hidden, d_weight = dpo(slice(0, T), *problem, **options)
@@ -163,6 +166,8 @@ def errors_come_to_every_rank():
         expected = message if last else f"group: its rank {size - 1} refuses the call: {message}"
         raises(expected, {**good, **change} if last else good)
     raises("sequence_group: its ranks 0 and .* differ in the options", {**good, "ld_alpha": 0.5} if last else good)
+    raises("sequence_group: its ranks 0 and .* differ in the options",
+           {**good, "token_weights": torch.ones_like(good["hidden"][..., 0])} if last else good)  # fmt: skip
     fewer = dict(hidden=hidden[:2, here], labels=labels[:2, here], ref_logps=torch.zeros(2))
     raises(r"differ in the number of sequences \(4 and 2\)", {**good, **fewer} if last else good)
     raises("sequence_group: got str", {**good, "sequence_group": "world"})

@@ -59,6 +59,7 @@ FUNCTIONS = {
             "ref_bias": {**REFERENCE, "ref_bias": BIAS},
             "cu_seqlens": {**PACKED, "hidden": HIDDEN.flatten(0, 1)},
             "pair_weight": {"pair_weight": torch.ones(2)},
+            "token_weights": {"token_weights": torch.ones(4, T)},
             "beta": {"beta": torch.ones(2)},
             "margin": {"margin": torch.ones(2)},
         },

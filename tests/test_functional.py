@@ -131,6 +131,40 @@ def test_masked_tokens_are_not_looked_at():
     assert torch.autograd.grad(sums.sum(), logps)[0].tolist() == [[0.0, 1.0], [1.0, 0.0]]
 
 
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"average": True}, {"ld_alpha": 0.0}, {"ld_alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_factor_of_a_token_that_does_not_count_is_looked_at(garbage, options, packed):
+    """Not the log-probability, not the weight; and their gradients are exactly 0 there."""
+    batch = Batch(LENGTHS)
+    shape, masked = ((-1,) if packed else (6, T)), batch.labels == -100
+    if packed:
+        options = {**options, "cu_seqlens": torch.arange(0, masked.numel() + 1, T)}
+    runs = []
+    for filler in (1.0, garbage):
+        leaves = [-batch.hidden[..., i].abs().masked_fill(masked, filler) for i in (0, 1)]
+        leaves = [x.reshape(shape).requires_grad_() for x in leaves]
+        sums = sequence_logps(leaves[0], batch.labels.reshape(shape), token_weights=leaves[1], **options)
+        runs.append((sums.detach(), *torch.autograd.grad((sums * torch.arange(1, 7)).sum(), leaves)))
+    for want, got in zip(*runs, strict=True):
+        assert want.isfinite().all() and got.equal(want)
+    assert all(not grad.reshape(6, T)[masked].any() for grad in runs[1][1:])
+
+
+def test_ld_alpha_0_leaves_out_the_tail_even_where_it_is_impossible():
+    logps = torch.tensor([[-1.0, -math.inf], [-2.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([[1, 2], [3, -100]])
+    sums = sequence_logps(logps, labels, ld_alpha=0.0)
+    assert sums.tolist() == [-1.0, -2.0]
+    assert torch.autograd.grad(sums.sum(), logps)[0].tolist() == [[1.0, 0.0], [1.0, 0.0]]
+
+
+def test_wpo_weights_do_not_look_at_masked_tokens():
+    labels = torch.tensor([[1, -100], [-100, -100]])
+    garbage = torch.tensor([[-1.0, math.nan], [math.inf, -math.inf]])
+    assert wpo_weights(garbage, garbage, labels).tolist() == [1.0, 1.0]
+
+
 def test_sums_of_half_precision_are_fp32():
     logps = torch.full((1, 4096), -1.0, dtype=torch.bfloat16)
     total = sequence_logps(logps, torch.ones(1, 4096, dtype=torch.long))
@@ -146,6 +180,89 @@ def test_wpo_weights_are_mean_token_probabilities_without_gradient():
 
 
 # linear_dpo_loss
+
+
+def two_steps(batch, token_weights, loss_type, ld_alpha=None, use_weighting=False):
+    """The loss by hand: weighted sums of policy and reference, then the table."""
+    out = reference.linear_logprob(batch.hidden, batch.weight, batch.labels, outputs=("log_sum_sq_probs",))
+    ref_logps = reference.linear_logprob(batch.ref_hidden, batch.ref_weight, batch.labels).logps.detach()
+    both = [
+        sequence_logps(x, batch.labels, token_weights=token_weights, ld_alpha=ld_alpha) for x in (out.logps, ref_logps)
+    ]
+    ref = both[1].chunk(2) if losses.LOSSES[loss_type[0]].reference else ()
+    lengths = (batch.labels != -100).sum(-1).chunk(2)
+    nll = -sequence_logps(out.logps, batch.labels).chunk(2)[0]
+    wpo = wpo_weights(out.logps, out.log_sum_sq_probs, batch.labels).chunk(2)
+    return losses.preference_loss(
+        *both[0].chunk(2), *ref, loss_type=loss_type, beta=0.4, chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1], chosen_nll=nll, **{"weight": wpo[0] * wpo[1]} if use_weighting else {},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid"]},
+        {"loss_type": ["ipo"], "ld_alpha": 0.3},
+        {"loss_type": ["sigmoid", "sft"]},
+        {"loss_type": ["sppo_hard"], "use_weighting": True},
+        {"loss_type": ["simpo"]},
+    ],
+    ids=str,
+)
+def test_token_weights_are_those_of_both_sums(options):
+    """Against the two steps; padded, packed, and from logits, whatever form the reference comes in."""
+    batch = Batch(LENGTHS)
+    keep = batch.labels != -100
+    weights = (batch.hidden[..., 1].abs() + 0.5).masked_fill(~keep, math.nan).requires_grad_()
+    leaves = (batch.hidden.requires_grad_(), batch.weight.requires_grad_(), weights)
+    expected = two_steps(batch, weights, **options)
+    expected_grads = torch.autograd.grad(expected, leaves)
+    assert not expected.isclose(two_steps(batch, None, **options), rtol=1e-3)
+    options = {**options, "beta": 0.4}
+    if losses.LOSSES[options["loss_type"][0]].reference:
+        logps = reference.linear_logprob(batch.ref_hidden, batch.ref_weight, batch.labels).logps
+        given = batch.reference()
+        references = [given, {"ref_logps": logps}]
+        packed_reference = {"ref_hidden": batch.ref_hidden[keep], "ref_weight": batch.ref_weight}
+        logits_reference = {"ref_logits": batch.ref_hidden @ batch.ref_weight.T}
+        sums = sequence_logps(logps, batch.labels, token_weights=weights, ld_alpha=options.get("ld_alpha")).detach()
+        out = linear_dpo_loss(
+            batch.hidden, batch.weight, batch.labels, ref_logps=sums, token_weights=weights, **options
+        )
+        torch.testing.assert_close(out.loss, expected)
+    else:
+        references, packed_reference, logits_reference = [{}], {}, {}
+    ends = torch.tensor([0, *keep.sum(-1)]).cumsum(0)
+    outs = [
+        linear_dpo_loss(batch.hidden, batch.weight, batch.labels, token_weights=weights, **ref, **options)
+        for ref in references
+    ]
+    outs += [
+        linear_dpo_loss(
+            batch.hidden[keep], batch.weight, batch.labels[keep], cu_seqlens=ends, token_weights=weights[keep],
+            **packed_reference, **options,
+        ),
+        dpo_loss(
+            batch.hidden @ batch.weight.T, batch.labels, token_weights=weights, **logits_reference, **options
+        ),
+    ]  # fmt: skip
+    for out in outs:
+        assert_same(out, outs[0])
+        torch.testing.assert_close(out.loss, expected)
+        torch.testing.assert_close(torch.autograd.grad(out.loss, leaves), expected_grads)
+    assert not expected_grads[2][~keep].any()
+
+
+def test_token_weights_of_1_and_of_0_are_the_same_as_none_and_as_a_mask():
+    batch = Batch(LENGTHS)
+    options = {"ld_alpha": 0.3, "metrics": True}
+    assert_same(batch.loss(token_weights=torch.ones(6, T), **options), batch.loss(**options))
+    first = torch.zeros(6, T).scatter_(1, (batch.labels != -100).int().argmax(-1, keepdim=True), 1.0)
+    labels = batch.labels.masked_fill(first == 0, -100)
+    got = batch.loss(token_weights=first)
+    batch.labels = labels
+    torch.testing.assert_close(got.loss, batch.loss().loss)
 
 
 @pytest.mark.parametrize("options", PATHS, ids=str)
@@ -331,6 +448,7 @@ def test_dpo_loss_leaves_the_reference_logits_alone_when_gradients_are_written_i
 def test_compiles_without_a_graph_break():
     batch = Batch(LENGTHS)
     options = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.3, "use_weighting": True, "metrics": True}
+    options["token_weights"] = batch.hidden[..., 1]
 
     def function(logits, ref_logits, labels):
         out = dpo_loss(logits, labels, ref_logits=ref_logits, backend="torch", **options)
@@ -387,6 +505,9 @@ BAD = [
         "use_weighting is not defined for loss_type='aot'",
     ),
     ({"use_weighting": 1}, TypeError, "use_weighting=1 is a int"),
+    ({"token_weights": 2.0}, TypeError, "token_weights is a float; expected a tensor"),
+    ({"token_weights": torch.ones(6)}, ValueError, r"token_weights is \[6\] of .*of labels' shape \[6, 6\]"),
+    ({"token_weights": torch.ones(6, T, dtype=torch.long)}, TypeError, "token_weights is .* of torch.int64"),
     ({"ld_alpha": 1.5}, ValueError, "ld_alpha=1.5"),
     ({"ld_alpha": "1"}, TypeError, "ld_alpha='1'"),
     ({"label_smooth": 0.1}, TypeError, "label_smooth=0.1 is not an option"),

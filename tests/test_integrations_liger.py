@@ -203,6 +203,38 @@ def test_a_completion_without_tokens_is_finite_where_liger_is_nan():
     assert loss.isfinite() and all(x.isfinite().all() for x in (*metrics, *grads))
 
 
+CERTAIN = {"one chosen": [0], "one rejected": [5], "both of a pair": [2, 6], "all": range(2 * B)}
+
+
+@pytest.mark.parametrize("rows", CERTAIN.values(), ids=CERTAIN)
+@pytest.mark.parametrize("empty", [True, False], ids=["without tokens", "of probability 1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_completions_that_are_certain_leave_loss_metrics_and_gradients_finite(name, empty, rows):
+    """Those without tokens, and those whose every token has a probability that rounds to 1."""
+    tensors = batch()
+    with torch.no_grad():
+        tensors["bias"][3] = 200.0
+    for row in rows:
+        if empty:
+            tensors["target"][row] = -100
+        else:
+            tensors["target"][row].masked_fill_(tensors["target"][row] != -100, 3)
+    if "KTO" in name:
+        tensors["preference_labels"] = torch.arange(2 * B) < B
+    if name != "LigerFusedLinearDPOLoss":
+        tensors = without_reference(tensors)
+    loss, metrics, grads = run(getattr(liger, name)(), tensors)
+    assert loss.isfinite() and all(x.isfinite().all() for x in (*metrics, *grads))
+    if name == "LigerFusedLinearORPOLoss":  # the two metrics of its own tell of the same odds
+        single = [x.double() for x in metrics[:2]]
+        odds = [x.clamp(max=-torch.finfo(torch.float32).eps) for x in single]
+        ratios = odds[0] - torch.log(-torch.expm1(odds[0])) - odds[1] + torch.log(-torch.expm1(odds[1]))
+        torch.testing.assert_close(metrics[8].double(), ratios.mean(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            metrics[7].double(), torch.nn.functional.logsigmoid(ratios).mean(), rtol=1e-5, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -214,6 +246,7 @@ def test_a_completion_without_tokens_is_finite_where_liger_is_nan():
         ({"loss_type": "ipo", "average_log_prob": True}, "average_log_prob=True has no meaning"),
         ({"ld_alpha": 0.5, "average_log_prob": True}, "no meaning with ld_alpha=0.5"),
         ({"use_weighting": True}, "options of linear_dpo_loss"),
+        ({"token_weights": torch.ones(2 * B, T)}, "options of linear_dpo_loss"),
         ({"beta": -1.0}, "beta=-1.0"),
         ({"simpo_gama": 1.0}, "simpo_gama"),
     ],

@@ -16,7 +16,7 @@ pytest.importorskip("peft")
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from dpofast import functional, primitive
+from dpofast import functional, losses, primitive
 from dpofast.integrations import models
 
 V, T = 64, 7
@@ -166,6 +166,18 @@ def test_the_loss_equals_that_of_the_logits(options):
     before = models.model_logprob(ref, inputs, labels, temperature=options.get("temperature", 1.0)).logps
     early = models.model_dpo_loss(policy, inputs, labels, ref_logps=before, **options)
     torch.testing.assert_close(early.loss, out.loss)
+
+
+def test_token_weights_reach_the_loss():
+    """One for each log-probability that model_logprob returns; whatever stands at prompt and padding."""
+    policy, (inputs, labels) = build(), batch()
+    logps = models.model_logprob(policy, inputs, labels).logps.detach()
+    weights = logps.abs().masked_fill(labels[:, 1:] == -100, torch.nan)
+    ref_logps = logps - 0.3
+    out = models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps, token_weights=weights)
+    sums = [functional.sequence_logps(x, labels[:, 1:], token_weights=weights).chunk(2) for x in (logps, ref_logps)]
+    torch.testing.assert_close(out.loss, losses.preference_loss(*sums[0], *sums[1]))
+    assert not out.loss.isclose(models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps).loss, rtol=1e-3)
 
 
 # PEFT

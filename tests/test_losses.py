@@ -355,6 +355,18 @@ def test_kl_is_averaged_clamped_and_without_gradient():
     assert unpaired_preference_loss(logps, torch.zeros(2), good, kl=-5.0).item() == 0.5
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 1), (2, 0)], ids=str)
+def test_kl_of_no_mismatched_completions_is_0(shape):
+    """A micro-batch may have none of them."""
+    logps, ref, good = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -2.0]), torch.tensor([True, False])
+    results = []
+    for kl in (torch.empty(shape), 0.0):
+        leaf = logps.clone().requires_grad_()
+        loss = unpaired_preference_loss(leaf, ref, good, kl=kl)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    assert results[0][0].isfinite() and all(map(torch.equal, *results))
+
+
 def test_running_mean_is_that_of_all_rewards_and_is_frozen_in_eval_mode():
     rewards = [torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in (3, 1, 0, 6)]
     running = RunningMean()
@@ -487,6 +499,16 @@ UNPAIRED_BAD = [
     ({"loss_type": "apo_zero_unpaired"}, ValueError, "kl: loss_type='apo_zero_unpaired' does not take it"),
     ({"loss_type": "bco", "kl": None}, ValueError, "reward_shift: loss_type='bco' needs it"),
     ({"reward_shift": 0.0}, ValueError, "reward_shift: loss_type='kto' does not take it"),
+    (
+        {"loss_type": "bco", "kl": None, "reward_shift": torch.zeros(0)},
+        ValueError,
+        r"reward_shift has shape \[0\]; expected one value, or \[3\]",
+    ),
+    (
+        {"loss_type": "bco", "kl": None, "reward_shift": torch.zeros(3, 1)},
+        ValueError,
+        r"reward_shift has shape \[3, 1\]",
+    ),
     ({"is_chosen": torch.ones(3)}, TypeError, "is_chosen is of torch.float32; expected torch.bool"),
     ({"is_chosen": torch.ones(2, dtype=torch.bool)}, ValueError, "is_chosen has shape"),
     ({"label_smoothing": 0.1}, ValueError, "label_smoothing=0.1 is not defined for loss_type='kto'"),

@@ -34,7 +34,8 @@ def test_linear_logprob_equals_the_function():
 
 def test_linear_dpo_loss_equals_the_function_and_takes_the_batch_at_the_call():
     options = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5, "softcap": 3.0, "metrics": True}
-    tensors = {"ref_logps": REF, "bias": BIAS, "margin": {"sigmoid": torch.tensor([0.1, 0.2])}}
+    tensors = {"ref_logps": REF, "bias": BIAS, "token_weights": REF.abs()}
+    tensors["margin"] = {"sigmoid": torch.tensor([0.1, 0.2])}
     expected = linear_dpo_loss(HIDDEN, WEIGHT, LABELS, **options, **tensors)
     for module in copies(LinearDPOLoss(**options)):
         out = module(HIDDEN, WEIGHT, LABELS, **tensors)
@@ -43,9 +44,10 @@ def test_linear_dpo_loss_equals_the_function_and_takes_the_batch_at_the_call():
 
 def test_dpo_loss_equals_the_function():
     logits = HIDDEN @ WEIGHT.T
-    expected = dpo_loss(logits, LABELS, ref_logps=REF, loss_type="ipo", temperature=2.0)
+    tensors = {"ref_logps": REF, "token_weights": REF.abs()}
+    expected = dpo_loss(logits, LABELS, **tensors, loss_type="ipo", temperature=2.0)
     for module in copies(DPOLoss(loss_type="ipo", temperature=2.0)):
-        torch.testing.assert_close(module(logits, LABELS, ref_logps=REF).loss, expected.loss, rtol=0, atol=0)
+        torch.testing.assert_close(module(logits, LABELS, **tensors).loss, expected.loss, rtol=0, atol=0)
 
 
 def test_repr_shows_the_options():
@@ -69,6 +71,8 @@ def test_repr_shows_the_options():
         (LinearDPOLoss, {"memory_budget": "lots"}, ValueError, "memory_budget"),
         (LinearDPOLoss, {"inplace_grad": True}, TypeError, "inplace_grad"),  # is logprob's
         (LinearDPOLoss, {"margin": torch.zeros(2)}, TypeError, "margin is a tensor"),
+        (DPOLoss, {"token_weights": torch.ones(4, 3)}, TypeError, "token_weights is a tensor.*pass it to forward"),
+        (DPOLoss, {"token_weights": 0.5}, TypeError, "token_weights is a float"),
         (DPOLoss, {"memory_budget": 1}, TypeError, "memory_budget"),  # is linear_logprob's
         (DPOLoss, {"softcap": 0.0}, ValueError, "softcap"),
         (LinearLogprob, {"beta": 0.1}, TypeError, "beta=0.1 is not an option"),

@@ -497,6 +497,22 @@ def test_special_logits_give_what_pytorch_gives(backend, values, schedule):
     numerics.assert_close({k: got[k] for k in limits}, {k: want[k] for k in limits}, limits)
 
 
+MINUS_INF = {"some": (0, 5, *range(192, 384), 700, 1000), "all but one": (*range(500), *range(501, 1001))}
+
+
+@pytest.mark.parametrize("schedule", [s for s in SCHEDULES if "score" not in s])
+@pytest.mark.parametrize("where", MINUS_INF.values(), ids=MINUS_INF)
+def test_logits_of_minus_inf_under_gradients_of_logps_and_entropy_at_once(backend, where, schedule):
+    """p log p is 0 there, with gradient 0, and a label there has a gradient as any; 0 * -inf would be NaN."""
+    p = problem(150, 37, 1001, bias=True, entropy=True)
+    p.bias[list(where)] = -math.inf
+    counted = torch.nonzero(p.labels != -100).squeeze(-1)
+    p.labels[counted[:4]] = torch.tensor([0, 200, 500, 1000])
+    got = run_forced(schedule, p, backend, ("entropy",))
+    assert all(x.isfinite().all() for name, x in got.items() if name != "logps")
+    numerics.assert_as_good_as_plain(p, got, train=SCHEDULES[schedule][0], outputs=("entropy",))
+
+
 @pytest.mark.parametrize("schedule", ("cached", "recompute", "jacobian"))
 def test_logits_far_from_zero_cost_no_more_than_in_plain_pytorch(backend, schedule):
     p = with_bias(dict.fromkeys(range(400), -3e4))

@@ -293,6 +293,26 @@ def test_logprob_from_rows_at_any_offset(v, dtype):
     assert not runs["got"]["d logits"][1, 1].any()
 
 
+@pytest.mark.parametrize("inplace_grad", (False, True), ids=("new memory", "in place"))
+def test_rows_with_logits_of_minus_inf_under_gradients_of_logps_and_entropy_at_once(inplace_grad):
+    """Against the truth; the last label is at one of them."""
+    g = torch.Generator().manual_seed(0)
+    values, labels = 3 * torch.randn(6, 4200, generator=g), torch.tensor([3, 4, 4199, -100, 77, 5])
+    values[:, 2000:4100] = values[:, 5] = -math.inf
+    runs = []
+    for function, dtype, options in (
+        (dpofast.reference.logprob, FP64, {}),
+        (dpofast.logprob, FP32, {"backend": NAME, "inplace_grad": inplace_grad}),
+    ):
+        leaf = values.to(dtype).requires_grad_()
+        out = function(leaf * 1, labels, outputs=("entropy",), **options)
+        (grad,) = torch.autograd.grad(out.logps.sum() + 2 * out.entropy.sum(), leaf)
+        runs.append({"logps": out.logps.detach(), "entropy": out.entropy.detach(), "d logits": grad})
+    want, got = runs
+    assert want["d logits"].isfinite().all()
+    numerics.assert_close(got, want, {"logps": 1e-5, "entropy": 1e-5, "d logits": 1e-6})
+
+
 def case_of_g(n: int, h: int, v: int, spread: float):
     """Operands of a backward, their g, p and 1 - p_label in fp64; some entries of p are far smaller than others."""
     p = problem(n, h, v, masked=False)

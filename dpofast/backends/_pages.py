@@ -8,6 +8,7 @@ what the call before it needed.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 import threading
@@ -25,7 +26,8 @@ def _map(n_bytes: int) -> mmap.mmap:
         return mmap.mmap(-1, n_bytes)
     pages = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # private: a fork must not share it
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages (gVisor, some of WSL): small ones will do
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 

@@ -11,6 +11,8 @@ Where this differs from liger-kernel 0.8.5, which is what the contract was read 
 - ``label_smoothing`` of the "sigmoid" DPO loss is applied (cDPO), as Liger's docstring says; Liger's code ignores it.
   Where a loss has no smoothing it raises, and so does a ``discopop_tau`` for any other loss.
 - A completion without tokens has average 0, and a batch without tokens nll 0; Liger divides by zero.
+- ORPO's odds, in the loss and in the metrics, are those of the largest probability below 1 where a completion has
+  probability 1, or no tokens; Liger's are infinite.
 - A ``kl`` of KTO with one value per completion is taken per completion, as Liger's docstring says; Liger's code
   subtracts all of it from each chunk, which is the same only if there is one chunk.
 - A reference that is passed although ``use_ref_model=False`` raises; Liger ignores it.
@@ -153,8 +155,12 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
             ld_alpha=self.ld_alpha,
             **self.options,
         )
-        if objective.use_weighting or objective.metrics or objective.pair_weight is not None:
-            raise TypeError("use_weighting, metrics and pair_weight are options of linear_dpo_loss, not of this class")
+        tensors = objective.pair_weight is not None or objective.token_weights is not None
+        if objective.use_weighting or objective.metrics or tensors:
+            raise TypeError(
+                "use_weighting, metrics, pair_weight and token_weights are options of linear_dpo_loss, not of this "
+                "class"
+            )
         averaging = [term.loss.name for term in objective.terms if "chosen_lengths" in term.loss.needs]
         if self.average_log_prob and (averaging or self.ld_alpha is not None):
             what = f"loss_type={averaging[0]!r}" if averaging else f"ld_alpha={self.ld_alpha!r}"
@@ -369,7 +375,7 @@ class LigerFusedLinearORPOLoss(_LigerLoss):
             rejected_lengths=lengths[1],
             chosen_nll=torch.zeros_like(sums[0]),  # the nll is added below, since it may have labels of its own
         )
-        log_odds = [a - torch.log(-torch.expm1(a)) for a in (x.detach() for x in averages)]
+        log_odds = [losses.log_odds(x.detach()) for x in averages]
         log_odds_ratio = (log_odds[0] - log_odds[1]).sum() / max(log_odds[0].shape[0], 1)
         rewards = [self.beta * x for x in averages]
         return pairs.output(ratio_loss + nll, averages, nll, rewards, -ratio_loss / self.beta, log_odds_ratio)
