@@ -20,7 +20,7 @@ import lightning
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from dpofast import functional, primitive
 from dpofast.integrations import models
@@ -645,18 +645,106 @@ def test_a_model_in_distributed_data_parallel_gives_the_same_loss_and_gradients(
 TESTED_ELSEWHERE = ("tiny", "lightning_loop")
 
 
+@pytest.fixture
+def example(monkeypatch):
+    """A function that imports one."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield importlib.import_module
+    for module in {path.stem for path in EXAMPLES.glob("*.py")}:  # names that are nobody else's business
+        sys.modules.pop(module, None)
+
+
+def trained_by_transformers(example, accumulate: int, path, lr: float, **options) -> torch.nn.Module:
+    module, tiny = example("transformers_trainer"), example("tiny")
+    trainer = module.PreferenceTrainer(
+        model=tiny.model(),
+        ref_model=tiny.model(),
+        args=TrainingArguments(
+            output_dir=str(path),
+            max_steps=3,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=lr,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            remove_unused_columns=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            **options,
+        ),
+        train_dataset=tiny.pairs(16),
+        eval_dataset=tiny.pairs(6),
+        data_collator=tiny.collate,
+    )
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(0.6931, abs=1e-4) and len(logged) == 3  # log 2, however it was accumulated
+    assert trainer.evaluate()["eval_loss"] < 0.8
+    return trainer.model
+
+
+def trained_by_a_loop(example, name: str, accumulate: int, lr: float, monkeypatch, **options) -> torch.nn.Module:
+    """The example as it is, but for its optimizer: Adam's steps are the same for gradients 4 times too large."""
+    module, tiny = example(name), example("tiny")
+    made, make = [], tiny.model
+
+    def noted():
+        made.append(make())
+        return made[-1]
+
+    with monkeypatch.context() as context:
+        context.setattr(tiny, "model", noted)
+        context.setattr(torch.optim, "AdamW", lambda parameters, **_: torch.optim.SGD(parameters, lr=lr))
+        losses = module.main(steps=3, accumulate=accumulate, **options)
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and len(losses) == 3
+    return made[-1]
+
+
+@pytest.mark.parametrize("how", ["transformers_trainer", "plain_loop", "accelerate_loop"])
+def test_an_example_that_accumulates_gradients_trains_as_with_a_larger_batch(how, example, monkeypatch, tmp_path):
+    lr = 0.5
+
+    def train(accumulate: int) -> torch.nn.Module:
+        if how == "transformers_trainer":
+            return trained_by_transformers(example, accumulate, tmp_path, lr)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        return trained_by_a_loop(example, how, accumulate, lr, monkeypatch)
+
+    parts, whole, start = train(4), train(1), example("tiny").model()
+    moved = max((p - q).abs().max() for p, q in zip(whole.parameters(), start.parameters()))
+    assert moved > 1e-2, "training changed nothing, and so the comparison shows nothing"
+    for (name, p), q in zip(parts.named_parameters(), whole.parameters()):
+        assert (p - q).abs().max() < 1e-4 * moved, name
+
+
+@pytest.mark.parametrize("how", ["transformers_trainer", "accelerate_loop"])
+def test_an_example_in_mixed_precision_multiplies_both_heads_in_bf16(how, example, monkeypatch, tmp_path):
+    choose, dtypes = primitive.choose, []
+
+    def noted(*args, **kwargs):
+        dtypes.append((kwargs["hidden_dtype"], kwargs["weight_dtype"]))
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(primitive, "choose", noted)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if how == "transformers_trainer":
+        trained_by_transformers(example, 1, tmp_path, 0.5, bf16=True)
+    else:
+        trained_by_a_loop(example, how, 1, 0.5, monkeypatch, mixed_precision="bf16", cpu=True)
+    assert len(dtypes) >= 3 * 2 and set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
+
+
 @pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.py")}.difference(TESTED_ELSEWHERE)))
-def test_the_example_runs_on_dpofast_and_learns(name, monkeypatch):
+def test_the_example_runs_on_dpofast_and_learns(name, example, monkeypatch):
     if name == "trl_dpo":
         pytest.importorskip("trl", minversion="1.16")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     choose, plans = primitive.choose, []
     monkeypatch.setattr(primitive, "choose", lambda *args, **kwargs: plans.append(args) or choose(*args, **kwargs))
-    try:
-        losses = importlib.import_module(name).main()
-    finally:
-        for module in (name, "tiny"):  # names that are nobody else's business
-            sys.modules.pop(module, None)
+    losses = example(name).main()
     assert len(losses) >= 20 and len(plans) >= len(losses)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is the reference at the start
     assert losses[-1] < losses[0] - 0.05
