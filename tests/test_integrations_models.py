@@ -621,22 +621,37 @@ def test_contradictory_calls_raise():
         models.model_logprob(model, inputs, labels[:, 1:])
 
 
-@pytest.mark.parametrize("make", [build, mixture, lambda: with_adapter("lora"), lambda: with_adapter("some rows")])
-def test_a_model_in_distributed_data_parallel_gives_the_same_loss_and_gradients(make, tmp_path):
+@pytest.fixture
+def one_rank(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        plain, (inputs, labels) = make(), batch()
-        wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
-        grads = []
-        for model in (plain, wrapped):
-            for _ in range(2):
-                model.zero_grad()
-                models.model_dpo_loss(model, inputs, labels, ref_model=build(seed=1)).loss.backward()
-            grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
-        torch.testing.assert_close(*grads)
-        assert all(grad.any() for grad in grads[0])
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [build, mixture, lambda: with_adapter("lora"), lambda: with_adapter("some rows")])
+def test_a_model_in_distributed_data_parallel_gives_the_same_loss_and_gradients(make, one_rank):
+    plain, (inputs, labels) = make(), batch()
+    wrapped = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    grads = []
+    for model in (plain, wrapped):
+        for _ in range(2):
+            model.zero_grad()
+            out = models.model_dpo_loss(model, inputs, labels, ref_model=build(seed=1))
+            out.loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        assert (out.aux_loss is not None) == (make is mixture)
+    torch.testing.assert_close(*grads)
+    assert all(grad.any() for grad in grads[0])
+
+
+def test_autocast_and_left_padding_count_in_distributed_data_parallel_too(one_rank):
+    inputs, labels = batch()
+    wrapped = torch.nn.parallel.DistributedDataParallel(prepared("bf16"))
+    found, wanted = (models.model_logprob(m, inputs, labels).logps for m in (wrapped, prepared("bf16")))
+    torch.testing.assert_close(found, wanted)
+    wrapped = torch.nn.parallel.DistributedDataParallel(build("gpt2"))
+    with pytest.warns(UserWarning, match="padding on the left"):
+        models.model_logprob(wrapped, *padded_left(inputs, labels))
 
 
 # The examples

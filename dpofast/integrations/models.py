@@ -235,7 +235,7 @@ def _as_linear(head: _Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | No
         weight, bias = tokens.get_merged_weights(names), None  # the layer has none in its product either
     elif names:
         low, high = [module.lora_A[n] for n in names], [module.lora_B[n] for n in names]
-        _expect_whole(module, *(layer.weight for layer in (*low, *high)))
+        _expect_whole(module, weight, *(layer.weight for layer in (*low, *high)))
         dropped = [module.lora_dropout[n](hidden.to(down.weight.dtype)) for n, down in zip(names, low)]
         paths = [down(x) * module.scaling[n] for n, down, x in zip(names, low, dropped)]
         hidden = torch.cat([hidden, *(path.to(hidden.dtype) for path in paths)], -1)
