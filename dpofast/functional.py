@@ -233,6 +233,7 @@ class DPOLossOutput(NamedTuple):
         ref_chosen_logps, ref_rejected_logps: of the reference ``[B]``, weighted alike; None without one.
         entropy, mean_token_accuracy, chosen_logits, rejected_logits: scalars, None unless ``metrics=True``:
             means over all labelled tokens, over the chosen ones, and of the mean logit over each side's.
+        aux_loss: of a mixture's routers, from `dpofast.integrations.models.model_dpo_loss`; its share is in ``loss``.
     """
 
     loss: Tensor
@@ -248,6 +249,7 @@ class DPOLossOutput(NamedTuple):
     mean_token_accuracy: Tensor | None = None
     chosen_logits: Tensor | None = None
     rejected_logits: Tensor | None = None
+    aux_loss: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """The numbers that trainers log, under TRL's names: scalar tensors of this rank, without gradient."""
@@ -263,6 +265,7 @@ class DPOLossOutput(NamedTuple):
             "logits/rejected": self.rejected_logits,
             "entropy": self.entropy,
             "mean_token_accuracy": self.mean_token_accuracy,
+            "aux_loss": self.aux_loss,
         }
         return {name: value.detach() for name, value in values.items() if value is not None}
 

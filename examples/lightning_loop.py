@@ -1,4 +1,7 @@
-"""DPO in Lightning: ``training_step`` calls dpofast, and everything else is Lightning's."""
+"""DPO in Lightning: ``training_step`` calls dpofast, and everything else is Lightning's.
+
+Lightning divides what ``training_step`` returns by accumulate_grad_batches, so it gets the mean over one batch's pairs.
+"""
 
 from __future__ import annotations
 

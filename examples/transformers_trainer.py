@@ -15,7 +15,11 @@ class PreferenceTrainer(Trainer):
 
     def __init__(self, *args, ref_model, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.ref_model = ref_model.eval().to(self.args.device)
+        # The loss below is a mean over one batch. True, as it is for most models, says that it was divided by what all
+        # accumulated batches hold, and then gradients are gradient_accumulation_steps times too large.
+        self.model_accepts_loss_kwargs = False
+        # On the policy's device, and in its precision: with bf16=True both run under autocast.
+        self.ref_model = self.accelerator.prepare_model(ref_model.eval(), evaluation_mode=True)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs.pop("labels")

@@ -185,6 +185,17 @@ def fsdp2_with_adapters_disabled_for_the_reference() -> None:
     check(lambda: lora(modules_to_save=["lm_head"]), WAYS["layers"])
 
 
+def adapter_on_the_head() -> nn.Module:
+    base = build()
+    torch.manual_seed(2)
+    return get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+
+
+def an_adapter_on_the_head() -> None:
+    for way in (ddp(), WAYS["root"], WAYS["accelerate"], WAYS["head"]):
+        check(adapter_on_the_head, way)
+
+
 def fsdp2_checkpointed() -> None:
     def checkpointing(way):
         def wrap(model: nn.Module) -> nn.Module:
@@ -261,7 +272,7 @@ def fsdp2_in_bf16() -> None:
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.1)
             assert not torch.equal(found, found.bfloat16().float())
             scale, softcap = models._transforms[models.find_head(wrapped)]
-            assert (scale, softcap) == models.head_inputs(rounded, **inputs)[3:]
+            assert (scale, softcap) == models.head_inputs(rounded, **inputs)[3:5]
             (wanted.sum() / dist.get_world_size()).backward()
             found.sum().backward()
             for (name, p), q in zip(wrapped.named_parameters(), rounded.parameters()):
@@ -426,7 +437,8 @@ def trl_in_fsdp2() -> None:
 
 CASES = {f.__name__: f for f in (
     data_parallel, data_parallel_that_looks_for_unused_parameters, data_parallel_with_a_static_graph, fsdp2,
-    fsdp2_tied, fsdp2_with_a_sharded_reference, fsdp2_with_adapters_disabled_for_the_reference, fsdp2_checkpointed,
+    fsdp2_tied, fsdp2_with_a_sharded_reference, fsdp2_with_adapters_disabled_for_the_reference,
+    an_adapter_on_the_head, fsdp2_checkpointed,
     a_rank_without_labels, fsdp2_accumulates, fsdp2_scores_without_gradient,
     the_first_call_draws_the_random_numbers_of_every_other, fsdp2_in_bf16,
     the_whole_head_is_gone_between_forward_and_backward, what_cannot_work_is_refused, trl_in_data_parallel,

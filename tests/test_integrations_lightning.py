@@ -39,7 +39,7 @@ def example(monkeypatch):
 def calls(monkeypatch) -> list[tuple]:
     """One entry for each call of dpofast's primitive."""
     choose, seen = primitive.chosen, []
-    monkeypatch.setattr(primitive, "choose", lambda *args, **kwargs: seen.append(args) or choose(*args, **kwargs))
+    monkeypatch.setattr(primitive, "chosen", lambda *args, **kwargs: seen.append(args) or choose(*args, **kwargs))
     return seen
 
 
@@ -170,6 +170,29 @@ def test_twenty_steps_log_and_learn_what_plain_pytorch_does(accumulate, batches,
     assert {"train/rewards/margins", "train/entropy", "train/logits/rejected"} <= set().union(*(e for _, e in found))
     assert_same_log(found, wanted)
     assert_same_parameters(ours, theirs, module_of(example, plain=True))
+
+
+def test_accumulating_gradients_is_a_larger_batch(example, calls):
+    """Batches of 2 pairs, 4 a step, against 8 at once; without momentum or validation."""
+    trained = []
+    for accumulate in (4, 1):
+        module = example.PreferenceModule(
+            example.tiny.model(), example.tiny.model(), lambda parameters: torch.optim.SGD(parameters, lr=0.5)
+        )
+        trainer = lightning.Trainer(
+            accelerator="cpu", max_steps=3, accumulate_grad_batches=accumulate, logger=False,
+            enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        )  # fmt: skip
+        rows = DataLoader(example.tiny.pairs(24), batch_size=8 // accumulate, collate_fn=example.tiny.collate)
+        trainer.fit(module, rows)
+        assert len(module.losses) == 3 * accumulate
+        trained.append(module)
+    parts, whole = (dict(module.model.named_parameters()) for module in trained)
+    start = dict(example.tiny.model().named_parameters())
+    moved = max((whole[name] - start[name]).abs().max() for name in start)
+    assert calls and moved > 1e-2, "training changed nothing, and so the comparison shows nothing"
+    for name, parameter in parts.items():
+        assert (parameter - whole[name]).abs().max() < 1e-4 * moved, name
 
 
 def test_ten_steps_saved_and_ten_more_are_twenty(example, calls, tmp_path):

@@ -195,6 +195,23 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     assert abs(last - first) > 1e-3, "training changed nothing, and so the comparison shows nothing"
 
 
+def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):
+    """Four batches of two pairs are one of eight."""
+    runs = {}
+    with integration.patched():
+        for accumulate in (4, 1):
+            options = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 8 // accumulate}
+            runs[accumulate] = run(folder, tmp_path / str(accumulate), max_steps=3, **options)
+    (parts, part_weights), (whole, whole_weights) = runs[4], runs[1]
+    assert calls
+    steps = [[entry for entry in history if "loss" in entry] for history in (parts, whole)]
+    assert len(steps[0]) == 3
+    for mine, theirs in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert_same_weights(part_weights, whole_weights)
+
+
 def test_importing_patches_nothing_and_unpatch_puts_everything_back():
     before = their_trainer.CustomDPOTrainer.concatenated_forward
     assert before.__module__ == their_trainer.__name__

@@ -19,7 +19,15 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from trl.trainer import utils
 
 from dpofast import reference
@@ -60,6 +68,8 @@ def model(seed: int, family: str = "llama"):
     )
     if family == "gemma2":  # a tied head and a softcap
         return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, attn_implementation="eager"))
+    if family == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, router_aux_loss_coef=0.5))
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
@@ -227,6 +237,30 @@ def test_dpo_trainer_logs_and_learns_the_same_with(options, count, tokenizer, ca
     assert not options.get("eval_strategy") or any("eval_rewards/margins" in entry for entry in history(ours))
 
 
+ACCUMULATED = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2}
+AT_ONCE = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 8}
+
+
+def assert_accumulating_is_a_larger_batch(build, calls) -> None:
+    """With dpofast inside: four batches of two are one of eight."""
+    with integration.patched():
+        parts, whole = build(ACCUMULATED), build(AT_ONCE)
+        for trainer in (parts, whole):
+            trainer.train()
+    assert len(calls) >= 3 * (4 + 1)
+    steps = [[entry for entry in history(trainer) if "loss" in entry] for trainer in (parts, whole)]
+    assert len(steps[0]) == 3
+    for mine, theirs in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert_same_parameters(parts.model, whole.model, model(0))
+
+
+@pytest.mark.parametrize("trainer", [trl.DPOTrainer, integration.DPOTrainer])
+def test_dpo_accumulating_gradients_is_a_larger_batch(trainer, tokenizer, calls, tmp_path):
+    assert_accumulating_is_a_larger_batch(lambda o: dpo(tmp_path, tokenizer, trainer=trainer, **o), calls)
+
+
 def test_dpo_trainer_learns_the_same_from_an_adapter_that_exists(tokenizer, calls, tmp_path):
     def build():
         torch.manual_seed(0)
@@ -239,6 +273,14 @@ def test_dpo_trainer_learns_the_same_from_an_adapter_that_exists(tokenizer, call
 
 def test_dpo_trainer_learns_the_same_with_a_tied_and_softcapped_head(tokenizer, calls, tmp_path):
     assert_same_training(lambda: dpo(tmp_path, tokenizer, policy=model(0, "gemma2")), calls, model(0, "gemma2"))
+
+
+def test_dpo_trainer_learns_the_same_with_the_loss_of_a_mixtures_routers(tokenizer, calls, tmp_path):
+    def build():
+        return dpo(tmp_path, tokenizer, policy=model(0, "mixtral"))
+
+    ours, _ = assert_same_training(build, calls, model(0, "mixtral"))
+    assert ours.aux_loss_enabled and all(entry["aux_loss"] > 1 for entry in history(ours) if "loss" in entry)
 
 
 def test_training_resumes_from_a_checkpoint_onto_the_same_path(tokenizer, calls, tmp_path):
@@ -290,6 +332,27 @@ def test_kto_trainer_logs_and_learns_the_same(loss_type, tokenizer, calls, tmp_p
         )
 
     assert_same_training(build, calls)
+
+
+def test_kto_and_sft_accumulating_gradients_are_a_larger_batch(tokenizer, calls, tmp_path):
+    """SFT's loss is a mean over tokens of all accumulated batches, which Transformers counts."""
+    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows()]
+
+    def sft(options):
+        args = trl.SFTConfig(**arguments(tmp_path, 3, **options))
+        data_set = Dataset.from_list(data)
+        return trl.SFTTrainer(model=model(0), args=args, train_dataset=data_set, processing_class=tokenizer)
+
+    def kto(options):  # apo_zero_unpaired has no KL, which is an estimate of each batch
+        args = trl.KTOConfig(**arguments(tmp_path, 3, loss_type="apo_zero_unpaired", **options))
+        data_set = Dataset.from_list(kto_rows())
+        return trl.KTOTrainer(
+            model=model(0), ref_model=model(1), args=args, train_dataset=data_set, processing_class=tokenizer
+        )
+
+    assert_accumulating_is_a_larger_batch(sft, calls)
+    calls.clear()
+    assert_accumulating_is_a_larger_batch(kto, calls)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -452,12 +515,23 @@ def test_an_unknown_signature_is_refused_and_nothing_is_patched(monkeypatch):
         assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Function)
     before = state()
-    with pytest.raises(ImportError, match=r"expected .*ctx, hidden, weight, bias.*found ctx, hidden, weight, targets"):
+    with pytest.raises(
+        ImportError,
+        match=r"expected .*ctx, hidden, weight, bias.*found ctx, hidden, weight, targets\. .*tested with trl 1\.16 ",
+    ) as refusal:
         integration.patch()
+    assert "install" not in str(refusal.value)  # neither an older trl nor any other
     assert state() == before
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", None)
     with pytest.raises(ImportError, match="expected add_fused_lm_head to call"):
         integration.patch()
+
+
+@pytest.mark.parametrize("version", ["1.17.0", "2.0.0.dev0"])
+def test_a_version_nobody_has_tried_is_patched_where_its_signature_is_known(version, monkeypatch, calls):
+    monkeypatch.setattr(trl, "__version__", version)
+    with integration.patched():
+        assert utils._ChunkedLogProbFunction is integration._LogprobFunction
 
 
 def test_a_head_that_calls_something_else_is_refused(monkeypatch):
@@ -530,5 +604,5 @@ def test_the_liger_kto_loss_of_old_trl_uses_the_reference_that_it_passes_under_p
 
 def test_a_trl_with_neither_hook_is_refused(old_trl, monkeypatch):
     monkeypatch.delattr(old_trl.dpo, "LigerFusedLinearDPOLoss")  # as in 1.14, or where liger-kernel is not installed
-    with pytest.raises(ImportError, match="has neither the fused head"):
+    with pytest.raises(ImportError, match="has neither a fused head .* nor.*a Liger loss.*tested with trl"):
         integration.patch()

@@ -20,6 +20,7 @@ CASES = (
     "fsdp2_tied",
     "fsdp2_with_a_sharded_reference",
     "fsdp2_with_adapters_disabled_for_the_reference",
+    "an_adapter_on_the_head",
     "fsdp2_checkpointed",
     "a_rank_without_labels",
     "fsdp2_accumulates",

@@ -46,11 +46,10 @@ def _concatenated_forward(
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     labels = batch["labels"][:, 1:]
     head = head_inputs(model, **inputs, return_dict=True)
-    with self.accelerator.autocast():  # as it was around the head, when the model called it
-        logps = linear_logprob(
-            head.hidden[:, :-1], head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
-        ).logps
-        means = _mean_logits(head)
+    logps = linear_logprob(
+        head.hidden[:, :-1], head.weight, labels, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap
+    ).logps
+    means = _mean_logits(head)
     ld_alpha = None if is_ref_model else self.ld_alpha
     sums = sequence_logps(logps, labels, ld_alpha=ld_alpha)
     averages = sequence_logps(logps, labels, ld_alpha=ld_alpha, average=True)
@@ -80,8 +79,8 @@ def _mean_logits(head: HeadInputs) -> Tensor:
 def _check(what: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise ImportError(
-            f"llamafactory {VERSION}: expected {what} {expected}; found {found}. "
-            "This dpofast does not know that version; install llamafactory==0.9.5"
+            f"llamafactory {VERSION}: expected {what} {expected}; found {found}. dpofast is tested with llamafactory "
+            "0.9.5 and cannot replace what it does not know; look for a newer dpofast, or train without patch()"
         )
 
 
@@ -91,8 +90,9 @@ _original: list[Callable[..., Any]] = []
 def patch() -> None:
     """Let LLaMA-Factory's DPO trainer compute its log-probabilities with dpofast, trainers that exist included.
 
-    A model whose head is sharded (ZeRO-3, FSDP), quantised or carries an adapter is refused when it is first run, with
-    a ValueError that says what to do; see `dpofast.integrations.models.head_inputs`.
+    A model whose head is sharded (ZeRO-3, FSDP) or quantised is refused when it is first run, with a ValueError that
+    says what to do; see `dpofast.integrations.models.head_inputs`. LLaMA-Factory's DPO leaves out the loss of a
+    mixture's routers, and so does this.
 
     Raises:
         ImportError: the installed LLaMA-Factory is one whose trainer this dpofast does not know; nothing is patched.

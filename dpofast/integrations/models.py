@@ -4,7 +4,8 @@ Families differ in what they do between the last hidden state and the logits: a 
 half a dozen names, multiplied or divided, before the head or after it. So nothing is read from a config. The model runs
 as it is, only with its head standing aside: that shows the exact hidden states that the head would have had, and
 what the model makes of known logits, one row of them, shows the transform. A model that does anything else to its
-logits (masks, cuts, mixes them) is refused, never approximated.
+logits (masks, cuts, mixes them) is refused, never approximated. What surrounds the head when the model calls it
+(autocast, a LoRA adapter, trained rows) is noted in its place, and so the numbers are those of the model's own head.
 
 A model in a wrapper (DistributedDataParallel, FSDP2, DeepSpeed) has more to it: a sharded head is at hand in its own
 forward and backward only, and a wrapper learns from the logits' graph which parameters a backward will reach, and when.
@@ -16,6 +17,7 @@ Works wherever there is a model to call: Transformers' Trainer, Lightning, a pla
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -28,19 +30,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpofast import distributed, losses
 from dpofast.functional import DPOLossOutput, head_options, linear_dpo_loss, make_objective
-from dpofast.primitive import LogprobOutput, linear_logprob
+from dpofast.primitive import linear_logprob
 
-__all__ = ["HeadInputs", "find_head", "head_inputs", "model_dpo_loss", "model_logprob"]
+__all__ = ["HeadInputs", "ModelLogprobOutput", "find_head", "head_inputs", "model_dpo_loss", "model_logprob"]
 
 
 class HeadInputs(NamedTuple):
-    """What `linear_logprob` needs of a model and a batch: ``z = softcap tanh(logit_scale (h W^T + b) / softcap)``."""
+    """What `linear_logprob` needs of a model and a batch: ``z = softcap tanh(logit_scale (h W^T + b) / softcap)``.
+
+    Attributes:
+        hidden, weight, bias: as the model's head multiplies them: in the autocast dtype where the head runs under
+            autocast; with an adapter, of its effective weight.
+        logit_scale, softcap: the transform.
+        aux_loss: the loss of a mixture's routers, where the model returns one; add it with its coefficient.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     logit_scale: float
     softcap: float | None
+    aux_loss: Tensor | None = None
+
+
+class ModelLogprobOutput(NamedTuple):
+    """`LogprobOutput` of a model, and its aux_loss: a scalar, as in `HeadInputs`."""
+
+    logps: Tensor
+    entropy: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    mean_logits: Tensor | None
+    is_top1: Tensor | None
+    dropped_mass: Tensor | None
+    aux_loss: Tensor | None = None
+
+
+class _Head(NamedTuple):
+    """What a model calls for its logits, and the linear layer in it: the same, but where PEFT has put an adapter."""
+
+    module: nn.Module
+    linear: nn.Linear
 
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
@@ -81,43 +110,156 @@ def find_head(model: nn.Module) -> nn.Linear:
             (``fully_shard``) and ZeRO-3, its weight is sharded.
 
     Raises:
-        ValueError: no head; one with an adapter on it, quantised, or offloaded; a model with an encoder, or in FSDP1.
+        ValueError: no head; one with an active adapter on it, quantised, or offloaded; a model with an encoder, in
+            DataParallel or in FSDP1.
     """
+    head = _find(model)
+    if _active_adapters(head.module):
+        raise ValueError(
+            f"model: the head of {type(_unwrapped(model)).__name__} carries an adapter ({_kind(head.module)}), which "
+            "its weight does not show; use head_inputs, model_logprob or model_dpo_loss, which apply it, or merge it"
+        )
+    return head.linear
+
+
+def _find(model: nn.Module) -> _Head:
     if _has(model, _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")):
         raise ValueError(
             "model: is in FullyShardedDataParallel (FSDP1), which keeps the head in a flat tensor; shard it with "
             "torch.distributed.fsdp.fully_shard (FSDP2; fsdp_version: 2 in accelerate)"
         )
+    if _has(model, nn.DataParallel):
+        raise ValueError(
+            "model: is in DataParallel, whose copies of it on other devices run out of reach; start one process a "
+            "device (torchrun or accelerate launch), which wraps it in DistributedDataParallel, or let the process see "
+            "one device (CUDA_VISIBLE_DEVICES=0)"
+        )
     bare = _unwrapped(model)
-    head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
+    module = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
     name = type(bare).__name__
-    if head is None:
+    if module is None:
+        inner = next((m for m in bare.modules() if _has_head(m)), None)
+        if inner is not None:
+            raise ValueError(
+                f"model: {name} has a {type(inner).__name__} in it and no get_output_embeddings of its own; pass the "
+                f"{type(inner).__name__}, or give {name} a get_output_embeddings if it has a part in the logits"
+            )
         raise ValueError(f"model: {name} has no output embeddings; expected a causal language model with its head")
     if getattr(getattr(bare, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"model: {name} has an encoder, whose decoder's labels are not its shifted inputs; call its decoder "
             "yourself and pass the hidden states to linear_logprob"
         )
-    if hasattr(head, "modules_to_save"):  # peft's wrapper of a module that is trained as a whole
-        enabled = head.active_adapters and not head.disable_adapters
-        head = head.modules_to_save[head.active_adapters[0]] if enabled else head.original_module
-    if hasattr(head, "base_layer"):
+    if hasattr(module, "modules_to_save"):  # peft's wrapper of a module that is trained as a whole
+        enabled = module.active_adapters and not module.disable_adapters
+        module = module.modules_to_save[module.active_adapters[0]] if enabled else module.original_module
+    head = _Head(module, _without_adapter(module, name))
+    weight = head.linear.weight
+    if type(head.linear).forward is not nn.Linear.forward or not weight.is_floating_point():
         raise ValueError(
-            f"model: the head of {name} carries an adapter ({type(head).__name__}), which its weight does not show; "
-            "take it out of target_modules, train it whole with modules_to_save, or merge the adapter"
+            f"model: the head of {name} is a {type(head.linear).__name__} of {weight.dtype}; expected a plain "
+            "nn.Linear. Leave a quantised head in its own dtype (llm_int8_skip_modules, modules_to_not_convert), or "
+            "dequantise it"
         )
-    if type(head).forward is not nn.Linear.forward or not head.weight.is_floating_point():
-        raise ValueError(
-            f"model: the head of {name} is a {type(head).__name__} of {head.weight.dtype}; expected a plain nn.Linear. "
-            "Leave a quantised head in its own dtype (llm_int8_skip_modules, modules_to_not_convert), or dequantise it"
-        )
-    if head.weight.is_meta or (head.weight.numel() == 0 and not _is_zero3(head)):
-        where = "on the meta device" if head.weight.is_meta else "sharded away"
+    if weight.is_meta or (weight.numel() == 0 and not _is_zero3(head.linear)):
+        where = "on the meta device" if weight.is_meta else "sharded away"
         raise ValueError(
             f"model: the head of {name} is {where}; keep it on one device (device_map), or gather it and call "
             "linear_logprob inside the gathering context"
         )
     return head
+
+
+def _has_head(module: nn.Module) -> bool:
+    return hasattr(module, "get_output_embeddings") and module.get_output_embeddings() is not None
+
+
+# Adapters on the head
+
+
+def _kind(module: nn.Module) -> str:
+    """As in peft.tuners.lora.layer.Linear, whose own name says little."""
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return type(module) is _loaded("peft.tuners.lora.layer", "Linear")
+
+
+def _token_layer(module: nn.Module) -> nn.Module | None:
+    """PEFT's layer that has some rows of a weight replaced: trainable_token_indices, or a TrainableTokensConfig."""
+    if isinstance(module, _loaded("peft.utils.other", "TrainableTokensWrapper")):
+        module = module.token_adapter
+    return module if isinstance(module, _loaded("peft.tuners.trainable_tokens.layer", "TrainableTokensLayer")) else None
+
+
+def _without_adapter(module: nn.Module, name: str) -> nn.Module:
+    layer = _token_layer(module) or module
+    if not hasattr(layer, "base_layer"):
+        return module
+    active = _active_adapters(module)
+    variants = [type(v).__name__ for n, v in getattr(layer, "lora_variant", {}).items() if n in active]
+    if active and (variants or not (_is_lora(layer) or _token_layer(layer))):
+        raise ValueError(
+            f"model: the head of {name} carries an adapter that is neither plain LoRA nor trainable_token_indices "
+            f"({', '.join([_kind(layer), *variants])}); take it out of target_modules, train the head whole with "
+            "modules_to_save, or merge the adapter"
+        )
+    if _token_layer(layer) and len(active) > 1:
+        raise ValueError(f"model: the head of {name} has rows of several adapters ({', '.join(active)}); activate one")
+    return layer.base_layer
+
+
+def _active_adapters(module: nn.Module) -> list[str]:
+    """The adapters by which the head is more than its weight."""
+    layer = _token_layer(module) or module
+    if not hasattr(layer, "base_layer") or layer.disable_adapters or layer.merged:
+        return []
+    owned = getattr(layer, layer.adapter_layer_names[0])
+    return [name for name in layer.active_adapters if name in owned]
+
+
+def _as_linear(head: _Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """hidden, weight and bias whose product is that of the head, called here and now.
+
+    LoRA's ``h W^T + s (h A^T) B^T`` is ``[h, s h A^T] [W, B]^T``: so B is not lost in the rounding of W, and dropout
+    remains that of the adapter's path alone. [W, B] is a copy of the head, and so is its gradient.
+    """
+    module, tokens = head.module, _token_layer(head.module)
+    weight, bias = head.linear.weight, head.linear.bias
+    layer = tokens or module
+    if layer is not head.linear and layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its own forward does
+    names = _active_adapters(module)
+    if names and tokens:
+        weight, bias = tokens.get_merged_weights(names), None  # the layer has none in its product either
+    elif names:
+        low, high = [module.lora_A[n] for n in names], [module.lora_B[n] for n in names]
+        _expect_whole(module, weight, *(layer.weight for layer in (*low, *high)))
+        dropped = [module.lora_dropout[n](hidden.to(down.weight.dtype)) for n, down in zip(names, low)]
+        paths = [down(x) * module.scaling[n] for n, down, x in zip(names, low, dropped)]
+        hidden = torch.cat([hidden, *(path.to(hidden.dtype) for path in paths)], -1)
+        weight = torch.cat([weight, *(up.weight.to(weight.dtype) for up in high)], 1)
+        for n, up in zip(names, high):
+            if up.bias is not None:
+                extra = up.bias * module.scaling[n]
+                bias = extra if bias is None else bias + extra
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    return hidden, weight, bias
+
+
+def _expect_whole(module: nn.Module, *weights: Tensor) -> None:
+    for weight in weights:
+        if distributed.is_dtensor(weight) or weight.dim() != 2:
+            raise ValueError(
+                f"model: a weight is sharded in the head's own forward, {list(weight.shape)} in {module}; expected "
+                "that FSDP2 or ZeRO-3 gathers it there, no tensor parallelism beside them, and under ZeRO-3 no adapter "
+                "on the head"
+            )
 
 
 def head_inputs(model: nn.Module, **inputs: Any) -> HeadInputs:
@@ -137,25 +279,26 @@ def head_inputs(model: nn.Module, **inputs: Any) -> HeadInputs:
     Raises:
         ValueError: as `find_head`; a model that does not call its head once, or does something else to its logits.
     """
-    head = find_head(model)
-    if _is_sharded(model, head):
+    head = _find(model)
+    if _is_sharded(model, head.linear):
         raise ValueError(
             "model: is sharded, and its head is gone when the forward is over; use model_logprob or model_dpo_loss"
         )
-    seen: list[Tensor] = []
-    probe = _probe(head.weight)
+    seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    probe = _probe(head.linear.weight)
 
     def note(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
+        seen.append(_as_linear(head, hidden))  # here, for what is around the head (autocast) is gone afterwards
         return probe
 
-    with _standing_aside(head, note):
-        logits = _logits(model(**_checked(inputs)))
+    with _standing_aside(head.module, note), _watching_positions(model, inputs):
+        output = model(**_checked(inputs))
     _expect_once(model, len(seen))
+    logits = _logits(output)
     logit_scale, softcap = _read_transform(probe, logits, type(model).__name__)
     if logits.requires_grad:
         raise _more_than_a_transform(type(model).__name__, "with something that has a gradient")
-    return HeadInputs(seen[0], head.weight, head.bias, logit_scale, softcap)
+    return HeadInputs(*seen[0], logit_scale, softcap, _aux_loss(output))
 
 
 def _checked(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +309,71 @@ def _checked(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _logits(output: Any) -> Tensor:
     return output["logits"] if isinstance(output, Mapping) else output[0]
+
+
+def _aux_loss(output: Any) -> Tensor | None:
+    """The loss of a mixture's routers, which Transformers' models return with ``output_router_logits``."""
+    found = output.get("aux_loss") if isinstance(output, Mapping) else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _aux_loss_coef(model: nn.Module, given: float | None, aux_loss: Tensor | None) -> float:
+    """What the routers' loss is multiplied by, before it is added to another: as the model does, if not ``given``."""
+    if aux_loss is None:
+        if given:
+            raise ValueError(
+                f"router_aux_loss_coef: got {given}, but {type(model).__name__} returned no aux_loss; set "
+                "output_router_logits=True in its config or in inputs, or drop router_aux_loss_coef"
+            )
+        return 0.0
+    if given is not None:
+        return given
+    bare = _unwrapped(model)
+    config = getattr(bare, "config", None)
+    for place in (*bare.modules(), *(() if config is None else (config.get_text_config(),))):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(vars(place).get(name), (int, float)):
+                return vars(place)[name]
+    raise ValueError(
+        f"router_aux_loss_coef: {type(bare).__name__} returned an aux_loss and has no coefficient for it; pass one, "
+        "0 to leave it out"
+    )
+
+
+@contextmanager
+def _watching_positions(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Warn where a model counts positions from the padding on the left: what an embedding of positions is asked for."""
+    mask = inputs.get("attention_mask")
+    padded = None
+    if isinstance(mask, Tensor) and mask.dim() == 2 and inputs.get("position_ids") is None:
+        padded = (mask[:, 0] == 0) & (mask != 0).any(-1)
+    if padded is None or not padded.any():
+        yield
+        return
+
+    def look(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        index = args[0] if args else None
+        if not isinstance(index, Tensor) or index.dim() not in (1, 2) or index.shape[-1] != mask.shape[1]:
+            return
+        rows = index if index.dim() == 2 else index[None]
+        if len(rows) not in (1, len(mask)):
+            return
+        rows = rows.expand(mask.shape)[padded.to(rows.device)]
+        if torch.equal(rows, rows[:, :1] + torch.arange(rows.shape[1], device=rows.device)):
+            warnings.warn(
+                f"inputs: padding on the left and no position_ids, and {type(_unwrapped(model)).__name__} counts its "
+                "positions from the padding, so that log-probabilities depend on it, as in the model's own loss; pass "
+                "position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0), or pad on the right",
+                stacklevel=2,
+            )
+
+    embeddings = [m for m in model.modules() if type(m).forward is nn.Embedding.forward]
+    hooks = [m.register_forward_pre_hook(look) for m in embeddings]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _expect_once(model: nn.Module, times: int) -> None:
@@ -284,20 +492,21 @@ _transforms: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyD
 """Scale and softcap behind each head that has been met in a wrapper."""
 
 
-def _transform_behind(model: nn.Module, head: nn.Linear, inputs: Mapping[str, Any]) -> tuple[float, float | None]:
+def _transform_behind(model: nn.Module, head: _Head, inputs: Mapping[str, Any]) -> tuple[float, float | None]:
     """Scale and softcap, which a head's place has to know before there are logits; takes a forward, the first time."""
-    if head not in _transforms:
+    if head.module not in _transforms:
         probes: list[Tensor] = []
 
         def stand_in(hidden: Tensor) -> Tensor:
-            probes.append(_probe(_gathered(head)))
+            _expect_whole(head.module, head.linear.weight)
+            probes.append(_probe(head.linear.weight))
             return probes[-1]
 
         bare = _unwrapped(model)
         with torch.no_grad(), _same_random_numbers():
-            inner, _ = _run(bare, head, inputs, stand_in, probes, 1.0)
-        _transforms[head] = _read_transform(probes[0], inner, type(bare).__name__)
-    return _transforms[head]
+            inner, _ = _run(bare, head.module, inputs, stand_in, probes, 1.0)
+        _transforms[head.module] = _read_transform(probes[0], inner, type(bare).__name__)
+    return _transforms[head.module]
 
 
 def _same_random_numbers():
@@ -308,31 +517,21 @@ def _same_random_numbers():
     return torch.random.fork_rng(devices=[torch.accelerator.current_device_index()], device_type=device.type)
 
 
-def _gathered(head: nn.Linear) -> Tensor:
-    weight = head.weight
-    if distributed.is_dtensor(weight) or weight.dim() != 2:
-        raise ValueError(
-            f"model: the head's weight is sharded in the head's own forward, {weight.shape} of {head}; expected that "
-            "FSDP2 or ZeRO-3 gathers it there, and no tensor parallelism beside them"
-        )
-    return weight
-
-
 def _run(
     model: nn.Module,
-    head: nn.Linear,
+    head: nn.Module,
     inputs: Mapping[str, Any],
     stand_in: Callable[[Tensor], Tensor],
     probes: list[Tensor],
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Any]:
     """``model(**inputs)`` with a stand-in for its head, which notes in ``probes`` what it returns.
 
     FSDP2 rounds what a module returns (`MixedPrecisionPolicy.output_dtype`), the head and the model alike; between the
     two the logits here are exact.
 
     Returns:
-        The logits that the model made of the probe, and what the wrappers made of them.
+        The logits that the model made of the probe, and the output that the wrappers made of its own.
     """
     bare, name = _unwrapped(model), type(model).__name__
     whole = bare.get_output_embeddings()
@@ -352,11 +551,12 @@ def _run(
         owner.register_forward_hook(lambda _module, _args, output: inner.append(_logits(output)), prepend=True),
     )
     try:
-        with _standing_aside(head, stand_in):
-            outer = _logits(model(**_checked(inputs)))
+        with _standing_aside(head, stand_in), _watching_positions(model, inputs):
+            output = model(**_checked(inputs))
     finally:
         for hook in hooks:
             hook.remove()
+    outer = _logits(output)
     _expect_once(model, len(probes))
     if len(entered) != 1 or len(inner) != 1:
         raise ValueError(
@@ -370,7 +570,7 @@ def _run(
         raise _more_than_a_transform(name, "with something that has a gradient" if not needed else "without a graph")
     if needed and not _comes_from(entered[0].grad_fn, inner[0].grad_fn):
         raise _more_than_a_transform(name, "with something that has a gradient")
-    return inner[0], outer
+    return inner[0], output
 
 
 def _is_rounded(found: Any, exact: Tensor) -> bool:
@@ -395,15 +595,19 @@ def _comes_from(source: torch.autograd.graph.Node, node: torch.autograd.graph.No
 def _results(
     model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, compute: Callable[[HeadInputs, Tensor], Any]
 ) -> Any:
-    """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them."""
+    """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them.
+
+    The tuple has an ``aux_loss``, in which that of the model comes out.
+    """
 
     def aligned(head: HeadInputs) -> Any:
         hidden = _shifted(head.hidden, labels)
         return compute(head._replace(hidden=hidden), labels[:, 1:].to(hidden.device))
 
-    head = find_head(model)
-    if not _is_wrapped(model, head):
-        return aligned(head_inputs(model, **inputs))
+    head = _find(model)
+    if not _is_wrapped(model, head.linear):
+        found = head_inputs(model, **inputs)
+        return aligned(found)._replace(aux_loss=found.aux_loss)
 
     transform = _transform_behind(model, head, inputs)
     incoming: list[Tensor | None] = []
@@ -411,30 +615,30 @@ def _results(
     computed: list[Any] = []
 
     def stand_in(hidden: Tensor) -> Tensor:
-        weight = _gathered(head)
-        computed.append(aligned(HeadInputs(hidden, weight, head.bias, *transform)))
+        _expect_whole(head.module, head.linear.weight)
+        computed.append(aligned(HeadInputs(*_as_linear(head, hidden), *transform)))
         waiting = [x for x in computed[-1] if x is not None and x.requires_grad]
-        probes.append(_Ticket.apply(incoming, _probe(weight), *waiting))
+        probes.append(_Ticket.apply(incoming, _probe(head.linear.weight), *waiting))
         return probes[-1]
 
-    inner, outer = _run(model, head, inputs, stand_in, probes, transform[0])
+    inner, output = _run(model, head.module, inputs, stand_in, probes, transform[0])
     found = _read_transform(probes[0].detach(), inner, type(model).__name__)
     if found != transform:
-        del _transforms[head]
+        del _transforms[head.module]
         raise ValueError(
             f"model: scale and softcap of the logits are {found} and were {transform} at the call before; they may "
             "not change under a sharded head"
         )
     values = [None if x is None else x.detach() for x in computed[0]]
     where = [i for i, x in enumerate(computed[0]) if x is not None and x.requires_grad]
-    for i, x in zip(where, _Claim.apply(incoming, outer, *(values[i] for i in where)) if where else ()):
+    for i, x in zip(where, _Claim.apply(incoming, _logits(output), *(values[i] for i in where)) if where else ()):
         values[i] = x
-    return type(computed[0])(*values)
+    return type(computed[0])(*values)._replace(aux_loss=_aux_loss(output))
 
 
 def model_logprob(
     model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, temperature: float = 1.0, **options: Any
-) -> LogprobOutput:
+) -> ModelLogprobOutput:
     """Log-probabilities of ``labels`` under a model, shifted as its own loss shifts them.
 
     Equivalent to::
@@ -444,23 +648,27 @@ def model_logprob(
 
     Args:
         model: a causal language model, as in `find_head`.
-        inputs: what it takes: ``{"input_ids": ..., "attention_mask": ...}``.
+        inputs: what it takes: ``{"input_ids": ..., "attention_mask": ...}``. With padding on the left a model with an
+            embedding of positions (GPT-2) needs its ``position_ids``, here as in its own loss; there is a warning where
+            they are missing.
         labels: ``[B, T]``, the input ids, with -100 at prompt and padding.
         temperature, options: as in `linear_logprob`, but bias, logit_scale and softcap, which are the model's.
 
     Returns:
-        `LogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1.
+        `ModelLogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1. Of a mixture
+        of experts with ``output_router_logits``, aux_loss as well, for you to add to your loss with its coefficient.
 
     Raises:
         ValueError, TypeError: as `head_inputs` and `linear_logprob`.
     """
     _refuse_transform(options)
 
-    def compute(head: HeadInputs, targets: Tensor) -> LogprobOutput:
-        return linear_logprob(
+    def compute(head: HeadInputs, targets: Tensor) -> ModelLogprobOutput:
+        out = linear_logprob(
             head.hidden, head.weight, targets, bias=head.bias, temperature=temperature, logit_scale=head.logit_scale,
             softcap=head.softcap, **options,
         )  # fmt: skip
+        return ModelLogprobOutput(*out)
 
     return _results(model, inputs, labels, compute)
 
@@ -472,26 +680,35 @@ def model_dpo_loss(
     *,
     ref_model: nn.Module | None = None,
     ref_logps: Tensor | None = None,
+    router_aux_loss_coef: float | None = None,
     **options: Any,
 ) -> DPOLossOutput:
     """A preference loss of a model and a batch ``[chosen; rejected]``.
 
-    Equivalent to `dpofast.dpo_loss` of ``model(**inputs).logits[:, :-1]`` and ``labels[:, 1:]``.
+    Equivalent to `dpofast.dpo_loss` of ``model(**inputs).logits[:, :-1]`` and ``labels[:, 1:]``, and for a mixture of
+    experts with ``output_router_logits``, as in the model's own loss::
+
+        loss = loss + router_aux_loss_coef * model(**inputs).aux_loss
+
+    The loss is a mean over this batch's pairs. Who divides it by the number of accumulated batches differs between
+    trainers: see docs/trainers.md.
 
     Args:
         model, inputs: as in `model_logprob`, 2B sequences.
         labels: ``[2B, T]``, the input ids, with -100 at prompt and padding.
         ref_model: the reference, run without gradient. None for a PEFT model: itself with its adapters disabled. Or
         ref_logps: of the reference, ``[2B, T - 1]`` as `model_logprob` returns them, or summed ``[2B]``.
+        router_aux_loss_coef: of the routers' loss; None for the model's own coefficient, 0 for none of that loss.
         options: as in `linear_dpo_loss`, but for the head's own: bias, logit_scale, softcap.
 
     Both models are run as they are: dropout, if they have any, is yours to turn off.
 
     Returns:
-        `DPOLossOutput`.
+        `DPOLossOutput`, with the routers' aux_loss where the model returns one.
 
     Raises:
-        ValueError, TypeError: as `head_inputs` and `linear_dpo_loss`.
+        ValueError, TypeError: as `head_inputs` and `linear_dpo_loss`; a router_aux_loss_coef without an aux_loss, or an
+            aux_loss without a coefficient.
     """
     _refuse_transform(options)
     if ref_model is not None and ref_logps is not None:
@@ -515,7 +732,9 @@ def model_dpo_loss(
             softcap=head.softcap, **options,
         )  # fmt: skip
 
-    return _results(model, inputs, labels, compute)
+    out = _results(model, inputs, labels, compute)
+    coef = _aux_loss_coef(model, router_aux_loss_coef, out.aux_loss)
+    return out._replace(loss=out.loss + coef * out.aux_loss.to(out.loss)) if coef else out
 
 
 def _refuse_transform(options: Mapping[str, Any]) -> None:

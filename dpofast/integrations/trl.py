@@ -46,6 +46,10 @@ _ARGUMENTS = (
 """What TRL's function takes, in order."""
 _STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """What it returns after the log-probabilities, in order; None where not asked for."""
+_TESTED = (
+    "dpofast goes by what it finds, not by the version, and is tested with trl 1.16 (fused head) and 1.9 (Liger loss). "
+    "Look for a newer dpofast, or train without patch()"
+)
 
 
 class _LogprobFunction:
@@ -113,8 +117,8 @@ def _replacements() -> list[tuple[ModuleType, str, Any]]:
     names = ("LigerFusedLinearDPOLoss", "LigerFusedLinearKTOLoss")
     if not all(map(hasattr, trainers, names)):
         raise ImportError(
-            f"trl {trl.__version__} has neither the fused head of trl >= 1.15 nor, with liger-kernel installed, the "
-            "Liger loss of trl 1.8 to 1.10, which are what dpofast can replace; install trl>=1.16"
+            f"trl {trl.__version__} has neither a fused head (trl.trainer.utils.add_fused_lm_head) nor, with "
+            f"liger-kernel installed, a Liger loss, which are what dpofast can replace. {_TESTED}"
         )
     return [(trainers[0], names[0], LigerFusedLinearDPOLoss), (trainers[1], names[1], _KTOLoss)]
 
@@ -124,7 +128,7 @@ def _fused_head(utils: ModuleType) -> list[tuple[ModuleType, str, Any]]:
     if function is None or "_ChunkedLogProbFunction" not in _names(utils.add_fused_lm_head.__code__):
         raise ImportError(
             f"trl {trl.__version__}: expected add_fused_lm_head to call trl.trainer.utils._ChunkedLogProbFunction, "
-            "found that it does not (trl 1.15 has it only where Triton is installed); install trl==1.16.*"
+            f"found that it does not (trl 1.15 has it only where Triton is installed). {_TESTED}"
         )
     _check_parameters("its log-prob function", function.forward, ("ctx", *_ARGUMENTS))
     replacements: list[tuple[ModuleType, str, Any]] = [(utils, "_ChunkedLogProbFunction", _LogprobFunction)]
@@ -138,8 +142,7 @@ def _check_parameters(what: str, function: Callable[..., Any], expected: tuple[s
     found = tuple(inspect.signature(function).parameters)
     if found != expected:
         raise ImportError(
-            f"trl {trl.__version__}: expected {what} to take {', '.join(expected)}; found {', '.join(found)}. "
-            "This dpofast does not know that version; install trl==1.16.*"
+            f"trl {trl.__version__}: expected {what} to take {', '.join(expected)}; found {', '.join(found)}. {_TESTED}"
         )
 
 
@@ -163,7 +166,8 @@ def patch() -> None:
     With TRL >= 1.15 it counts for trainers that exist already, too: TRL looks its function up at each call.
 
     Raises:
-        ImportError: the installed TRL is one whose function this dpofast does not know; nothing is patched.
+        ImportError: the installed TRL, whatever its version, has no function that this dpofast knows; nothing is
+            patched.
     """
     if _originals:
         return
