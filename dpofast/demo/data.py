@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,35 +99,43 @@ def documented_pairs(ruff: str) -> tuple[list[Pair], int]:
     return [pair for pair in pairs if pair is not None], len(rules)
 
 
-def agrees(ruff: str, pair: Pair) -> bool:
-    """Whether the pair's rule fires on the rejected snippet and is silent on the chosen one.
+def _agreeing(ruff: str, pairs: Sequence[Pair], ending: str, target: str) -> list[bool]:
+    """For each pair, whether its rule fires on the rejected snippet and is silent on the chosen one.
 
     A chosen snippet that does not parse is refused: no rule fires on it, for the wrong reason.
     """
+    rules = {pair.rule for pair in pairs}
     with tempfile.TemporaryDirectory() as folder:
-        for ending, target in SETTINGS:
-            rejected, chosen = Path(folder, f"rejected{ending}"), Path(folder, f"chosen{ending}")
-            rejected.write_text(pair.rejected)
-            chosen.write_text(pair.chosen)
-            command = [ruff, "check", "--isolated", "--no-cache", "--preview", "--select", pair.rule]
-            command += ["--target-version", target, "--output-format", "json", str(rejected), str(chosen)]
-            done = subprocess.run(command, capture_output=True, cwd=folder)
-            if done.returncode not in (
-                0,
-                1,
-            ):  # 2: ruff itself refused, as it does for a rule it does not know
-                return False
-            found = {(Path(d["filename"]).stem, d["name"]) for d in json.loads(done.stdout)}
-            if ("rejected", pair.rule) in found and not any(stem == "chosen" for stem, _ in found):
-                return True
-    return False
+        for i, pair in enumerate(pairs):  # a folder each: some rules look at a file's neighbours
+            Path(folder, str(i)).mkdir()
+            Path(folder, str(i), f"rejected{ending}").write_text(pair.rejected, encoding="utf-8")
+            Path(folder, str(i), f"chosen{ending}").write_text(pair.chosen, encoding="utf-8")
+        command = [ruff, "check", "--isolated", "--no-cache", "--preview", "--select", ",".join(sorted(rules))]
+        command += ["--target-version", target, "--output-format", "json", "."]
+        done = subprocess.run(command, capture_output=True, cwd=folder)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.decode(errors='replace')[-2000:]}")
+        found: set[tuple[int, str]] = set()  # pairs, and which of their snippets has something of concern
+        for diagnostic in json.loads(done.stdout):
+            path, name = Path(diagnostic["filename"]), diagnostic["name"]
+            i = int(path.parent.name)
+            if name == pairs[i].rule or name not in rules:  # not in rules: the snippet does not parse
+                found.add((i, path.stem))
+        return [(i, "rejected") in found and (i, "chosen") not in found for i in range(len(pairs))]
 
 
-def verified_pairs(ruff: str, pairs: Sequence[Pair], workers: int) -> list[Pair]:
-    """Those of ``pairs`` that `agrees` with, in the same order."""
-    with ThreadPoolExecutor(workers) as pool:
-        verdicts = list(pool.map(lambda pair: agrees(ruff, pair), pairs))
-    return [pair for pair, agreed in zip(pairs, verdicts, strict=True) if agreed]
+def verified_pairs(ruff: str, pairs: Sequence[Pair]) -> list[Pair]:
+    """Those of ``pairs`` on which running ruff agrees, under one of `SETTINGS`, in the same order.
+
+    All pairs are checked in one go. Of two rules that exclude each other ruff drops one, with a warning; that one is
+    met in the next round, when the pair of the other has passed.
+    """
+    passed: set[Pair] = set()
+    for ending, target in SETTINGS:
+        left = [pair for pair in pairs if pair not in passed]
+        if left:
+            passed.update(pair for pair, agrees in zip(left, _agreeing(ruff, left, ending, target)) if agrees)
+    return [pair for pair in pairs if pair in passed]
 
 
 def split_by_family(pairs: Sequence[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:

@@ -8,10 +8,10 @@ holds the prompt once, then both answers; neither answer may look at the other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,22 @@ def gguf_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"no package named {GGUF_PACKAGE}")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@contextlib.contextmanager
+def gguf_read_once() -> Iterator[None]:
+    """Within, the GGUF file is parsed once. Transformers does it for the tokenizer, for the configuration and for the
+    weights, in plain Python, and builds one table of tensor names for every module: half a minute."""
+    import gguf
+
+    functions = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in functions.items():
+        setattr(gguf, name, functools.cache(function))
+    try:
+        yield
+    finally:
+        for name, function in functions.items():
+            setattr(gguf, name, function)
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -88,11 +104,39 @@ def collate(pairs: Sequence[EncodedPair]) -> Batch:
     return Batch(ids, positions, mask.unsqueeze(1), source, labels)
 
 
-def run_layers(layers: Sequence[nn.Module], hidden: Tensor, batch: Batch, rotary: nn.Module) -> Tensor:
-    """Hidden states ``[B, T, H]`` through some of the model's layers."""
-    rotation = rotary(hidden, batch.positions)
+class Opening:
+    """The tokens that all prompts begin with: their keys, values and states, computed once and then looked up.
+
+    It stands where Transformers' layers expect a cache, whose ``update`` gives the keys and values to look at.
+    """
+
+    def __init__(self, pairs: Sequence[EncodedPair]) -> None:
+        first, last = (order(pair.prompt[:-1] for pair in pairs) for order in (min, max))
+        differ = (i for i, (a, b) in enumerate(zip(first, last)) if a != b)  # all others lie between these two
+        self.ids = first[: next(differ, min(len(first), len(last)))]
+        self.known: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values [1, heads, len(ids), D] by layer
+        self.states: Tensor | None = None  # [1, len(ids), H], above the frozen layers
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.states is None:
+            self.known[layer] = keys, values
+            return keys, values
+        rows = keys.shape[0]
+        return tuple(
+            torch.cat((known.expand(rows, -1, -1, -1), new), dim=2)
+            for known, new in zip(self.known[layer], (keys, values))
+        )
+
+
+def run_layers(
+    layers: Sequence[nn.Module], hidden: Tensor, batch: Batch, rotary: nn.Module, opening: Opening | None = None
+) -> Tensor:
+    """Hidden states ``[B, T, H]`` through some of the model's layers; with ``opening``, of the tokens after it."""
+    skipped = batch.positions.shape[1] - hidden.shape[1]
+    mask, rotation = batch.mask[:, :, skipped:], rotary(hidden, batch.positions[:, skipped:])
     for layer in layers:
-        hidden = layer(hidden, attention_mask=batch.mask, position_embeddings=rotation)
+        # by position: the fourth argument, the cache, has another name in every few releases of Transformers
+        hidden = layer(hidden, mask, None, opening, position_embeddings=rotation)
     return hidden
 
 
@@ -109,20 +153,6 @@ class Upper(nn.Module):
         return self.norm(run_layers(self.layers, hidden, batch, self.rotary))
 
 
-def faster_dtype() -> torch.dtype:
-    """bf16 where a matrix product in it beats fp32 on this machine, fp32 elsewhere: tried, not guessed."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-        tries = []
-        for _ in range(5):
-            start = time.perf_counter()
-            a @ b
-            tries.append(time.perf_counter() - start)
-        seconds[dtype] = min(tries)
-    return min(seconds, key=lambda dtype: seconds[dtype])
-
-
 def split_model(model: Any, top: int, dtype: torch.dtype) -> tuple[list[nn.Module], Upper, Tensor]:
     """``(lower layers, upper part, head weight [V, H])`` of a Llama-like model; ``dtype`` is the lower ones'.
 
@@ -137,7 +167,14 @@ def split_model(model: Any, top: int, dtype: torch.dtype) -> tuple[list[nn.Modul
 
 
 @torch.no_grad()
-def lower_states(model: Any, lower: Sequence[nn.Module], batch: Batch, dtype: torch.dtype) -> Tensor:
+def lower_states(model: Any, lower: Sequence[nn.Module], batch: Batch, opening: Opening, dtype: torch.dtype) -> Tensor:
     """What the frozen layers hand to the trained ones, ``[B, T, H]`` in ``dtype``."""
-    embedded = model.model.embed_tokens(batch.ids).to(dtype)
-    return run_layers(lower, embedded, batch, model.model.rotary_emb)
+    embed, rotary = model.model.embed_tokens, model.model.rotary_emb
+    if opening.states is None:
+        ids = torch.tensor([opening.ids], dtype=torch.long)
+        P = len(opening.ids)
+        alone = Batch(ids, torch.arange(P).unsqueeze(0), torch.ones(1, 1, P, P, dtype=torch.bool).tril(), ids, ids)
+        opening.states = run_layers(lower, embed(ids).to(dtype), alone, rotary, opening)
+    rest = embed(batch.ids[:, len(opening.ids) :]).to(dtype)
+    rest = run_layers(lower, rest, batch, rotary, opening)
+    return torch.cat((opening.states.expand(len(rest), -1, -1), rest), dim=1)

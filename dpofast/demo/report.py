@@ -1,12 +1,9 @@
-"""What the demo shows: progress while it works, tables when it is done, and the picture."""
+"""What the demo shows when it is done: tables, and the picture."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +11,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
@@ -22,56 +18,16 @@ from dpofast.demo.model import IGNORE
 from dpofast.demo.train import Agreement, HeadCost, History, Score
 
 WINDOW = 8  # steps in a running mean: one step's batch is too small to read anything from
-LINE_EVERY = 4  # steps between lines where there is no terminal for a bar
 
-DPOFAST, PLAIN, HELD_OUT, INK = "#0072B2", "#9A9A9A", "#D55E00", "#333333"
-
-
-class Screen:
-    """Progress on a terminal as a bar, elsewhere as lines; and the seconds of each phase."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
-        """One phase: timed, and shown with a bar of ``total`` units (None: no bar, only the name)."""
-        start = time.perf_counter()
-        if self.console.is_terminal:
-            columns = (TextColumn("{task.description:<32}"), BarColumn(bar_width=24), MofNCompleteColumn())
-            columns += (TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
-            with Progress(*columns, console=self.console) as progress:
-                yield Bar(progress, progress.add_task(name, total=total, note=""))
-        else:
-            self.console.print(f"{name} ...")
-            yield Bar(None, None, self.console)
-        self.seconds[name] = time.perf_counter() - start
+DPOFAST, PLAIN, MASKED, HELD_OUT, INK = "#0072B2", "#9A9A9A", "#6E6E6E", "#D55E00", "#333333"
 
 
-@dataclass
-class Bar:
-    """The handle that `Screen.phase` gives out."""
-
-    progress: Progress | None
-    task: int | None
-    console: Console | None = None
-
-    def advance(self, units: int = 1) -> None:
-        if self.progress is not None:
-            self.progress.advance(self.task, units)
-
-    def train_step(self, history: History) -> None:
-        """Advance by one training step and say how it goes."""
-        done = len(history.loss)
-        loss, margin, accuracy = (
-            statistics.fmean(values[-WINDOW:]) for values in (history.loss, history.margin, history.accuracy)
-        )
-        note = f"loss {loss:.3f}  margin {margin:+.3f}  accuracy {accuracy:.0%}"
-        if self.progress is not None:
-            self.progress.update(self.task, advance=1, note=note)
-        elif done % LINE_EVERY == 0 or done == 1:
-            self.console.print(f"  step {done:3d}  {note}")
+def training_note(history: History) -> str:
+    """How training goes, for beside the bar."""
+    loss, margin, accuracy = (
+        statistics.fmean(values[-WINDOW:]) for values in (history.loss, history.margin, history.accuracy)
+    )
+    return f"step {len(history.loss)}  loss {loss:.3f}  margin {margin:+.3f}  accuracy {accuracy:.0%}"
 
 
 @dataclass
@@ -79,7 +35,7 @@ class Result:
     """All that a run found out."""
 
     before: Score
-    after: Score
+    after: Score  # the last of the history's
     held_out_pairs: int
     history: History
     agreement: Agreement
@@ -147,15 +103,17 @@ def print_result(console: Console, result: Result) -> None:
     for name, cost in result.costs.items():
         memory = "not measured" if cost.peak_bytes is None else mib(cost.peak_bytes)
         table.add_row(name, f"{cost.seconds:.3f}", memory)
-    plain, fast = result.costs["plain"], result.costs["dpofast"]
-    if plain.peak_bytes is None or fast.peak_bytes is None:
-        ratio = ""
-    else:
-        ratio = f"{plain.peak_bytes / max(fast.peak_bytes, 1):.1f} x less"
-    table.add_row("", f"{plain.seconds / fast.seconds:.2f} x faster", ratio)
+    fast = result.costs["dpofast"]
+    for name, cost in result.costs.items():
+        if cost is not fast:
+            less = ""
+            if None not in (cost.peak_bytes, fast.peak_bytes):
+                less = f"{cost.peak_bytes / max(fast.peak_bytes, 1):.1f} x less"
+            table.add_row(f"dpofast against {name}", f"{cost.seconds / fast.seconds:.2f} x faster", less)
     console.print(table)
     console.print(
-        f"{positions:,} positions, {tokens:,} of them answer tokens; the plain head computes all of them. The "
+        f"{positions:,} positions, {tokens:,} of them answer tokens. The plain head computes all of them, as most "
+        "trainers do; told the mask, it computes the answers' only, as dpofast does. The "
         f"vocabulary has {result.vocabulary:,} entries: one fp32 tensor of all logits is "
         f"{mib(4.0 * positions * result.vocabulary)}. Seconds are medians of runs in turns; memory is the "
         "process's peak resident size (VmHWM) above its size before the call, the largest of the runs."
@@ -170,14 +128,14 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def curves(axes: Axes, result: Result, name: str, level: float) -> None:
-    """One quantity of the history, with its held-out values at both ends and the ``level`` it starts from."""
+    """One quantity of the history, with its held-out values and the ``level`` it starts from."""
     values = getattr(result.history, name)
-    steps, ends = range(1, len(values) + 1), (0, len(values))
+    steps, scored = range(1, len(values) + 1), {0: result.before, **result.history.held_out}
     axes.axhline(level, color="#BBBBBB", linestyle="--", linewidth=1, label="no preference yet")
     axes.plot(steps, values, ".", color=DPOFAST, alpha=0.35, label="training, one step")
     axes.plot(steps, running_mean(values), color=DPOFAST, linewidth=2, label=f"mean of {WINDOW} steps")
-    held_out = [getattr(result.before, name), getattr(result.after, name)]
-    axes.plot(ends, held_out, "o:", color=HELD_OUT, label="held out, before and after")
+    held_out = [getattr(score, name) for score in scored.values()]
+    axes.plot(list(scored), held_out, "o-", color=HELD_OUT, label="held out, all pairs")
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=9, loc="best")
 
@@ -221,8 +179,13 @@ def save_picture(result: Result, path: Path) -> None:
         axes.axhline(0.5, color=INK, linestyle="--", linewidth=1)
         axes.set_ylim(0, 1)
 
-        names, colors = ["plain PyTorch", "dpofast"], [PLAIN, DPOFAST]
-        costs = [result.costs["plain"], result.costs["dpofast"]]
+        answers, positions = int((result.head_labels != IGNORE).sum()), result.head_labels.numel()
+        names = [
+            f"PyTorch,\nall {positions:,}\npositions",
+            f"PyTorch,\n{answers:,} of\nanswers",
+            f"dpofast,\n{answers:,} of\nanswers",
+        ]
+        colors, costs = [PLAIN, MASKED, DPOFAST], list(result.costs.values())
         peaks = [cost.peak_bytes for cost in costs]
         if None not in peaks:
             axes = figure.add_subplot(grid[1, 2:4], title="Head: extra memory")

@@ -9,7 +9,7 @@ import os
 import subprocess
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,12 @@ import transformers
 from rich.console import Console
 
 from dpofast.demo import HELD_OUT_SHARE, MAX_ANSWER, MAX_PROMPT, data, model, train
-from dpofast.demo.report import Result, Screen, print_result, save_picture
+from dpofast.demo.estimate import LOADING, Count, Machine, expected_seconds
+from dpofast.demo.report import Result, print_result, save_picture, training_note
+from dpofast.demo.screen import Bar, Screen
+
+# What the documentation of `data.RUFF_VERSION` holds, for an estimate before it is read.
+TRAINING, HELD_OUT = Count(345, 29_800, 12_000), Count(142, 12_300, 5_200)
 
 
 def quiet_libraries() -> None:
@@ -45,9 +50,9 @@ def describe_pairs(console: Console, encoded: Sequence[data.EncodedPair], name: 
 
 
 def encoded_split(
-    console: Console, pairs: Sequence[data.Pair], tokenizer: Any, seed: int
-) -> tuple[list[data.EncodedPair], list[data.EncodedPair]]:
-    """Train and held-out pairs in tokens, without the long ones."""
+    pairs: Sequence[data.Pair], tokenizer: Any, seed: int
+) -> tuple[list[data.EncodedPair], list[data.EncodedPair], str]:
+    """Train and held-out pairs in tokens, without the long ones; and what was left out, in words."""
     training, held_out = data.split_by_family(pairs, HELD_OUT_SHARE, seed)
     alone = data.without_copies(training, held_out)
 
@@ -59,13 +64,13 @@ def encoded_split(
             if len(pair.prompt) <= MAX_PROMPT and max(len(pair.chosen), len(pair.rejected)) <= MAX_ANSWER
         ]
 
-    parts = short(alone), short(held_out)
-    console.print(
-        f"  {len(training) - len(alone)} training pairs share code with a held-out one and go; "
-        f"{len(alone) + len(held_out) - len(parts[0]) - len(parts[1])} pairs are longer than "
+    kept, kept_out = short(alone), short(held_out)
+    left_out = (
+        f"{len(training) - len(alone)} training pairs share code with a held-out one and go; "
+        f"{len(alone) + len(held_out) - len(kept) - len(kept_out)} pairs are longer than "
         f"{MAX_PROMPT} prompt or {MAX_ANSWER} answer tokens and go"
     )
-    return parts
+    return kept, kept_out, left_out
 
 
 def tune(
@@ -74,11 +79,17 @@ def tune(
     training: Sequence[data.EncodedPair],
     held_out: Sequence[data.EncodedPair],
     settings: train.Settings,
+    machine: Machine,
 ) -> Result:
     """Everything after the data is there: reference, costs, training, evaluation."""
-    dtype = model.faster_dtype()
+    dtype = machine.dtype
     pairs = [*training, *held_out]
-    with screen.phase("frozen layers and reference", len(pairs)) as bar:
+    expected = expected_seconds(machine, Count.of(training), Count.of(held_out), settings)
+
+    def phase(name: str, total: int) -> AbstractContextManager[Bar]:
+        return screen.phase(name, expected[name], total)
+
+    with phase("frozen layers and reference", sum(pair.length for pair in pairs)) as bar:
         examples, upper, weight = train.prepare(language_model, pairs, settings.top, dtype, bar.advance)
     known = {id(pair) for pair in held_out}
     unseen = [example for example in examples if id(example.pair) in known]
@@ -94,19 +105,37 @@ def tune(
 
     batches = train.training_batches(seen, settings.batch_size, settings.seed)
     first = list(itertools.islice(batches, min(settings.compared_steps, settings.steps)))
-    with screen.phase("cost of the two heads"):
-        costs, labels = train.head_costs(upper, weight, first[0], settings)
-    with screen.phase("held-out pairs, before"):
-        before = train.evaluate(upper, weight, unseen, settings.beta)
-    with screen.phase("first steps, plain loss"):
-        plain = train.plain_first_steps(upper, weight, first, settings)
-    with screen.phase("training with dpofast", settings.steps) as bar:
+    with phase("cost of the heads", settings.repeats * len(train.HEADS)) as bar:
+        costs, labels = train.head_costs(upper, weight, first[0], settings, bar.advance)
+    before = train.score_before(unseen, settings.beta)
+    with phase("first steps, plain loss", len(first)) as bar:
+        plain = train.plain_first_steps(upper, weight, first, settings, bar.advance)
+    with phase("training with dpofast", settings.steps) as bar:
         history, agreement = train.train(
-            upper, weight, itertools.chain(first, batches), settings, plain, bar.train_step
+            upper,
+            weight,
+            itertools.chain(first, batches),
+            unseen,
+            settings,
+            plain,
+            lambda history: bar.advance(1, training_note(history)),
         )
-    with screen.phase("held-out pairs, after"):
-        after = train.evaluate(upper, weight, unseen, settings.beta)
+    after = history.held_out[settings.steps]
     return Result(before, after, len(unseen), history, agreement, costs, labels, weight.shape[0])
+
+
+def announce(console: Console, machine: Machine, settings: train.Settings, threads: int) -> float:
+    """Say how long it will take here; returns the seconds for the loading."""
+    loading = LOADING * machine.python
+    seconds = loading + sum(expected_seconds(machine, TRAINING, HELD_OUT, settings).values())
+    speeds = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {flops / 1e9:.0f}" for dtype, flops in machine.flops.items()
+    )
+    console.print(
+        f"This machine, {threads} threads: {speeds} GFLOP/s in products like a layer's. "
+        f"The demo will take about {seconds:.0f} seconds at that speed.\n"
+    )
+    return loading
 
 
 def run(args: argparse.Namespace) -> None:
@@ -117,33 +146,34 @@ def run(args: argparse.Namespace) -> None:
     screen = Screen(console)
     settings = train.Settings(steps=args.steps, seed=args.seed)
     if args.quick:
-        settings = replace(settings, steps=2, batch_size=4, compared_steps=2, repeats=1)
+        settings = replace(settings, steps=2, batch_size=4, compared_steps=2, repeats=1, evaluations=1)
+    machine = Machine.measured()
+    loading = announce(console, machine, settings, threads)
 
     ruff = data.ruff_binary()
     version = subprocess.run([ruff, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     if version != data.RUFF_VERSION:
         console.print(f"ruff is {version}, not {data.RUFF_VERSION}: the pairs, and so the results, may differ")
-    with screen.phase("pairs and model"), ThreadPoolExecutor(1) as beside:
+    with screen.phase("pairs and model", loading), model.gguf_read_once():
         documented, rules = data.documented_pairs(ruff)
         if args.quick:
             documented = documented[::10]
-        # ruff is other processes, the GGUF reader one thread of Python: together they fill two cores
-        verified = beside.submit(data.verified_pairs, ruff, documented, threads)
+        pairs = data.verified_pairs(ruff, documented)
         path = model.gguf_file()
         tokenizer, language_model = model.load_tokenizer(path), model.load_model(path)
-        pairs = verified.result()
+        training, held_out, left_out = encoded_split(pairs, tokenizer, settings.seed)
     console.print(
         f"  {len(documented)} pairs{' (--quick: every tenth)' if args.quick else ''} in the documentation of the "
         f"{rules} rules of ruff {version}; {len(pairs)} pass: "
         "their rule fires on the rejected snippet and is silent on the chosen one"
     )
-    training, held_out = encoded_split(console, pairs, tokenizer, settings.seed)
+    console.print(f"  {left_out}")
     describe_pairs(console, training, "training")
     describe_pairs(console, held_out, "held out")
 
-    result = tune(screen, language_model, training, held_out, settings)
+    result = tune(screen, language_model, training, held_out, settings, machine)
     result.seconds = screen.seconds
-    with screen.phase("picture"):
+    with screen.phase("picture", expected=1.5):
         save_picture(result, args.out)
     console.print()
     print_result(console, result)

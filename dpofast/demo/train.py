@@ -16,26 +16,32 @@ from torch.nn import functional as F
 
 from dpofast._memory import peak_growth
 from dpofast.demo.data import EncodedPair
-from dpofast.demo.model import IGNORE, Batch, Upper, collate, lower_states, split_model
+from dpofast.demo.model import IGNORE, Batch, Opening, Upper, collate, lower_states, split_model
 from dpofast.functional import linear_dpo_loss, sequence_logps
 from dpofast.primitive import linear_logprob
 
-SCORE_ROWS = 32  # pairs scored at a time, without gradient
+SCORE_ROWS = 16  # pairs scored at a time, without gradient: what a layer makes of more of them leaves the caches
 
 
 @dataclass(frozen=True)
 class Settings:
     """What a run is made of. ``top`` counts the trained layers, ``batch_size`` the pairs of a step."""
 
-    steps: int = 32
+    steps: int = 20
     batch_size: int = 16
     top: int = 2
     learning_rate: float = 3e-4
     warmup: int = 4
     beta: float = 0.1
     seed: int = 0
-    compared_steps: int = 5
-    repeats: int = 3
+    compared_steps: int = 3
+    repeats: int = 2
+    evaluations: int = 3  # on the held-out pairs: the last after the last step, the others evenly before it
+
+    @property
+    def evaluated_steps(self) -> set[int]:
+        """The steps after which the held-out pairs are scored."""
+        return {round(self.steps * (i + 1) / self.evaluations) for i in range(self.evaluations)} - {0}
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,23 @@ def plain_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: T
     chosen, rejected = (torch.where(mask, picked, 0.0).sum(-1) - ref_logps).chunk(2)
     margins = beta * (chosen - rejected)
     return HeadLoss(-F.logsigmoid(margins).mean(), margins.detach())
+
+
+def masked_head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> HeadLoss:
+    """The same loss in plain PyTorch that is told the mask: logits of the answers' tokens only."""
+    mask = labels != IGNORE
+    logps = F.linear(hidden[mask], weight).log_softmax(-1).gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
+    summed = torch.zeros(len(labels)).index_add(0, mask.nonzero()[:, 0], logps)
+    chosen, rejected = (summed - ref_logps).chunk(2)
+    margins = beta * (chosen - rejected)
+    return HeadLoss(-F.logsigmoid(margins).mean(), margins.detach())
+
+
+HEADS: dict[str, Head] = {
+    "plain": plain_head_loss,
+    "plain, told the mask": masked_head_loss,
+    "dpofast": dpofast_head_loss,
+}
 
 
 @dataclass(frozen=True)
@@ -123,19 +146,19 @@ def prepare(
 ) -> tuple[list[Example], Upper, Tensor]:
     """Run the frozen layers and the reference (the model before training) once over all pairs.
 
-    Returns the examples, the part to train and the head's weight ``[V, H]``.
+    ``tick`` hears how many tokens are done. Returns the examples, the part to train and the head's weight ``[V, H]``.
     """
     lower, upper, weight = split_model(model, top, dtype)
-    examples = []
+    opening, examples = Opening(pairs), []
     for group in by_length(pairs, lambda pair: pair.length, SCORE_ROWS):
         batch = collate(group)
-        states = lower_states(model, lower, batch, dtype)
+        states = lower_states(model, lower, batch, opening, dtype)
         refs = zip(*pair_logps(upper, weight, states.float(), batch), strict=True)
         examples += [
             Example(pair, state[: pair.length].clone(), *ref)
             for pair, state, ref in zip(group, states, refs, strict=True)
         ]
-        tick(len(group))
+        tick(sum(pair.length for pair in group))
     return examples, upper, weight
 
 
@@ -149,21 +172,34 @@ class Score:
     preference: float  # share of pairs whose chosen answer is the more probable one
 
 
-def evaluate(upper: Upper, weight: Tensor, examples: Sequence[Example], beta: float) -> Score:
+def score(scored: Iterator[tuple[Example, float, float]], beta: float) -> Score:
+    """The score of a policy that gives these log-probs to the chosen and the rejected answer of each example."""
     margins, preferred = [], []
-    for group in by_length(examples, lambda example: example.pair.length, SCORE_ROWS):
-        inputs = stack(group)
-        for example, chosen, rejected in zip(
-            group, *pair_logps(upper, weight, inputs.states, inputs.batch), strict=True
-        ):
-            margins.append(beta * ((chosen - example.ref_chosen) - (rejected - example.ref_rejected)))
-            preferred.append(chosen > rejected)
+    for example, chosen, rejected in scored:
+        margins.append(beta * ((chosen - example.ref_chosen) - (rejected - example.ref_rejected)))
+        preferred.append(chosen > rejected)
     return Score(
         loss=F.softplus(-torch.tensor(margins)).mean().item(),
         margin=statistics.fmean(margins),
         reward_accuracy=statistics.fmean(margin > 0 for margin in margins),
         preference=statistics.fmean(preferred),
     )
+
+
+def score_before(examples: Sequence[Example], beta: float) -> Score:
+    """The score of the reference, whose log-probs the examples hold."""
+    return score(((example, example.ref_chosen, example.ref_rejected) for example in examples), beta)
+
+
+def evaluate(upper: Upper, weight: Tensor, examples: Sequence[Example], beta: float) -> Score:
+    """The score of the policy as it is now."""
+
+    def scored() -> Iterator[tuple[Example, float, float]]:
+        for group in by_length(examples, lambda example: example.pair.length, SCORE_ROWS):
+            inputs = stack(group)
+            yield from zip(group, *pair_logps(upper, weight, inputs.states, inputs.batch), strict=True)
+
+    return score(scored(), beta)
 
 
 class Trainer:
@@ -205,11 +241,12 @@ class Agreement:
 
 @dataclass
 class History:
-    """One entry per step."""
+    """One entry per step; and the scores on held-out pairs, by the number of steps before them."""
 
     loss: list[float] = field(default_factory=list)
     margin: list[float] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
+    held_out: dict[int, Score] = field(default_factory=dict)
 
     def add(self, out: HeadLoss) -> None:
         self.loss.append(out.loss.item())
@@ -218,11 +255,13 @@ class History:
 
 
 def plain_first_steps(
-    upper: Upper, weight: Tensor, batches: Sequence[Sequence[Example]], settings: Settings
+    upper: Upper, weight: Tensor, batches: Sequence[Sequence[Example]], settings: Settings, tick: Callable[[], None]
 ) -> tuple[list[float], Tensor]:
     """Losses and last parameters of a copy of ``upper`` that takes these steps with the plain loss."""
-    trainer = Trainer(copy.deepcopy(upper), weight, settings, plain_head_loss)
-    losses = [trainer.step(stack(batch)).loss.item() for batch in batches]
+    trainer, losses = Trainer(copy.deepcopy(upper), weight, settings, plain_head_loss), []
+    for batch in batches:
+        losses.append(trainer.step(stack(batch)).loss.item())
+        tick()
     return losses, flat_parameters(trainer.upper)
 
 
@@ -230,11 +269,15 @@ def train(
     upper: Upper,
     weight: Tensor,
     batches: Iterator[Sequence[Example]],
+    held_out: Sequence[Example],
     settings: Settings,
     plain: tuple[list[float], Tensor],
     tick: Callable[[History], None],
 ) -> tuple[History, Agreement]:
-    """Train ``upper`` with dpofast; on the way, hold its first steps against those of `plain_first_steps`."""
+    """Train ``upper`` with dpofast; on the way, hold its first steps against those of `plain_first_steps`.
+
+    Nothing is decided by the ``held_out`` pairs: they are scored, and that is all.
+    """
     plain_losses, plain_parameters = plain
     trainer, history = Trainer(upper, weight, settings, dpofast_head_loss), History()
     start = flat_parameters(upper)
@@ -249,6 +292,8 @@ def train(
                 distance_apart=(here - plain_parameters).norm().item(),
                 distance_moved=(here - start).norm().item(),
             )
+        if trainer.done in settings.evaluated_steps:
+            history.held_out[trainer.done] = evaluate(upper, weight, held_out, settings.beta)
         tick(history)
     return history, agreement
 
@@ -262,32 +307,32 @@ class HeadCost:
 
 
 def head_costs(
-    upper: Upper, weight: Tensor, examples: Sequence[Example], settings: Settings
+    upper: Upper, weight: Tensor, examples: Sequence[Example], settings: Settings, tick: Callable[[], None]
 ) -> tuple[dict[str, HeadCost], Tensor]:
-    """Forward and backward of both heads alone, on one batch's real hidden states, in turns.
+    """Forward and backward of each of `HEADS` alone, on one batch's real hidden states, in turns.
 
     Returns the costs by name, and that batch's labels.
     """
     inputs = stack(examples)
     with torch.no_grad():
         hidden = inputs.batch.unfold(upper(inputs.states, inputs.batch))
-    heads: dict[str, Head] = {"plain": plain_head_loss, "dpofast": dpofast_head_loss}
-    seconds: dict[str, list[float]] = {name: [] for name in heads}
-    peaks: dict[str, list[int | None]] = {name: [] for name in heads}
+    seconds: dict[str, list[float]] = {name: [] for name in HEADS}
+    peaks: dict[str, list[int | None]] = {name: [] for name in HEADS}
 
     def once(name: str) -> None:
         leaf = hidden.clone().requires_grad_(True)
         start = time.perf_counter()
-        heads[name](leaf, weight, inputs.batch.labels, inputs.ref_logps, settings.beta).loss.backward()
+        HEADS[name](leaf, weight, inputs.batch.labels, inputs.ref_logps, settings.beta).loss.backward()
         seconds[name].append(time.perf_counter() - start)
 
     for _ in range(settings.repeats):
-        for name in heads:
+        for name in HEADS:
             peaks[name].append(peak_growth(lambda name=name: once(name)))
+            tick()
     costs = {
         name: HeadCost(
             statistics.median(seconds[name]), None if None in peaks[name] else max(peaks[name], default=None)
         )
-        for name in heads
+        for name in HEADS
     }
     return costs, inputs.batch.labels

@@ -5,6 +5,7 @@ Nothing is compiled while what was built is newer than every source. Heeds CXX.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -30,16 +31,25 @@ def compiler() -> list[str] | None:
 
 
 def _compile(target: Path, sources: list[Path], flags: list[str]) -> Path:
-    """``target`` from ``sources``, each compiled on its own, those out of date in parallel."""
+    """``target`` from ``sources``, each compiled on its own, those out of date in parallel.
+
+    Where several processes want it at once, one compiles and the others wait for it.
+    """
     headers = [path for kind in ("*.h", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
     newest = max(path.stat().st_mtime for path in [*headers, *(ROOT / "tests" / "emu").iterdir(), *sources])
     command = [*compiler(), *FLAGS, *INCLUDES, *flags]
     key = hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]  # other flags, other files
     folder = OUT / key
-    target = folder / target
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _compile_alone(folder / target, newest, sources, command)
+
+
+def _compile_alone(target: Path, newest: float, sources: list[Path], command: list[str]) -> Path:
     if target.exists() and target.stat().st_mtime > newest:
         return target
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = target.parent
     lines = [
         f"rule compile\n  command = {shlex.join(command)} -MMD -MF $out.d -c -x c++ $in -o $out",
         "  depfile = $out.d\n  deps = gcc",
