@@ -96,7 +96,7 @@ $(VENV)/.environment: FORCE
 	    { $(PYTHON) -m venv $(VENV) && echo '$(PYTHON) $(TORCH)' > $@; }
 
 # The C++ core and its own tests under AddressSanitizer and UBSan, once per instruction set.
-SANITIZE     := -O1 -g -std=c++17 -fsanitize=address,undefined -fno-sanitize-recover=all \
+SANITIZE     := -O1 -g -std=c++17 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
                 -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc
 SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
 
@@ -116,7 +116,7 @@ build/sanitize/%.o: %.cpp
 # the tools are in the packages g++-aarch64-linux-gnu and qemu-user. On an aarch64 machine, `make sanitize` is better.
 AARCH64_CXX := aarch64-linux-gnu-g++
 AARCH64_RUN := qemu-aarch64
-AARCH64     := -O2 -std=c++17 -pthread -Wall -Wextra -Icsrc
+AARCH64     := -O2 -std=c++17 -ffp-contract=off -pthread -Wall -Wextra -Icsrc
 AARCH64_OBJ := $(patsubst %.cpp,build/aarch64/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
 
 test-aarch64: build/aarch64/test_kernels ## the C++ core's tests for NEON, under emulation

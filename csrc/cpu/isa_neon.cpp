@@ -3,6 +3,7 @@
 
 #include "cpu/isa_begin.h"
 
+#define DPOFAST_FMA
 // 20 accumulators, more than the 16 FMAs that the widest cores have under way (four a cycle, four cycles each), 4 registers
 // of B and 5 of A. With 6 x 4 these are 34: GCC loads a whole column of A ahead and spills accumulators within the loop.
 #define DPOFAST_MR 5
