@@ -107,10 +107,11 @@ def test_a_true_pair_is_verified(ruff):
         replace(UNUSED, chosen=UNUSED.rejected),
         replace(UNUSED, rejected=UNUSED.chosen),
         replace(UNUSED, chosen="import os\nos.getcwd(\n"),
+        replace(UNUSED, rejected="import os\nos.getcwd(\n"),
         replace(UNUSED, rule="print"),
         replace(UNUSED, rule="no-such-rule"),
     ],
-    ids=["swapped", "both-bad", "both-good", "chosen-does-not-parse", "another-rule", "unknown-rule"],
+    ids=["swapped", "both-bad", "both-good", "chosen-no-python", "rejected-no-python", "another-rule", "unknown-rule"],
 )
 def test_a_false_pair_is_refused(ruff, pair):
     assert data.verified_pairs(ruff, [pair, UNUSED, PRINT]) == [UNUSED, PRINT]
@@ -204,8 +205,14 @@ def tiny():
     return transformers.LlamaForCausalLM(config).eval()
 
 
+# the ends of answers that begin alike
+SIBLINGS = (((4, 5), (6,)), ((4,), (5, 6, 9)), ((4, 5, 6), (4, 5)), ((), (4, 5)))
+
+
 def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
     pairs = random_pairs(5, 131)
+    pairs += [EncodedPair("a", (2, 3), (7, 8, *chosen, 0), (7, 8, *rejected, 0)) for chosen, rejected in SIBLINGS]
+    assert [pair.shared for pair in pairs[5:]] == [2, 2, 4, 2]
     batch = model.collate(pairs)
     with torch.no_grad():
         hidden = tiny.model.embed_tokens(batch.ids)
@@ -367,7 +374,7 @@ def test_the_estimate_follows_the_machine_and_the_work():
         assert faster[name] == pytest.approx(value / 2)
     assert more["frozen layers and reference"] == pytest.approx(2 * once["frozen layers and reference"])
     assert more["cost of the heads"] == pytest.approx(once["cost of the heads"])  # of one batch
-    double = seconds(1e11, steps=40, evaluations=6)
+    double = seconds(1e11, steps=2 * train.Settings.steps, evaluations=2 * train.Settings.evaluations)
     assert double["training with dpofast"] == pytest.approx(2 * once["training with dpofast"])
 
 

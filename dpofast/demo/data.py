@@ -46,9 +46,15 @@ class EncodedPair:
     rejected: tuple[int, ...]
 
     @property
+    def shared(self) -> int:
+        """Tokens that both answers begin with, short of all of either."""
+        both = zip(self.chosen[:-1], self.rejected[:-1])
+        return next((i for i, (a, b) in enumerate(both) if a != b), min(len(self.chosen), len(self.rejected)) - 1)
+
+    @property
     def length(self) -> int:
-        """Tokens in a row that holds the prompt once and both answers."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected)
+        """Tokens in a row that holds the prompt and what the answers share once, then the rest of both."""
+        return len(self.prompt) + len(self.chosen) + len(self.rejected) - self.shared
 
 
 def section(explanation: str, title: str) -> str | None:
@@ -119,7 +125,7 @@ def _agreeing(ruff: str, pairs: Sequence[Pair], ending: str, target: str) -> lis
         for diagnostic in json.loads(done.stdout):
             path, name = Path(diagnostic["filename"]), diagnostic["name"]
             i = int(path.parent.name)
-            if name == pairs[i].rule or name not in rules:  # not in rules: the snippet does not parse
+            if name == pairs[i].rule or (path.stem == "chosen" and name not in rules):  # not in rules: no Python
                 found.add((i, path.stem))
         return [(i, "rejected") in found and (i, "chosen") not in found for i in range(len(pairs))]
 

@@ -16,8 +16,8 @@ LAYER, LAYERS, HEAD = 3.54e6, 30, 28.3e6  # SmolLM2-135M: parameters of a layer,
 OPENING = 19  # tokens that all prompts begin with, which the frozen layers see once
 
 # Seconds of a phase over those that its products would take alone, measured on two Zen 3 cores.
-BODY_FACTOR, HEAD_FACTOR, PLAIN_HEAD_FACTOR = 1.3, 1.2, 2.5
-LOADING = 150.0  # reading the model and the pairs is Python's work: so many times `Machine.python`
+BODY_FACTOR, HEAD_FACTOR, PLAIN_HEAD_FACTOR = 1.2, 1.1, 2.4
+LOADING = 210.0  # reading the model and the pairs is Python's work: so many times `Machine.python`
 
 
 def _best(work: Callable[[], object], tries: int) -> float:
@@ -74,13 +74,14 @@ def expected_seconds(machine: Machine, training: Count, held_out: Count, setting
     share = settings.batch_size / max(training.pairs, 1)
     tokens, answers = share * training.tokens, share * training.answers
     positions = 2 * tokens - answers  # of a batch with a row for each answer
+    measured = settings.measured_pairs / settings.batch_size
     body = (LAYERS - settings.top) * LAYER * BODY_FACTOR / lower
     rest = training.tokens + held_out.tokens - OPENING * (training.pairs + held_out.pairs)
     heads = 4 * (plain_head * positions + plain_head * answers + head * answers)
     evaluations = len(settings.evaluated_steps) * scored(held_out)
     return {
         "frozen layers and reference": 2 * body * rest + scored(training) + scored(held_out),
-        "cost of the heads": settings.repeats * heads,
+        "cost of the heads": settings.repeats * measured * heads,
         "first steps, plain loss": settings.compared_steps * (6 * top * tokens + 4 * plain_head * positions),
         "training with dpofast": settings.steps * (6 * top * tokens + 4 * head * answers) + evaluations,
     }

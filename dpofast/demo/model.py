@@ -2,7 +2,7 @@
 
 Training all 30 layers would take many minutes on two cores. The lower ones are frozen here, so what they
 say about a pair never changes: it is computed once, and only the last few layers see every step. A row
-holds the prompt once, then both answers; neither answer may look at the other.
+holds the prompt and what both answers begin with once, then the rest of each; neither rest may look at the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,14 +40,17 @@ def gguf_read_once() -> Iterator[None]:
     weights, in plain Python, and builds one table of tensor names for every module: half a minute."""
     import gguf
 
-    functions = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in functions.items():
-        setattr(gguf, name, functools.cache(function))
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: object) -> None:
+            # a slice of a memmap takes four times as long as one of an array, and there are half a million of them
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = functools.cache(Reader), functools.cache(name_map)
     try:
         yield
     finally:
-        for name, function in functions.items():
-            setattr(gguf, name, function)
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -64,7 +68,7 @@ def load_model(path: Path) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs padded to one shape. Rows hold ``prompt, chosen, rejected``; T is their longest.
+    """Pairs padded to one shape. Rows hold ``prompt, chosen, rest of rejected``; T is their longest.
 
     ``unfold`` turns hidden states ``[B, T, H]`` into the ``[chosen; rejected]`` rows ``[2B, U, H]`` that a
     preference loss takes, and ``labels`` belong to those, aligned with them.
@@ -86,17 +90,18 @@ def collate(pairs: Sequence[EncodedPair]) -> Batch:
     B, T = len(pairs), max(pair.length for pair in pairs)
     U = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in pairs) - 1
     ids, positions = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T, dtype=torch.long)
-    part = torch.full((B, T), -1)  # 0 prompt, 1 chosen, 2 rejected, -1 padding
+    part = torch.full((B, T), -1)  # 0 what both share, 1 rest of chosen, 2 rest of rejected, -1 padding
     source, labels = torch.zeros(2 * B, U, dtype=torch.long), torch.full((2 * B, U), IGNORE)
     for b, pair in enumerate(pairs):
         p, c, r = len(pair.prompt), len(pair.chosen), len(pair.rejected)
-        ids[b, : pair.length] = torch.tensor(pair.prompt + pair.chosen + pair.rejected)
-        positions[b, : pair.length] = torch.cat((torch.arange(p + c), torch.arange(p, p + r)))
-        part[b, : pair.length] = torch.tensor([0] * p + [1] * c + [2] * r)
-        for row, start, answer in ((b, p, pair.chosen), (B + b, p + c, pair.rejected)):
-            n = len(answer)
-            source[row, : p + n - 1] = torch.cat((torch.arange(p), torch.arange(start, start + n - 1)))
-            labels[row, p - 1 : p + n - 1] = torch.tensor(answer)
+        s = p + pair.shared
+        ids[b, : pair.length] = torch.tensor(pair.prompt + pair.chosen + pair.rejected[pair.shared :])
+        positions[b, : pair.length] = torch.cat((torch.arange(p + c), torch.arange(s, p + r)))
+        part[b, : pair.length] = torch.tensor([0] * s + [1] * (p + c - s) + [2] * (p + r - s))
+        for row, start, answer in ((b, s, pair.chosen), (B + b, p + c, pair.rejected)):
+            n = p + len(answer)
+            source[row, : n - 1] = torch.cat((torch.arange(s), torch.arange(start, start + n - 1 - s)))
+            labels[row, p - 1 : n - 1] = torch.tensor(answer)
     query, key = part.unsqueeze(2), part.unsqueeze(1)
     causal = torch.ones(T, T, dtype=torch.bool).tril()
     allowed = causal & (key >= 0) & ((key == 0) | (key == query))
@@ -170,8 +175,10 @@ def split_model(model: Any, top: int, dtype: torch.dtype) -> tuple[list[nn.Modul
 def lower_states(model: Any, lower: Sequence[nn.Module], batch: Batch, opening: Opening, dtype: torch.dtype) -> Tensor:
     """What the frozen layers hand to the trained ones, ``[B, T, H]`` in ``dtype``."""
     embed, rotary = model.model.embed_tokens, model.model.rotary_emb
+    if not opening.ids:
+        return run_layers(lower, embed(batch.ids).to(dtype), batch, rotary)
     if opening.states is None:
-        ids = torch.tensor([opening.ids], dtype=torch.long)
+        ids = torch.tensor([opening.ids])
         P = len(opening.ids)
         alone = Batch(ids, torch.arange(P).unsqueeze(0), torch.ones(1, 1, P, P, dtype=torch.bool).tril(), ids, ids)
         opening.states = run_layers(lower, embed(ids).to(dtype), alone, rotary, opening)

@@ -97,7 +97,7 @@ def print_result(console: Console, result: Result) -> None:
     console.print()
 
     positions, tokens = result.head_labels.numel(), int((result.head_labels != IGNORE).sum())
-    table = Table(title="The head alone: forward and backward, one batch, fp32, head frozen")
+    table = Table(title="The head alone: forward and backward, fp32, head frozen")
     for name in ("", "seconds", "extra memory"):
         table.add_column(name, justify="left" if not name else "right")
     for name, cost in result.costs.items():
@@ -112,9 +112,9 @@ def print_result(console: Console, result: Result) -> None:
             table.add_row(f"dpofast against {name}", f"{cost.seconds / fast.seconds:.2f} x faster", less)
     console.print(table)
     console.print(
-        f"{positions:,} positions, {tokens:,} of them answer tokens. The plain head computes all of them, as most "
-        "trainers do; told the mask, it computes the answers' only, as dpofast does. The "
-        f"vocabulary has {result.vocabulary:,} entries: one fp32 tensor of all logits is "
+        f"{len(result.head_labels) // 2} pairs: {positions:,} positions, {tokens:,} of them answer tokens. The plain "
+        "head computes all of them, as most trainers do; told the mask, it computes the answers' only, as dpofast does. "
+        f"The vocabulary has {result.vocabulary:,} entries: one fp32 tensor of all logits is "
         f"{mib(4.0 * positions * result.vocabulary)}. Seconds are medians of runs in turns; memory is the "
         "process's peak resident size (VmHWM) above its size before the call, the largest of the runs."
     )

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import logging
 import os
+import random
 import subprocess
 import warnings
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from dpofast.demo.report import Result, print_result, save_picture, training_not
 from dpofast.demo.screen import Bar, Screen
 
 # What the documentation of `data.RUFF_VERSION` holds, for an estimate before it is read.
-TRAINING, HELD_OUT = Count(345, 29_800, 12_000), Count(142, 12_300, 5_200)
+TRAINING, HELD_OUT, TOKENS, ANSWERS = 310, 122, 79, 33  # pairs; tokens of a pair, and of its answers
 
 
 def quiet_libraries() -> None:
@@ -106,7 +107,7 @@ def tune(
     batches = train.training_batches(seen, settings.batch_size, settings.seed)
     first = list(itertools.islice(batches, min(settings.compared_steps, settings.steps)))
     with phase("cost of the heads", settings.repeats * len(train.HEADS)) as bar:
-        costs, labels = train.head_costs(upper, weight, first[0], settings, bar.advance)
+        costs, labels = train.head_costs(upper, weight, first[0][: settings.measured_pairs], settings, bar.advance)
     before = train.score_before(unseen, settings.beta)
     with phase("first steps, plain loss", len(first)) as bar:
         plain = train.plain_first_steps(upper, weight, first, settings, bar.advance)
@@ -124,10 +125,14 @@ def tune(
     return Result(before, after, len(unseen), history, agreement, costs, labels, weight.shape[0])
 
 
-def announce(console: Console, machine: Machine, settings: train.Settings, threads: int) -> float:
-    """Say how long it will take here; returns the seconds for the loading."""
+def announce(console: Console, machine: Machine, settings: train.Settings, share: float, threads: int) -> float:
+    """Say how long it will take here, with a ``share`` of the pairs; returns the seconds for the loading."""
     loading = LOADING * machine.python
-    seconds = loading + sum(expected_seconds(machine, TRAINING, HELD_OUT, settings).values())
+    training, held_out = (
+        Count(round(pairs), round(pairs * TOKENS), round(pairs * ANSWERS))
+        for pairs in (min(share * TRAINING, settings.steps * settings.batch_size), share * HELD_OUT)
+    )
+    seconds = loading + sum(expected_seconds(machine, training, held_out, settings).values())
     speeds = ", ".join(
         f"{str(dtype).removeprefix('torch.')} {flops / 1e9:.0f}" for dtype, flops in machine.flops.items()
     )
@@ -148,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     if args.quick:
         settings = replace(settings, steps=2, batch_size=4, compared_steps=2, repeats=1, evaluations=1)
     machine = Machine.measured()
-    loading = announce(console, machine, settings, threads)
+    loading = announce(console, machine, settings, 0.1 if args.quick else 1.0, threads)
 
     ruff = data.ruff_binary()
     version = subprocess.run([ruff, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -168,6 +173,10 @@ def run(args: argparse.Namespace) -> None:
         "their rule fires on the rejected snippet and is silent on the chosen one"
     )
     console.print(f"  {left_out}")
+    needed = settings.steps * settings.batch_size
+    if needed < len(training):  # the frozen layers are the dearest part: none of their work is for nothing
+        console.print(f"  {needed} of the {len(training)} training pairs, drawn at random, fill {settings.steps} steps")
+        training = random.Random(settings.seed).sample(training, needed)
     describe_pairs(console, training, "training")
     describe_pairs(console, held_out, "held out")
 

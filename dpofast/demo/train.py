@@ -27,14 +27,15 @@ SCORE_ROWS = 16  # pairs scored at a time, without gradient: what a layer makes 
 class Settings:
     """What a run is made of. ``top`` counts the trained layers, ``batch_size`` the pairs of a step."""
 
-    steps: int = 20
+    steps: int = 14
     batch_size: int = 16
     top: int = 2
     learning_rate: float = 3e-4
     warmup: int = 4
     beta: float = 0.1
     seed: int = 0
-    compared_steps: int = 3
+    compared_steps: int = 2
+    measured_pairs: int = 8  # of the batch on which the heads are measured alone
     repeats: int = 2
     evaluations: int = 3  # on the held-out pairs: the last after the last step, the others evenly before it
 
@@ -309,9 +310,9 @@ class HeadCost:
 def head_costs(
     upper: Upper, weight: Tensor, examples: Sequence[Example], settings: Settings, tick: Callable[[], None]
 ) -> tuple[dict[str, HeadCost], Tensor]:
-    """Forward and backward of each of `HEADS` alone, on one batch's real hidden states, in turns.
+    """Forward and backward of each of `HEADS` alone, on the real hidden states of some examples, in turns.
 
-    Returns the costs by name, and that batch's labels.
+    Returns the costs by name, and the examples' labels.
     """
     inputs = stack(examples)
     with torch.no_grad():
