@@ -47,7 +47,10 @@ def shares(rounds: int) -> dict[str, float]:
 def small(n: int, h: int, v: int, rounds: int) -> tuple[float, float]:
     """(time / plain PyTorch's, seconds) of n tokens' forward and backward, fp32."""
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(n, h, generator=g, requires_grad=True), torch.randn(v, h, generator=g, requires_grad=True)
+    hidden, weight = (
+        torch.randn(n, h, generator=g, requires_grad=True),
+        torch.randn(v, h, generator=g, requires_grad=True),
+    )
     labels = torch.randint(v, (n,), generator=g)
 
     def run(head) -> None:

@@ -151,8 +151,8 @@ def linear_logprob(
     Rows whose label is ``ignore_index`` cost nothing, give 0 and receive a gradient of exactly 0. Products of
     16-bit inputs are accumulated and kept in fp32. Inputs of different dtypes are promoted as by
     ``torch.promote_types``; under ``torch.autocast`` hidden, weight and bias are cast to the autocast dtype first, as
-    ``torch.nn.functional.linear`` does. On a CPU (compiled backend, without ``group``) the log-probs and statistics of a row
-    have the same bits whatever else is in the batch, whichever gradients and budget, for any number of threads.
+    ``torch.nn.functional.linear`` does. On a CPU (compiled backend, without ``group``) the log-probs and statistics of
+    a row have the same bits whatever else is in the batch, whichever gradients and budget, for any number of threads.
 
     Args:
         hidden: ``[*, H]``, float32, float64, bfloat16 or float16; any strides.

@@ -50,7 +50,9 @@ def test_for_any_number_of_rows_at_any_place(head, cpu_backend, want):
                 assert torch.equal(got, want[rows]), (n, first, train)
 
 
-@pytest.mark.parametrize("schedule", ("score", "jacobian", "cached", "cached, frozen hidden"))  # and what less memory makes of it
+@pytest.mark.parametrize(
+    "schedule", ("score", "jacobian", "cached", "cached, frozen hidden")
+)  # and what less memory makes of it
 @pytest.mark.parametrize("threads", (1, 3))
 def test_for_every_schedule_budget_and_number_of_threads(head, cpu_backend, want, schedule, threads):
     train, _ = numerics.SCHEDULES[schedule]
@@ -100,7 +102,9 @@ def test_the_first_log_ratio_is_exactly_zero(dtype, cpu_backend):
     hidden, weight = torch.randn(8, 30, H, generator=g).to(dtype), torch.randn(V, H, generator=g).to(dtype)
     labels = torch.randint(V, (8, 30), generator=g)
     labels[:, :9] = -100
-    ref = torch.stack([dpofast.linear_logprob(hidden[i], weight, labels[i], backend=cpu_backend).logps for i in range(8)])
+    ref = torch.stack(
+        [dpofast.linear_logprob(hidden[i], weight, labels[i], backend=cpu_backend).logps for i in range(8)]
+    )
     ref = dpofast.sequence_logps(ref, labels)
     out = dpofast.linear_dpo_loss(
         hidden.requires_grad_(), weight.requires_grad_(), labels, ref_logps=ref, backend=cpu_backend
