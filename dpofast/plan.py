@@ -20,8 +20,8 @@ DEFAULT_MEMORY_BUDGET = 1 << 30
 GROUP_ROWS, FOLD_ROWS = 192, 48  # kGroupRows, kFoldRows of csrc/cpu/head_layout.h
 BLOCKS = (GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4)
 """Vocabulary rows per block, the first that the budget allows. 192 are deep enough that accumulators are loaded and
-stored rarely, and few enough that a block of W stays in an L2 cache at common hidden sizes. Log-probs have the same bits
-with each."""
+stored rarely, and few enough that a block of W stays in an L2 cache at common hidden sizes. Log-probs have the same
+bits with each."""
 
 WIDEST_BLOCK = 8 * GROUP_ROWS
 """For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
@@ -274,7 +274,7 @@ def choose(
 
 
 chosen = functools.lru_cache(maxsize=1024)(choose)
-"""`choose`, remembered: a training loop asks the same again and again, and a small call is over sooner than the answer."""
+"""`choose`, remembered: a training loop asks the same again and again, and a small call is over before the answer."""
 
 
 def _fitting_chunk(n, panel, budget, need):
