@@ -67,7 +67,7 @@ def peaks(tmp_path_factory):
     except OSError as error:
         pytest.skip(f"the kernel does not reset peaks here: {error}")
     command = [sys.executable, "-c", MEASURE, json.dumps(CASES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False,
                           cwd=tmp_path_factory.mktemp("away"))  # beside the sources, -c would import those  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return dict(zip(map(name, CASES), json.loads(done.stdout)))
