@@ -185,10 +185,6 @@ SCHEDULES = {
         lambda c, n: c.schedule == "mixed" and 0 < c.cached_share < 1,
     ),
     "recompute": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute" and not c.cache_bytes),
-    "recompute, tokens by windows": (
-        ("hidden", "weight", "bias"),
-        lambda c, n: c.schedule == "recompute" and 0 < c.token_chunk < n,
-    ),
     "recompute-split": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute-split"),
     "cached, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "cached"),
     "recompute, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "recompute"),

@@ -30,5 +30,5 @@ def test_a_system_that_takes_no_advice_gives_pages_all_the_same(cpu_backend, mon
         got = run(dpofast.linear_logprob, p, backend=cpu_backend)
     finally:
         dpofast.empty_cache()
-    assert len(refused) == 2
+    assert len(refused) >= 2  # workspaces of more than a MiB ask for it, too
     assert all(torch.equal(got[name], x) for name, x in want.items())
