@@ -87,7 +87,9 @@ def step(model: nn.Module, take: Callable[[Tensor], Tensor], silent=(), **option
     return out
 
 
-def check(build: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module], **options) -> nn.Module:
+def check(
+    build: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module], rtol: float = 1e-5, **options
+) -> nn.Module:
     """A model that was trained in its wrapper, having been compared."""
     start, plain, wrapped = build(), build(), wrap(build())
     wanted = step(plain, union, **options)
@@ -99,7 +101,7 @@ def check(build: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
     torch.testing.assert_close(found.chosen_rewards, mine, rtol=1e-4, atol=1e-5)
     begun, trained = parameters(start), parameters(plain)
     for name, p in parameters(wrapped).items():
-        torch.testing.assert_close(p, trained[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p, trained[name], rtol=rtol, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert max((trained[name] - begun[name]).abs().max() for name in trained) > 1e-2
     head = "lm_head.weight"
     if head in trained and dict(start.named_parameters())[head].requires_grad:
@@ -193,7 +195,7 @@ def adapter_on_the_head() -> nn.Module:
 
 def an_adapter_on_the_head() -> None:
     for way in (ddp(), WAYS["root"], WAYS["accelerate"], WAYS["head"]):
-        check(adapter_on_the_head, way)
+        check(adapter_on_the_head, way, rtol=1e-4)  # its factors are large, and so are their steps
 
 
 def fsdp2_checkpointed() -> None:
