@@ -183,7 +183,9 @@ def _kind(module: nn.Module) -> str:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    return type(module) is _loaded("peft.tuners.lora.layer", "Linear")
+    """Of that forward and no other, which is what is made again here; FSDP2 makes a class of its own around it."""
+    lora = _loaded("peft.tuners.lora.layer", "Linear")
+    return isinstance(module, lora) and type(module).forward is lora.forward
 
 
 def _token_layer(module: nn.Module) -> nn.Module | None:
