@@ -259,8 +259,7 @@ def _expect_whole(module: nn.Module, *weights: Tensor) -> None:
         if distributed.is_dtensor(weight) or weight.dim() != 2:
             raise ValueError(
                 f"model: a weight is sharded in the head's own forward, {list(weight.shape)} in {module}; expected "
-                "that FSDP2 or ZeRO-3 gathers it there, no tensor parallelism beside them, and under ZeRO-3 no adapter "
-                "on the head"
+                "that FSDP2 or ZeRO-3 gathers it there, and no tensor parallelism beside them"
             )
 
 
