@@ -67,7 +67,7 @@ def check(build, ref_model=None, silent=(), accumulate: int = 1, direct=False, *
     wrapped = engine(build(), accumulate=accumulate, **zero)
     tokens, labels = map(cases.own, cases.batch(silent))
     ref = {} if ref_model is None else {"ref_model": ref_model()}
-    weight = models.find_head(wrapped).weight
+    weight = models._find(wrapped).linear.weight
     for _ in range(2 * accumulate):
         out = models.model_dpo_loss(wrapped, {"input_ids": tokens}, labels, beta=0.5, **ref)
         assert is_sharded(weight) or zero  # between forward and backward
@@ -124,6 +124,12 @@ def zero3_accumulating() -> None:
     check(cases.build, plain_reference, accumulate=2, direct=True)
 
 
+def an_adapter_on_the_head() -> None:
+    """Whose weights are read in its place and not in their own modules' forward: DeepSpeed's external parameters."""
+    check(cases.adapter_on_the_head)
+    check(cases.adapter_on_the_head, accumulate=2)
+
+
 def trl_in_zero3() -> None:
     """Its own trainer and engine, launched as users do, but that accelerate has to be told that a CPU has ranks too."""
 
@@ -159,7 +165,7 @@ def trl_refuses_a_head_that_is_gone_in_the_backward() -> None:
 
 CASES = {f.__name__: f for f in (
     zero3, zero3_tied, zero3_with_a_sharded_reference, zero3_with_adapters_disabled_for_the_reference,
-    zero3_where_a_rank_has_no_label, zero3_accumulating, trl_in_zero3,
+    zero3_where_a_rank_has_no_label, zero3_accumulating, trl_in_zero3, an_adapter_on_the_head,
     trl_refuses_a_head_that_is_gone_in_the_backward,
 )}  # fmt: skip
 

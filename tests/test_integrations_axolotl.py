@@ -188,6 +188,24 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     assert abs(losses[-1] - losses[0]) > 1e-3, "training changed nothing, and so the comparison shows nothing"
 
 
+def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):
+    """Four batches of two pairs are one of eight."""
+    parts, whole = (
+        run(
+            folder, tmp_path / str(accumulate), plugins=[PLUGIN], max_steps=3, eval_steps=3,
+            gradient_accumulation_steps=accumulate, micro_batch_size=8 // accumulate,
+        )
+        for accumulate in (4, 1)
+    )  # fmt: skip
+    assert calls
+    steps = [[entry for entry in each.state.log_history if "loss" in entry] for each in (parts, whole)]
+    assert len(steps[0]) == 3
+    for mine, theirs in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert_same_parameters(parts.model, whole.model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,6 +215,7 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
         ({"dpo_loss_type": ["sigmoid", "hinge"]}, "dpo_loss_type: got .*expected a single loss"),
         ({"rl": "simpo"}, "rl: got .*serves dpo and ipo"),
         ({"family": "gemma2"}, "base_model: Gemma2ForCausalLM has a softcap of 3.0"),
+        ({**LORA, "lora_target_modules": ["q_proj", "lm_head"]}, "applying a PEFT adapter to `lm_head`"),
     ],
 )
 def test_what_trl_would_drop_is_refused(options, message, folder, calls, tmp_path):

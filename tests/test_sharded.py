@@ -40,6 +40,7 @@ ZERO3_CASES = (
     "zero3_where_a_rank_has_no_label",
     "zero3_accumulating",
     "trl_in_zero3",
+    "an_adapter_on_the_head",
     "trl_refuses_a_head_that_is_gone_in_the_backward",
 )
 

@@ -10,8 +10,8 @@ Axolotl 0.19 trains with TRL 1.9, whose DPO trainer has one place for a loss tha
 turns that on, for the loss alone and none of Liger's other kernels, and `dpofast.integrations.trl.patch` puts dpofast's
 loss in the place. TRL hands it beta, the loss type and the last hidden states and nothing else, so options, and models
 with a softcap or a scale, that it would drop are refused. There it logs no entropy and no token accuracy, and as mean
-logits those of all positions, prompt and padding too. For a mixture of experts TRL 1.9 itself refuses Liger's place
-unless ``router_aux_loss_coef`` is 0.
+logits those of all positions, prompt and padding too. TRL itself refuses an adapter on the head there, and a mixture of
+experts unless ``router_aux_loss_coef`` is 0.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class Plugin(BasePlugin):
         trl.patch()
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
-        from dpofast.integrations.models import find_head, head_inputs
+        from dpofast.integrations.models import head_inputs
 
-        find_head(model)  # refuses an adapter on the head, of which TRL would pass the weight alone
         with torch.no_grad():
             head = head_inputs(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
         if head.softcap is not None or head.logit_scale != 1.0:

@@ -183,7 +183,9 @@ def _kind(module: nn.Module) -> str:
 
 
 def _is_lora(module: nn.Module) -> bool:
-    return type(module) is _loaded("peft.tuners.lora.layer", "Linear")
+    """Of that forward and no other, which is what is made again here; FSDP2 makes a class of its own around it."""
+    lora = _loaded("peft.tuners.lora.layer", "Linear")
+    return isinstance(module, lora) and type(module).forward is lora.forward
 
 
 def _token_layer(module: nn.Module) -> nn.Module | None:
@@ -257,8 +259,7 @@ def _expect_whole(module: nn.Module, *weights: Tensor) -> None:
         if distributed.is_dtensor(weight) or weight.dim() != 2:
             raise ValueError(
                 f"model: a weight is sharded in the head's own forward, {list(weight.shape)} in {module}; expected "
-                "that FSDP2 or ZeRO-3 gathers it there, no tensor parallelism beside them, and under ZeRO-3 no adapter "
-                "on the head"
+                "that FSDP2 or ZeRO-3 gathers it there, and no tensor parallelism beside them"
             )
 
 
