@@ -113,8 +113,7 @@ def print_result(console: Console, result: Result) -> None:
     console.print(table)
     console.print(
         f"{len(result.head_labels) // 2} pairs: {positions:,} positions, {tokens:,} of them answer tokens. The plain "
-        "head computes all of them, as most trainers do; told the mask, it computes the answers' only, as dpofast "
-        "does. "
+        "head computes all of them, as most trainers do; told the mask, it computes those of answers, as dpofast does. "
         f"The vocabulary has {result.vocabulary:,} entries: one fp32 tensor of all logits is "
         f"{mib(4.0 * positions * result.vocabulary)}. Seconds are medians of runs in turns; memory is the "
         "process's peak resident size (VmHWM) above its size before the call, the largest of the runs."
@@ -183,8 +182,8 @@ def save_picture(result: Result, path: Path) -> None:
         answers, positions = int((result.head_labels != IGNORE).sum()), result.head_labels.numel()
         names = [
             f"PyTorch,\nall {positions:,}\npositions",
-            f"PyTorch,\n{answers:,} of\nanswers",
-            f"dpofast,\n{answers:,} of\nanswers",
+            f"PyTorch,\n{answers:,} answer\ntokens",
+            f"dpofast,\n{answers:,} answer\ntokens",
         ]
         colors, costs = [PLAIN, MASKED, DPOFAST], list(result.costs.values())
         peaks = [cost.peak_bytes for cost in costs]
