@@ -165,7 +165,8 @@ def trl_refuses_a_head_that_is_gone_in_the_backward() -> None:
 
 CASES = {f.__name__: f for f in (
     zero3, zero3_tied, zero3_with_a_sharded_reference, zero3_with_adapters_disabled_for_the_reference,
-    zero3_where_a_rank_has_no_label, zero3_accumulating, trl_in_zero3, an_adapter_on_the_head,
+    zero3_where_a_rank_has_no_label, zero3_accumulating, an_adapter_on_the_head,
+    trl_in_zero3,  # from here on models are made in pieces
     trl_refuses_a_head_that_is_gone_in_the_backward,
 )}  # fmt: skip
 
