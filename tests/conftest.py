@@ -34,7 +34,8 @@ GPU = tuple(
     name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda")
 )
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
-LONGEST = ()
+# A minute or more of one core, the longest first.
+LONGEST = ("test_primitive.py", "test_sanitize.py", "test_triton_aot.py", "test_sharded.py", "test_triton.py")
 
 _RAN = pytest.StashKey[set]()
 
