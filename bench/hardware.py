@@ -31,7 +31,7 @@ GOALS = {"micro-kernel": 0.88, "whole op": 0.80}
 
 def shares(rounds: int) -> dict[str, float]:
     """Of the multiply-adds of as many cores as there are threads; fp32."""
-    states = load("SmolLM2-135M", 1000)
+    states = load("smollm2", 1000)
     work = step(states.hidden.float(), states.weight.float(), states.labels, True, "4GiB")
     (n, h), v = states.completion[0].shape, states.weight.shape[0]
     work()

@@ -130,9 +130,7 @@ def test_strides_are_followed_without_a_copy():
     got, want = on("recompute", strided), on("recompute", p)
     # Not to the bit: the interpreter's products are NumPy's, whose BLAS may add up strided operands in another order.
     torch.testing.assert_close(got["logps"].T.reshape(-1), want["logps"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        got["d hidden"].transpose(0, 1).reshape(30, 32), want["d hidden"], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(got["d hidden"].transpose(0, 1).reshape(30, 32), want["d hidden"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got["d weight"], want["d weight"], rtol=1e-4, atol=1e-5)  # tokens in another order
 
 
