@@ -51,19 +51,20 @@ def wanted(outputs: int) -> tuple[str, ...]:
 
 def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
     """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
-    flat = labels.reshape(-1)
+    flat = labels.reshape(-1).long().contiguous()
     positions = torch.arange(flat.numel(), device=flat.device)
     if ignore_index is None or n_tokens == flat.numel():
-        rows = positions
+        rows, y = positions, flat
     elif n_tokens < 0:
         rows = torch.nonzero(flat != ignore_index).squeeze(-1)
+        y = flat[rows]
     else:  # each position goes to its place among those that count, the others to a place too many
         counts = flat != ignore_index
         place = torch.where(counts, counts.cumsum(0) - 1, n_tokens)
         rows = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device).scatter_(0, place, positions)[:-1]
-    y = flat[rows].long()
+        y = flat[rows]
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
-        low, high = int(y.min()), int(y.max())
+        low, high = map(int, torch.aminmax(y))
         if low < 0 or high >= n_vocab:
             bad = low if low < 0 else high
             raise ValueError(
@@ -85,13 +86,19 @@ def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Ten
 
 def _scatter(results: list[Tensor], rows: Tensor, values: dict[str, Tensor]) -> None:
     for name, out in zip(("logps", "lse", *STATISTICS), results):
-        if name in values:
-            out.view(-1, *values[name].shape[1:])[rows] = values[name].to(out.dtype)
+        if name not in values:
+            continue
+        to, value = out.view(-1, *values[name].shape[1:]), values[name].to(out.dtype)
+        if rows.numel() == to.shape[0]:
+            to.copy_(value)
+        else:
+            to[rows] = value
 
 
 def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
     present = {name: x for name, x in full.items() if x is not None and x.numel()}
-    return {name: x.reshape(labels.numel(), *x.shape[labels.ndim :])[rows] for name, x in present.items()}
+    flat = {name: x.reshape(labels.numel(), *x.shape[labels.ndim :]).contiguous() for name, x in present.items()}
+    return flat if rows.numel() == labels.numel() else {name: x[rows] for name, x in flat.items()}
 
 
 @torch.library.custom_op("dpofast::linear_logprob", mutates_args=())
@@ -136,7 +143,7 @@ def linear_logprob_backward(
     if not rows.numel() or (grad_logps is None and grad_entropy is None):
         return tuple(g.zero_() for g in grads)
     choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
-    if needs[0]:
+    if needs[0] and rows.numel() < labels.numel():
         grads[0].zero_()
     packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
     incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)

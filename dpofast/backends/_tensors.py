@@ -26,6 +26,8 @@ def pointer(x: Tensor | None) -> int | None:
 
 def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
     """Where each row of ``x`` [*, H] starts, in elements, whatever its strides: no copy to flatten it."""
+    if x.is_contiguous():
+        return rows * x.shape[-1]
     offsets = torch.zeros_like(rows)
     rest = rows
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1])):
