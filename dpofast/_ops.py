@@ -79,8 +79,8 @@ def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Ten
     names = wanted(outputs)
     results = [labels.new_zeros(shape, dtype=dtype) for shape in (labels.shape, (*labels.shape, 2))]
     for name in STATISTICS:
-        shape = labels.shape if name in names else (0,)
-        results.append(labels.new_zeros(shape, dtype=torch.bool if name == "is_top1" else dtype))
+        kind = torch.bool if name == "is_top1" else dtype
+        results.append(labels.new_zeros(labels.shape, dtype=kind) if name in names else labels.new_empty(0, dtype=kind))
     return results
 
 
@@ -88,11 +88,11 @@ def _scatter(results: list[Tensor], rows: Tensor, values: dict[str, Tensor]) -> 
     for name, out in zip(("logps", "lse", *STATISTICS), results):
         if name not in values:
             continue
-        to, value = out.view(-1, *values[name].shape[1:]), values[name].to(out.dtype)
+        to, value = out.view(-1, *values[name].shape[1:]), values[name]
         if rows.numel() == to.shape[0]:
             to.copy_(value)
         else:
-            to[rows] = value
+            to[rows] = value.to(out.dtype)
 
 
 def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
@@ -101,8 +101,7 @@ def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Te
     return flat if rows.numel() == labels.numel() else {name: x[rows] for name, x in flat.items()}
 
 
-@torch.library.custom_op("dpofast::linear_logprob", mutates_args=())
-def linear_logprob(
+def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int | None, n_tokens: int,
     temperature: float, logit_scale: float, softcap: float, outputs: int, backend: str, schedule: str, block: int,
     token_chunk: int, cache_bytes: int,
@@ -120,6 +119,9 @@ def linear_logprob(
     return (*results, cache)
 
 
+linear_logprob = torch.library.custom_op("dpofast::linear_logprob", _linear_logprob, mutates_args=())
+
+
 @linear_logprob.register_fake
 def _(hidden, weight, bias, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend,
       schedule, block, token_chunk, cache_bytes):  # fmt: skip
@@ -127,8 +129,7 @@ def _(hidden, weight, bias, labels, ignore_index, n_tokens, temperature, logit_s
     return (*results, hidden.new_empty(cache_bytes, dtype=torch.uint8))
 
 
-@torch.library.custom_op("dpofast::linear_logprob_backward", mutates_args=())
-def linear_logprob_backward(
+def _linear_logprob_backward(
     grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     labels: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, cache: Tensor, needs: list[bool],
     ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float, backend: str,
@@ -152,6 +153,11 @@ def linear_logprob_backward(
         incoming.get("logps"), incoming.get("entropy"), *(g if need else None for g, need in zip(grads, needs)),
     )  # fmt: skip
     return tuple(grads)
+
+
+linear_logprob_backward = torch.library.custom_op(
+    "dpofast::linear_logprob_backward", _linear_logprob_backward, mutates_args=()
+)
 
 
 def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
@@ -178,13 +184,49 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
     hidden, weight, bias, labels, logps, lse, entropy, cache = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    grads = linear_logprob_backward(
+    # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
+    backward = linear_logprob_backward if torch.is_grad_enabled() or _is_observed(hidden) else _linear_logprob_backward
+    grads = backward(
         grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, *ctx.options
     )
     return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 12)
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """`linear_logprob` without PyTorch's dispatcher, whose way to a Python op is longer than a small head takes."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _linear_logprob(*inputs)
+        _setup(ctx, inputs, output)
+        logps, lse, entropy, *others = output
+        ctx.mark_non_differentiable(lse, *others)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+def _is_observed(*tensors: Tensor | None) -> bool:
+    """Whether somebody must see an op: a compiler, a tracer, a dispatch mode, a transform or a kind of tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
+    )
+
+
+def call_linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options):
+    """`linear_logprob`, on the shortest way to the same results."""
+    if _is_observed(hidden, weight, bias, labels):
+        return linear_logprob(hidden, weight, bias, labels, *options)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+        return _LinearLogprob.apply(hidden, weight, bias, labels, *options)
+    return _linear_logprob(hidden, weight, bias, labels, *options)
 
 
 @torch.library.custom_op("dpofast::logprob", mutates_args=())

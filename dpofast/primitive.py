@@ -235,7 +235,7 @@ def linear_logprob(
         )
     how = exact_backend, choice.schedule, choice.block, choice.token_chunk
     if name is None:
-        *results, _ = _ops.linear_logprob(
+        *results, _ = _ops.call_linear_logprob(
             hidden, weight, bias, labels, ignore_index, n_tokens, *transform, flags(names), *how, choice.cache_bytes
         )
         return _output(results, names)

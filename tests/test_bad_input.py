@@ -175,7 +175,7 @@ def test_the_references_head_is_checked_before_the_policy_is_scored(monkeypatch)
     def never(*_, **__):
         raise AssertionError("scored before the arguments were checked")
 
-    monkeypatch.setattr("dpofast._ops.linear_logprob", never)
+    monkeypatch.setattr("dpofast._ops.call_linear_logprob", never)
     for change in ({"ref_weight": WEIGHT[:, 1:]}, {"ref_weight": WEIGHT.long()}, {"ref_bias": BIAS[1:]}):
         (argument,) = change
         with pytest.raises((TypeError, ValueError), match=f"^{argument}"):
