@@ -27,7 +27,7 @@ WIDEST_BLOCK = 8 * GROUP_ROWS
 """For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
 BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stays in an L2 cache
 
-PIECES = 8  # kPieces of csrc/cpu/head_layout.h
+PIECES, PANELS_TOGETHER = 8, 4  # kPieces, kPanelsTogether of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -120,7 +120,7 @@ class _Layout:
         """What the threads have of their own: at most the sum over forward's and backward's buffers."""
         t = self.t
         per_thread = (
-            (self.tile_rows + 2) * t.panel * t.acc
+            PANELS_TOGETHER * (self.tile_rows + 2) * t.panel * t.acc
             + self.tile_rows * t.panel * t.elem
             + max(self.h_pad, t.panel) * t.acc
         )
@@ -130,7 +130,10 @@ class _Layout:
         t = self.t
         pieces = min(-(-self.v // GROUP_ROWS), PIECES)
         stats = (2 + self.outputs) * _up(pieces * self.n_pad * t.acc, 64) + _up(self.n_pad * t.acc, 64)
-        scratch = _up(self.threads * (self.tile_rows + 2) * t.panel * t.acc, 64) + _up(
+        span = PANELS_TOGETHER  # at most: the kernels may start fewer threads, with more panels each
+        if self.threads <= 1:
+            span = max(1, min(span, -(-self.n // t.panel) // 2))
+        scratch = _up(self.threads * span * (self.tile_rows + 2) * t.panel * t.acc, 64) + _up(
             self.threads * self.h_pad * t.elem, 64
         )
         if jacobian:

@@ -71,20 +71,29 @@ DPOFAST_UNROLL
 }
 #endif
 
-// All rows of A against one panel. A sum over k is a sum of sums over at most kDepth terms each, which rounds far
-// less than one long sum; its order depends on k alone, so an element's bits depend neither on how rows and
+// Calls f(first, depth) for the pieces of k terms. A sum over k is a sum of sums over at most kDepth terms each, which
+// rounds far less than one long sum; its order depends on k alone, so an element's bits depend neither on how rows and
 // columns are tiled nor on who computes them.
+template <class K, class F>
+static void for_depths(int64_t k, const F& f) {
+  const int64_t even = round_up(ceil_div(k, ceil_div(k, K::kDepth)), K::unit);  // no short sum at the end
+  for (int64_t k0 = 0; k0 < k; k0 += even) f(k0, k - k0 < even ? k - k0 : even);
+}
+
+// Terms k0 .. k0 + depth of all rows of A against one panel.
+template <class K>
+static void gemm_slice(const typename K::elem* a, int64_t lda, int64_t rows, const typename K::elem* b, int64_t ldb, int nv,
+                       int64_t k0, int64_t depth, typename K::acc* c, int64_t ldc, bool accumulate) {
+  for (int64_t r = 0; r < rows; r += K::MR) {
+    const int64_t left = rows - r;
+    K::tile(left < K::MR ? int(left) : K::MR, nv, a + r * lda + k0, lda, b + k0 * ldb, ldb, depth / K::unit, c + r * ldc, ldc,
+            accumulate || k0 > 0);
+  }
+}
+
+// All rows of A against one panel.
 template <class K>
 static void gemm_panel(const typename K::elem* a, int64_t lda, int64_t rows, const typename K::elem* b, int64_t ldb,
                        int nv, int64_t k, typename K::acc* c, int64_t ldc, bool accumulate) {
-  const int64_t even = round_up(ceil_div(k, ceil_div(k, K::kDepth)), K::unit);  // no short sum at the end
-  for (int64_t k0 = 0; k0 < k; k0 += even) {
-    const int64_t depth = k - k0 < even ? k - k0 : even;
-    const bool add = accumulate || k0 > 0;
-    for (int64_t r = 0; r < rows; r += K::MR) {
-      const int64_t left = rows - r;
-      K::tile(left < K::MR ? int(left) : K::MR, nv, a + r * lda + k0, lda, b + k0 * ldb, ldb, depth / K::unit,
-              c + r * ldc, ldc, add);
-    }
-  }
+  for_depths<K>(k, [&](int64_t k0, int64_t depth) { gemm_slice<K>(a, lda, rows, b, ldb, nv, k0, depth, c, ldc, accumulate); });
 }

@@ -36,10 +36,9 @@ struct Backward {
   const Transform<V> transform;
   const int64_t depth, column_panel;  // hidden as the B operand of d weight: panels of P columns, [window / unit][P][unit]
   const int64_t weight_ld;            // of the sums of d weight
+  const int64_t weight_span, hidden_span;  // panels in a task of d weight, of d hidden
   acc *tiles, *rows, *sums, *weight_sums;  // d hidden's sums: panel after panel of [h, tokens]
   elem *packed, *columns;
-
-  static constexpr int64_t kHiddenRows = 128 * K::MR;  // of d hidden^T in one task: enough for B to stay in the L1 cache
 
   explicit Backward(const BackwardArgs& args)
       : a(args), s(a.head), to_weight(a.grad_weight || a.grad_bias), to_hidden(a.grad_hidden), recomputes(a.cached_blocks < s.blocks),
@@ -53,7 +52,9 @@ struct Backward {
         arena{static_cast<char*>(a.workspace)}, w(s, recomputes, to_hidden, arena),
         g(s, window, to_weight, to_hidden, a.grad_entropy != nullptr, arena),
         transform(a.head.temperature, a.head.logit_scale, a.head.softcap),
-        depth(round_up(window < s.n ? window : s.n, K::unit)), column_panel(depth * s.P), weight_ld(s.h_panels() * s.P) {
+        depth(round_up(window < s.n ? window : s.n, K::unit)), column_panel(depth * s.P), weight_ld(s.h_panels() * s.P),
+        weight_span(direct || windows > 1 ? panels_together(s.h_panels(), threads) : 1),
+        hidden_span(panels_together(ceil_div(window, s.P), threads)) {
     tiles = arena.take<acc>(threads * tile_size());
     rows = arena.take<acc>(threads * row_size());
     packed = recomputes ? arena.take<elem>(s.h_padded * window) : nullptr;
@@ -97,18 +98,24 @@ struct Backward {
     const int64_t left = s.blocks - at_group * group;
     return left < group ? left : group;
   }
-  int64_t weight_tasks() const { return a.grad_weight ? s.h_panels() : 0; }
+  int64_t weight_tasks() const { return a.grad_weight ? ceil_div(s.h_panels(), weight_span) : 0; }
   int64_t bias_tasks() const { return a.grad_bias ? 1 : 0; }
+  // Rows of d hidden^T are cut in pieces where there are fewer panels than keep the threads busy.
+  static constexpr int64_t kHiddenRows = 128 * K::MR;
   int64_t hidden_chunks() const { return ceil_div(s.h, kHiddenRows); }
+  int64_t hidden_tasks(const Window& win) const {
+    return to_hidden ? ceil_div(win.panels, hidden_span) * hidden_chunks() : 0;
+  }
 
   int64_t n_tasks(const At& x) const {
     if (x.group == groups) return to_hidden ? s.panels : 0;
     const int64_t blocks = group_blocks(x.group);
     if (x.window == windows) return weight_sums ? blocks : 0;
-    const int64_t panels = window_of(x).panels, preparing = x.stage - 1, making = preparing - lead(), using_b = making - 1;
+    const Window win = window_of(x);
+    const int64_t panels = win.panels, preparing = x.stage - 1, making = preparing - lead(), using_b = making - 1;
     if (x.stage == 0) return panels;
     int64_t n = 0;
-    if (using_b >= 0 && using_b < blocks) n += weight_tasks() + bias_tasks() + (to_hidden ? panels * hidden_chunks() : 0);
+    if (using_b >= 0 && using_b < blocks) n += weight_tasks() + bias_tasks() + hidden_tasks(win);
     if (making >= 0 && making < blocks) n += panels;
     if (preparing < blocks) n += w.tasks();
     return n;
@@ -122,13 +129,12 @@ struct Backward {
     if (x.stage == 0) return pack(win, i, thread);
     const int64_t preparing = x.stage - 1, making = preparing - lead(), using_b = making - 1;
     if (using_b >= 0 && using_b < blocks) {
-      if (i < weight_tasks()) return weight_grad(first + using_b, using_b, win, i, thread);
+      if (i < weight_tasks()) return weight_grad(first + using_b, using_b, win, i * weight_span, thread);
       i -= weight_tasks();
       if (i < bias_tasks()) return bias_grad(first + using_b, win);
       i -= bias_tasks();
-      const int64_t hidden_tasks = to_hidden ? win.panels * hidden_chunks() : 0;
-      if (i < hidden_tasks) return hidden_grad(first + using_b, win, i / hidden_chunks(), i % hidden_chunks());
-      i -= hidden_tasks;
+      if (i < hidden_tasks(win)) return hidden_grad(first + using_b, win, i / hidden_chunks() * hidden_span, i % hidden_chunks());
+      i -= hidden_tasks(win);
     }
     if (making >= 0 && making < blocks) {
       if (i < win.panels) return make_g(first + making, win, i, thread);
@@ -167,25 +173,43 @@ struct Backward {
     g.patch_labels(b, win, panel, static_cast<const acc*>(a.logps), transform);
   }
 
-  // P columns of d weight of block b, the in_group-th of its group: added to the sums where there are several windows.
-  void weight_grad(int64_t b, int64_t in_group, const Window& win, int64_t panel, int thread) const {
-    const int64_t k0 = panel * s.P, width = s.h - k0 < s.P ? s.h - k0 : s.P, k = round_up(win.t1 - win.t0, K::unit);
-    acc* const tile = tiles + thread * tile_size();
+  // Panels of P columns of d weight of block b, the in_group-th of its group. Where there are several windows they are added
+  // to its sums; d weight itself may be these. What is read of g then serves all panels of the task.
+  void weight_grad(int64_t b, int64_t in_group, const Window& win, int64_t first, int thread) const {
+    const int64_t last = first + weight_span < s.h_panels() ? first + weight_span : s.h_panels();
+    const int64_t k = round_up(win.t1 - win.t0, K::unit);
+    auto slice = [&](int64_t r0, int64_t n_rows, int64_t panel, int64_t k0, int64_t k_depth, acc* c, int64_t ldc, bool add) {
+      gemm_slice<K>(g.rows_of(b) + r0 * g.ld, g.ld, n_rows, columns + panel * column_panel, s.P, K::NV, k0, k_depth, c, ldc, add);
+    };
     for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
-      auto product = [&](acc* c, int64_t ldc, bool add) {
-        gemm_panel<K>(g.rows_of(b) + r0 * g.ld, g.ld, n_rows, columns + panel * column_panel, s.P, K::NV, k, c, ldc, add);
-      };
-      if (weight_sums) return product(weight_sums + (in_group * s.block + r0) * weight_ld + k0, weight_ld, win.t0 > 0);
-      const int64_t at = (b * s.block + r0) * s.h + k0;
-      acc* const out = static_cast<acc*>(a.grad_weight) + at;
-      if (direct && width == s.P) return product(out, s.h, win.t0 > 0);
-      product(tile, s.P, false);
-      for (int64_t r = 0; r < n_rows; ++r) {
-        acc* const row = tile + r * s.P;
-        for (int64_t i = 0; win.t0 > 0 && i < width; ++i) row[i] += out[r * s.h + i];
-        write_row<K>(a.grad_weight, a.head.weight_dtype, at + r * s.h, row, width);
+      const int64_t v0 = b * s.block + r0;
+      for_depths<K>(k, [&](int64_t k0, int64_t k_depth) {
+        for (int64_t panel = first; panel < last; ++panel) {
+          if (weight_sums)
+            slice(r0, n_rows, panel, k0, k_depth, weight_sums + (in_group * s.block + r0) * weight_ld + panel * s.P, weight_ld, win.t0 > 0);
+          else if (direct && whole(panel))
+            slice(r0, n_rows, panel, k0, k_depth, static_cast<acc*>(a.grad_weight) + v0 * s.h + panel * s.P, s.h, win.t0 > 0);
+        }
+      });
+      for (int64_t panel = first; panel < last && !weight_sums; ++panel) {
+        if (direct && whole(panel)) continue;
+        acc* const tile = tiles + thread * tile_size();
+        for_depths<K>(k, [&](int64_t k0, int64_t k_depth) { slice(r0, n_rows, panel, k0, k_depth, tile, s.P, false); });
+        write_tile(tile, v0, n_rows, panel, win.t0 > 0);
       }
     });
+  }
+  bool whole(int64_t panel) const { return (panel + 1) * s.P <= s.h; }
+
+  // A tile of d weight, rounded; `add`: to what is there, which then has the accumulator's type.
+  void write_tile(acc* tile, int64_t v0, int64_t n_rows, int64_t panel, bool add) const {
+    const int64_t k0 = panel * s.P, width = s.h - k0 < s.P ? s.h - k0 : s.P;
+    for (int64_t r = 0; r < n_rows; ++r) {
+      acc* const row = tile + r * s.P;
+      const int64_t at = (v0 + r) * s.h + k0;
+      for (int64_t i = 0; add && i < width; ++i) row[i] += static_cast<const acc*>(a.grad_weight)[at + i];
+      write_row<K>(a.grad_weight, a.head.weight_dtype, at, row, width);
+    }
   }
   void write_weight(int64_t b, int64_t in_group) const {
     for (int64_t r = 0; r < s.rows(b); ++r)
@@ -201,11 +225,16 @@ struct Backward {
     }
   }
 
-  void hidden_grad(int64_t b, const Window& win, int64_t panel, int64_t chunk) const {
-    const int64_t k0 = chunk * kHiddenRows, n_rows = s.h - k0 < kHiddenRows ? s.h - k0 : kHiddenRows;
-    const int64_t t0 = win.t0 + panel * s.P, width = s.width(t0 / s.P);
-    gemm_panel<K>(w.transposed_of(b) + k0 * s.block, s.block, n_rows, g.panel_of(b, panel), width, int(width / V::W),
-                  round_up(s.rows(b), K::unit), sums + t0 * s.h + k0 * width, width, b > 0);
+  void hidden_grad(int64_t b, const Window& win, int64_t first, int64_t chunk) const {
+    const int64_t h0 = chunk * kHiddenRows, n_rows = s.h - h0 < kHiddenRows ? s.h - h0 : kHiddenRows;
+    const int64_t last = first + hidden_span < win.panels ? first + hidden_span : win.panels;
+    for_slabs<K>(n_rows, [&](int64_t slab, int64_t slab_rows) {
+      for (int64_t panel = first; panel < last; ++panel) {
+        const int64_t t0 = win.t0 + panel * s.P, width = s.width(t0 / s.P), k0 = h0 + slab;
+        gemm_panel<K>(w.transposed_of(b) + k0 * s.block, s.block, slab_rows, g.panel_of(b, panel), width, int(width / V::W),
+                      round_up(s.rows(b), K::unit), sums + t0 * s.h + k0 * width, width, b > 0);
+      }
+    });
   }
   void write_hidden(int64_t panel, int thread) const {
     write_tokens<K>(s, a, panel, sums + panel * s.P * s.h, nullptr, rows + thread * row_size());

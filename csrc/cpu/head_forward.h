@@ -15,13 +15,15 @@ struct Forward {
   const WeightBlocks<K> w;
   // A step takes `together` blocks that stand `apart` and meet in no piece; one, where something is prepared for the next.
   int64_t together = 1, apart = 1;
+  const int64_t span, spans;  // panels in a task, tasks of a block
   Stats<acc> stats{};
   elem *packed, *exps, *rows;
   acc *tiles, *shift;
 
   explicit Forward(const ForwardArgs& args)
       : a(args), s(a.head), threads(s.threads(a.jacobian ? 2 : 1)), jacobian(static_cast<acc*>(a.jacobian)),
-        arena{static_cast<char*>(a.workspace)}, w(s, true, jacobian != nullptr, arena) {
+        arena{static_cast<char*>(a.workspace)}, w(s, true, jacobian != nullptr, arena),
+        span(panels_together(s.panels, threads)), spans(ceil_div(s.panels, span)) {
     if (!w.any() && kGroupRows % s.block == 0) {
       together = kPieces;
       apart = kGroupRows / s.block;
@@ -58,7 +60,8 @@ struct Forward {
   }
 
  private:
-  int64_t tile_size() const { return (s.tile_rows() + 2) * s.P; }  // logits, their padding row, factors
+  int64_t tile_rows() const { return s.tile_rows() + 2; }  // logits, their padding row, factors
+  int64_t tile_size() const { return span * tile_rows() * s.P; }
 
   void clear() {
     for (int64_t i = 0; i < stats.pieces * s.n_padded; ++i) {
@@ -83,39 +86,46 @@ struct Forward {
     if (step == 0) return s.panels + w.tasks();
     int64_t blocks = 0;
     while (blocks < together && block_of(step, blocks) < s.blocks) ++blocks;
-    return blocks * s.panels + (step < s.blocks ? w.tasks() : 0);
+    return blocks * spans + (step < s.blocks ? w.tasks() : 0);
   }
   void task(int64_t step, int64_t i, int thread) const {
-    const int64_t block = i / s.panels, panel = i % s.panels;
     if (step == 0) {
-      if (block > 0) return w.prepare(0, i - s.panels);
-      return pack_tokens<K>(s, packed_of(panel), rows + thread * s.h_padded, panel);
+      if (i >= s.panels) return w.prepare(0, i - s.panels);
+      return pack_tokens<K>(s, packed_of(i), rows + thread * s.h_padded, i);
     }
-    if (block < together && block_of(step, block) < s.blocks) return fold_block(block_of(step, block), panel, thread);
-    w.prepare(step, i - s.panels);  // where anything is prepared, a step has one block
+    const int64_t block = i / spans;
+    if (block < together && block_of(step, block) < s.blocks) return fold_block(block_of(step, block), i % spans * span, thread);
+    w.prepare(step, i - spans);  // where anything is prepared, a step has one block
   }
 
   elem* packed_of(int64_t panel) const { return packed + panel * s.P * s.h_padded; }
 
-  void fold_block(int64_t b, int64_t panel, int thread) const {
+  void fold_block(int64_t b, int64_t first, int thread) const {
+    const int64_t last = first + span < s.panels ? first + span : s.panels;
+    for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
+      auto tile_of = [&](int64_t panel) { return tiles + thread * tile_size() + (panel - first) * tile_rows() * s.P; };
+      for_slabs<K>(n_rows, [&](int64_t slab, int64_t slab_rows) {
+        for (int64_t panel = first; panel < last; ++panel)
+          logits_tile<K>(s, w, packed_of(panel), b, r0 + slab, slab_rows, s.width(panel), tile_of(panel) + slab * s.width(panel));
+      });
+      for (int64_t panel = first; panel < last; ++panel) fold_tile(b, r0, n_rows, panel, tile_of(panel), thread);
+    });
+  }
+
+  void fold_tile(int64_t b, int64_t r0, int64_t n_rows, int64_t panel, acc* c, int thread) const {
     const Fold<K> fold{stats, a.head.labels, static_cast<const acc*>(a.head.bias),
                        Transform<V>(a.head.temperature, a.head.logit_scale, a.head.softcap)};
-    const int64_t width = s.width(panel), t0 = panel * s.P, tokens = s.tokens(panel);
-    acc* const c = tiles + thread * tile_size();
-    for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
-      const int64_t v0 = b * s.block + r0;
-      logits_tile<K>(s, w, packed_of(panel), b, r0, n_rows, width, c);
-      fold.prepare(c, width, n_rows, v0, t0, tokens);
-      if (jacobian) {
-        add_to_jacobian(fold, c, b, r0, n_rows, panel, thread);
-      } else if (b < a.cached_blocks) {
-        const CacheBlock<K> cache(s, a.cache, b);
-        fold(c, width, n_rows, v0, t0, tokens,
-             ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.m + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
-      } else {
-        fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
-      }
-    });
+    const int64_t width = s.width(panel), t0 = panel * s.P, tokens = s.tokens(panel), v0 = b * s.block + r0;
+    fold.prepare(c, width, n_rows, v0, t0, tokens);
+    if (jacobian) {
+      add_to_jacobian(fold, c, b, r0, n_rows, panel, thread);
+    } else if (b < a.cached_blocks) {
+      const CacheBlock<K> cache(s, a.cache, b);
+      fold(c, width, n_rows, v0, t0, tokens,
+           ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.m + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
+    } else {
+      fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
+    }
   }
 
   void add_to_jacobian(const Fold<K>& fold, acc* c, int64_t b, int64_t r0, int64_t n_rows, int64_t panel, int thread) const {

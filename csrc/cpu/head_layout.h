@@ -23,6 +23,15 @@ constexpr int64_t kGroupRows = 192;  // deep enough that accumulators are loaded
 constexpr int64_t kPieces = 8;       // so that few tokens still occupy many threads
 constexpr int64_t kTileRows = kGroupRows;  // logits that a thread has at a time: they stay in an L1 or L2 cache
 
+// Panels that one task takes against the same rows, which then come from the L3 cache or memory once for all of them; fewer
+// where every thread would not have two tasks.
+constexpr int64_t kPanelsTogether = 4;
+constexpr int64_t panels_together(int64_t panels, int threads) {
+  const int64_t share = panels / (2 * threads);
+  return share < 1 ? 1 : share < kPanelsTogether ? share : kPanelsTogether;
+}
+constexpr int64_t kSlabRows = 48;  // rows that a task takes against its panels before the next: they stay in an L2 cache
+
 // Fewer operations than this are done sooner by one thread than another is started: about 0.1 ms of AVX2.
 constexpr double kThreadFlops = 1e7;
 
@@ -143,6 +152,13 @@ static void logits_tile(const Shape<K>& s, const WeightBlocks<K>& w, const typen
                         int64_t rows, int64_t width, typename K::acc* c) {
   gemm_panel<K>(w.rows_of(b) + r0 * w.ld_rows(), w.ld_rows(), rows, packed, width, int(width / K::Vec::W), s.h_padded, c,
                 width, false);
+}
+
+// Calls f(first, rows) for slabs of rows.
+template <class K, class F>
+static void for_slabs(int64_t rows, const F& f) {
+  constexpr int64_t slab = kSlabRows / K::MR * K::MR;
+  for (int64_t r = 0; r < rows; r += slab) f(r, rows - r < slab ? rows - r : slab);
 }
 
 // Logits c [rows, width] of vocabulary v0.., in place: the bias [v] or null, then the transform. A row of -inf is put
