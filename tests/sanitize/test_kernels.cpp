@@ -101,6 +101,7 @@ struct Case {
   bool transposed_weight;
   int threads;
   int64_t token_chunk = 0;  // of the backward
+  double ramp = 0;          // how much later logits are larger, an entry
 };
 constexpr int kRecompute = 0, kMixed = 1, kCached = 3, kJacobian = 4, kScore = 5;
 
@@ -184,6 +185,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   hidden.fill(1);
   weight.fill(4 / std::sqrt(double(c.h)));
   bias.fill(1);
+  for (int64_t i = 0; i < c.v; ++i) bias.set(i, bias.get(i) + c.ramp * double(i));
   std::vector<int64_t> offsets, labels, grad_rows;
   for (int64_t t = 0; t < c.n; ++t) {
     offsets.push_back((c.n - 1 - t) * c.h);  // the last row first
@@ -452,6 +454,11 @@ int main(int argc, char** argv) {
         for (int64_t chunk : {1, 100, 128, 1000})
           for (bool entropy : {false, true})
             check_linear_logprob(*table, {200, 21, 67, 16, t, weight, true, entropy, entropy, schedule, false, 3, chunk});
+  // Maxima that move from fold to fold.
+  for (DType t : {DType::f32, DType::bf16, DType::f64})
+    for (int schedule : {kMixed, kCached, kJacobian})
+      for (double ramp : {0.3, -0.3})
+        check_linear_logprob(*table, {21, 9, 260, 96, t, t, true, false, false, schedule, false, 1, 0, ramp});
   // More tokens than are added up at a time.
   check_linear_logprob(*table, {600, 5, 30, 10, DType::f32, DType::f32, true, false, false, kRecompute, false, 1, 0});
   check_linear_logprob(*table, {600, 70, 30, 10, DType::f32, DType::f32, true, false, false, kCached, false, 3, 0});
