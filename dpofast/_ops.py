@@ -210,12 +210,13 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _is_observed(*tensors: Tensor | None) -> bool:
-    """Whether somebody must see an op: a compiler, a tracer, a dispatch mode, a transform or a kind of tensor."""
+    """Whether somebody must see an op: a compiler, a tracer, a profiler, a dispatch mode, a transform, a kind of tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
     )
 
