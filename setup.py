@@ -263,7 +263,7 @@ def asked_archs():
 
 
 def arch_number(arch):
-    """"9.0a+PTX" -> "90a"."""
+    """ "9.0a+PTX" -> "90a"."""
     return arch.removesuffix("+PTX").replace(".", "")
 
 

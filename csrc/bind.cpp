@@ -42,6 +42,20 @@ Head head(const py::dict& d) {
   return a;
 }
 
+// Runs the kernel if the workspace is large enough; returns the bytes that it needs.
+template <class Args>
+int64_t run(int64_t (*kernel)(const Args&), Args& a, const py::dict& d) {
+  void* const workspace = pointer(d, "workspace");
+  const int64_t n_bytes = workspace ? value<int64_t>(d, "workspace_bytes") : 0;
+  py::gil_scoped_release unlocked;
+  const int64_t needed = kernel(a);
+  if (workspace && needed <= n_bytes) {
+    a.workspace = workspace;
+    kernel(a);
+  }
+  return needed;
+}
+
 int64_t forward(const std::string& isa, const py::dict& d) {
   ForwardArgs a{};
   a.head = head(d);
@@ -51,10 +65,7 @@ int64_t forward(const std::string& isa, const py::dict& d) {
   a.cache = pointer(d, "cache");
   a.cached_blocks = value<int64_t>(d, "cached_blocks");
   a.jacobian = pointer(d, "jacobian");
-  a.workspace = pointer(d, "workspace");
-  const Table& t = table(isa);
-  py::gil_scoped_release unlocked;
-  return t.forward(a);
+  return run(table(isa).forward, a, d);
 }
 
 int64_t backward(const std::string& isa, const py::dict& d) {
@@ -74,10 +85,7 @@ int64_t backward(const std::string& isa, const py::dict& d) {
   a.grad_weight = pointer(d, "grad_weight");
   a.grad_bias = pointer(d, "grad_bias");
   a.token_chunk = value<int64_t>(d, "token_chunk");
-  a.workspace = pointer(d, "workspace");
-  const Table& t = table(isa);
-  py::gil_scoped_release unlocked;
-  return t.backward(a);
+  return run(table(isa).backward, a, d);
 }
 
 RowsArgs rows(const py::dict& d) {
@@ -162,7 +170,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dpofast's compiled kernels; takes addresses, sizes and strides, knows no framework";
   m.def("forward", &forward, py::arg("isa"), py::arg("args"),
-        "linear_logprob forward; with no workspace, returns the bytes of workspace it needs and does nothing");
+        "linear_logprob forward; returns the bytes of workspace that it needs, and does nothing with fewer");
   m.def("backward", &backward, py::arg("isa"), py::arg("args"), "linear_logprob backward; likewise");
   m.def("rows_forward", &rows_forward, py::arg("isa"), py::arg("args"), "logprob forward");
   m.def("rows_backward", &rows_backward, py::arg("isa"), py::arg("args"), "logprob backward");

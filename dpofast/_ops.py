@@ -49,20 +49,24 @@ def wanted(outputs: int) -> tuple[str, ...]:
     return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
 
 
-def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
     flat = labels.reshape(-1).long().contiguous()
     positions = torch.arange(flat.numel(), device=flat.device)
     if ignore_index is None or n_tokens == flat.numel():
-        rows, y = positions, flat
-    elif n_tokens < 0:
+        return positions, flat
+    if n_tokens < 0:
         rows = torch.nonzero(flat != ignore_index).squeeze(-1)
-        y = flat[rows]
     else:  # each position goes to its place among those that count, the others to a place too many
         counts = flat != ignore_index
         place = torch.where(counts, counts.cumsum(0) - 1, n_tokens)
         rows = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device).scatter_(0, place, positions)[:-1]
-        y = flat[rows]
+    return rows, flat[rows]
+
+
+def _checked_rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    """`_rows` of a forward; their backward need not look again."""
+    rows, y = _rows(labels, ignore_index, n_tokens)
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = map(int, torch.aminmax(y))
         if low < 0 or high >= n_vocab:
@@ -84,20 +88,30 @@ def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Ten
     return results
 
 
-def _scatter(results: list[Tensor], rows: Tensor, values: dict[str, Tensor]) -> None:
-    for name, out in zip(("logps", "lse", *STATISTICS), results):
-        if name not in values:
-            continue
-        to, value = out.view(-1, *values[name].shape[1:]), values[name]
-        if rows.numel() == to.shape[0]:
-            to.copy_(value)
+def _results(labels: Tensor, dtype: torch.dtype, outputs: int, rows: Tensor, values: dict[str, Tensor]) -> list[Tensor]:
+    """`_empty_results` with the values of ``rows``, which may be none, in their places."""
+    if rows.numel() < labels.numel() or not values:
+        results = _empty_results(labels, dtype, outputs)
+        for name, out in zip(("logps", "lse", *STATISTICS), results):
+            if name in values:
+                out.view(-1, *values[name].shape[1:])[rows] = values[name].to(out.dtype)
+        return results
+    results = []
+    for name in ("logps", "lse", *STATISTICS):
+        kind = torch.bool if name == "is_top1" else dtype
+        if name in values:
+            x = values[name].to(kind)
+            results.append((x if labels.ndim == 1 else x.reshape((*labels.shape, *x.shape[1:]))).contiguous())
         else:
-            to[rows] = value.to(out.dtype)
+            results.append(labels.new_empty(0, dtype=kind))
+    return results
 
 
 def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
     present = {name: x for name, x in full.items() if x is not None and x.numel()}
-    flat = {name: x.reshape(labels.numel(), *x.shape[labels.ndim :]).contiguous() for name, x in present.items()}
+    if labels.ndim != 1:
+        present = {name: x.reshape(labels.numel(), *x.shape[labels.ndim :]) for name, x in present.items()}
+    flat = {name: x.contiguous() for name, x in present.items()}
     return flat if rows.numel() == labels.numel() else {name: x[rows] for name, x in flat.items()}
 
 
@@ -107,16 +121,14 @@ def _linear_logprob(
     token_chunk: int, cache_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`."""
-    rows, y = _rows(labels, ignore_index, n_tokens, weight.shape[0])
-    results = _empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs)
+    rows, y = _checked_rows(labels, ignore_index, n_tokens, weight.shape[0])
     module, isa = _module(backend)
-    cache = module.cache_tensor(cache_bytes, hidden.device)
+    cache, values = module.cache_tensor(cache_bytes, hidden.device), {}
     if rows.numel():
         choice = Choice(schedule, block, token_chunk, cache_bytes, 0, 0.0)
         transform = (temperature, logit_scale, softcap)
         values = module.forward(isa, hidden, weight, bias, rows, y, transform, wanted(outputs), choice, cache)
-        _scatter(results, rows, values)
-    return (*results, cache)
+    return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, rows, values), cache)
 
 
 linear_logprob = torch.library.custom_op("dpofast::linear_logprob", _linear_logprob, mutates_args=())
@@ -140,7 +152,7 @@ def _linear_logprob_backward(
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
         grads[1] = module.grad_weight_tensor(weight)
-    rows, y = _rows(labels, ignore_index, n_tokens, weight.shape[0])
+    rows, y = _rows(labels, ignore_index, n_tokens)
     if not rows.numel() or (grad_logps is None and grad_entropy is None):
         return tuple(g.zero_() for g in grads)
     choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
@@ -202,15 +214,19 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx, *inputs):
         output = _linear_logprob(*inputs)
         _setup(ctx, inputs, output)
-        logps, lse, entropy, *others = output
+        _, lse, _, *others = output
         ctx.mark_non_differentiable(lse, *others)
         return output
 
     backward = staticmethod(_backward)
 
 
+# Without the look for transforms of torch.func that `Function.apply` begins with: `_is_observed` has looked.
+_apply_linear_logprob = super(torch.autograd.Function, _LinearLogprob).apply
+
+
 def _is_observed(*tensors: Tensor | None) -> bool:
-    """Whether somebody must see an op: a compiler, a tracer, a profiler, a dispatch mode, a transform, a kind of tensor."""
+    """Whether somebody must see an op: a compiler, tracer, profiler, dispatch mode, transform or kind of tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -226,7 +242,7 @@ def call_linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, lab
     if _is_observed(hidden, weight, bias, labels):
         return linear_logprob(hidden, weight, bias, labels, *options)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
-        return _LinearLogprob.apply(hidden, weight, bias, labels, *options)
+        return _apply_linear_logprob(hidden, weight, bias, labels, *options)
     return _linear_logprob(hidden, weight, bias, labels, *options)
 
 
@@ -236,16 +252,12 @@ def logprob(
     softcap: float, outputs: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
-    rows, y = _rows(labels, ignore_index, n_tokens, logits.shape[-1])
-    results = _empty_results(labels, wide_dtype(logits.dtype), outputs)
+    rows, y = _checked_rows(labels, ignore_index, n_tokens, logits.shape[-1])
+    values = {}
     if rows.numel():
         module, isa = _module(backend)
-        _scatter(
-            results,
-            rows,
-            module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs)),
-        )
-    return tuple(results)
+        values = module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs))
+    return tuple(_results(labels, wide_dtype(logits.dtype), outputs, rows, values))
 
 
 @logprob.register_fake
@@ -254,10 +266,20 @@ def _(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap,
 
 
 def _fill_grad_logits(
-    grad_logits, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens, transform,
+    grad_logits,
+    grad_logps,
+    grad_entropy,
+    logits,
+    labels,
+    logps,
+    lse,
+    entropy,
+    ignore_index,
+    n_tokens,
+    transform,
     backend,
 ) -> None:
-    rows, y = _rows(labels, ignore_index, n_tokens, logits.shape[-1])
+    rows, y = _rows(labels, ignore_index, n_tokens)
     module, isa = _module(backend)
     packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
     incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)

@@ -247,9 +247,8 @@ def sharded_logprob(
     """`dpofast._ops.linear_logprob` of a head whose rows ``bounds[rank]`` to ``bounds[rank + 1]`` are here."""
     ranks = _resolve(group)
     start, n_vocab = int(bounds[dist.get_rank(ranks)]), int(bounds[-1])
-    rows, y = _ops._rows(labels, ignore_index, n_tokens, n_vocab)
-    wide, names = wide_dtype(hidden.dtype, weight.dtype), _ops.wanted(outputs)
-    results = _ops._empty_results(labels, wide, outputs)
+    rows, y = _ops._checked_rows(labels, ignore_index, n_tokens, n_vocab)
+    wide, names, values = wide_dtype(hidden.dtype, weight.dtype), _ops.wanted(outputs), {}
     if rows.numel():
         if weight.shape[0]:
             module, isa = _ops._module(backend)
@@ -260,8 +259,8 @@ def sharded_logprob(
             stats = TorchPasses().new_stats(rows.numel(), wide, hidden.device)
         owner = torch.searchsorted(bounds[1:].to(y.device), y, right=True).clamp_(max=bounds.numel() - 2)
         merged = _merge(_gather(stats, ranks), owner)
-        _ops._scatter(results, rows, TorchPasses().finish(merged, y, n_vocab, names))
-    return tuple(results)
+        values = TorchPasses().finish(merged, y, n_vocab, names)
+    return tuple(_ops._results(labels, wide, outputs, rows, values))
 
 
 @sharded_logprob.register_fake
@@ -279,7 +278,7 @@ def sharded_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The whole gradient of hidden, on every rank, and those of this rank's weight and bias."""
     ranks, n_rows = _resolve(group), weight.shape[0]
-    rows, y = _ops._rows(labels, ignore_index, n_tokens, int(bounds[-1]))
+    rows, y = _ops._rows(labels, ignore_index, n_tokens)
     grads = _ops._empty_grads(hidden, weight, bias, needs)
     if not rows.numel() or (grad_logps is None and grad_entropy is None):
         return tuple(g.zero_() for g in grads)

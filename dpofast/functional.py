@@ -602,9 +602,7 @@ def _statistics(
 ) -> dict[str, Tensor]:
     """Token means of the primitive's statistics, which are 0 where a token does not count."""
     dtype = policy.logps.dtype
-    sums = {
-        name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens, group).chunk(2) for name in _STATISTICS
-    }
+    sums = {name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens, group).chunk(2) for name in _STATISTICS}
     chosen, rejected = (half.sum().clamp(min=1) for half in lengths.chunk(2))
     return {
         "entropy": sum(half.sum() for half in sums["entropy"]) / lengths.sum().clamp(min=1),

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dpofast.kernels.device import (
     STATS,
     empty_piece,
@@ -24,6 +22,7 @@ from dpofast.kernels.device import (
 )
 from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, factors, on, splits
 from dpofast.kernels.logprob_fold import merge
+from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["n", "parts", "part"])

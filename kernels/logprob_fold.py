@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dpofast.kernels.device import (
     STATS,
     empty_piece,
@@ -22,6 +20,7 @@ from dpofast.kernels.device import (
     transformed,
 )
 from dpofast.kernels.launch import factors, on, splits
+from torch import Tensor
 
 BLOCK = 1024  # columns at a time
 PART = 4 * BLOCK  # columns of a row that one program reads at least, where rows are split

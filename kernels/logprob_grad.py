@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dpofast.kernels.device import grad_tile, load_row, slope, transformed
 from dpofast.kernels.launch import grad_factors, on
+from torch import Tensor
 
 BLOCK = 1024  # columns of a program
 

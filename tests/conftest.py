@@ -30,9 +30,7 @@ EMULATOR = "cuda:emu"  # the CUDA kernels on the CPU: see emu/cuda_emu.h
 ON_GPU = {"cuda:gpu": "cuda", "triton:gpu": "triton"}  # real kernels, see on_gpu.py
 KNOWN = ("cpu:avx512_bf16", "cpu:avx512", "cpu:avx2", "cpu:neon", "cpu:scalar", "torch", EMULATOR, *ON_GPU)
 CPU = tuple(f"cpu:{isa}" for isa in _backend.cpu_isas())
-GPU = tuple(
-    name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda")
-)
+GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda"))
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 # A minute or more of one core, the longest first.
 LONGEST = ("test_primitive.py", "test_sanitize.py", "test_triton_aot.py", "test_sharded.py", "test_triton.py")

@@ -1,7 +1,8 @@
 // A team of threads for one kernel call: steps of dynamically shared tasks with a barrier between steps.
 //
 // Results never depend on the number of threads, because a task's work does not depend on who runs it.
-// Threads live for one call: there is no pool to survive a fork, to oversubscribe, or to tear down.
+// The threads are OpenMP's, where PyTorch has loaded one, and otherwise new ones that live for the call, as in a forked
+// child: there is no pool of ours to survive a fork, to oversubscribe, or to tear down.
 // Out of line and free of templates, so that no instruction set leaks into code shared by all.
 #pragma once
 #include <cstdint>

@@ -15,6 +15,8 @@ from dpofast.backends._tensors import element_offsets, empty_results, flags, poi
 from dpofast.backends.torch import Stat
 from dpofast.plan import DTYPE_CODES, TRAITS, Choice, _Layout
 
+_SMALL_WORKSPACE = 1 << 16  # bytes; a small head needs no more, and is called once
+
 
 def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
     """What the forward keeps for the backward, in pages that outlive the call."""
@@ -24,8 +26,6 @@ def cache_tensor(n_bytes: int, _device: torch.device) -> Tensor:
 def grad_weight_tensor(weight: Tensor) -> Tensor:
     """Where d weight goes."""
     return _pages.empty(tuple(weight.shape), weight.dtype, "grad_weight")
-
-
 
 
 def _head(hidden, weight, bias, rows, y, transform, block):
@@ -48,9 +48,11 @@ def _head(hidden, weight, bias, rows, y, transform, block):
 
 
 def _run(function, isa: str, args: dict) -> None:
-    n_bytes = function(isa, args)  # without a workspace it only says how much it needs
-    workspace = _pages.empty((max(n_bytes, 1),), torch.uint8, "workspace")
-    function(isa, args | {"workspace": workspace.data_ptr()})
+    n_bytes, needed = 0, _SMALL_WORKSPACE
+    while n_bytes < needed:  # at most twice: with less than it needs, the function only says how much that is
+        n_bytes = needed
+        workspace = _pages.empty((n_bytes,), torch.uint8, "workspace")
+        needed = function(isa, args | {"workspace": workspace.data_ptr(), "workspace_bytes": n_bytes})
 
 
 def cached_blocks(choice: Choice, isa: str, hidden: Tensor, weight: Tensor, n: int) -> int:
@@ -67,8 +69,8 @@ def forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice: Choi
     n = rows.numel()
     out = empty_results(n, outputs, torch.empty(0, dtype=wide_dtype(hidden.dtype, weight.dtype)))
     for part in _chunks(choice, n):
-        args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
-        args |= {name: x[part].data_ptr() for name, x in out.items()}
+        args, alive = _head(hidden, weight, bias, _of(part, rows), _of(part, y), transform, choice.block)
+        args |= {name: _of(part, x).data_ptr() for name, x in out.items()}
         args |= {
             "outputs": flags(outputs),
             "cache": cache.data_ptr(),
@@ -100,6 +102,11 @@ def _chunks(choice: Choice, n: int) -> list[slice]:
     return tiled.chunks(n, choice.token_chunk)
 
 
+def _of(part: slice, x: Tensor) -> Tensor:
+    """``x[part]``; ``x`` itself, sooner, if that is all of it."""
+    return x if part == slice(0, x.shape[0]) else x[part]
+
+
 def backward(
     isa, hidden, weight, bias, rows, y, transform, choice: Choice, cache: Tensor, saved: dict[str, Tensor],
     grad_logps: Tensor | None, grad_entropy: Tensor | None,
@@ -119,13 +126,11 @@ def backward(
     bias_out = None if grad_bias is None else torch.empty(grad_bias.shape, dtype=wide_dtype(hidden.dtype, weight.dtype))
 
     def run(part: slice, to_hidden: bool, to_rest: bool) -> None:
-        args, alive = _head(hidden, weight, bias, rows[part], y[part], transform, choice.block)
-        held = {name: saved[name][part] for name in ("logps", "lse")}
-        held["grad_logps"] = grad_logps[part]
+        args, alive = _head(hidden, weight, bias, _of(part, rows), _of(part, y), transform, choice.block)
+        held = {"logps": saved["logps"], "lse": saved["lse"], "grad_logps": grad_logps, "grad_rows": rows}
         if grad_entropy is not None:
-            held |= {"entropy": saved["entropy"][part], "grad_entropy": grad_entropy[part]}
-        held["grad_rows"] = rows[part]
-        args |= {name: x.data_ptr() for name, x in held.items()}
+            held |= {"entropy": saved["entropy"], "grad_entropy": grad_entropy}
+        args |= {name: _of(part, x).data_ptr() for name, x in held.items()}
         args |= {
             "cache": cache.data_ptr(),
             "cached_blocks": cached_blocks(choice, isa, hidden, weight, rows.numel()) if from_saved else 0,

@@ -155,7 +155,6 @@ class TorchPasses:
         g.scatter_(1, index, torch.where(inside.unsqueeze(-1), own, g.gather(1, index)))
         torch.mul(g, slope, out=out)
 
-
     def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
         x = take(logits, rows).to(wide_dtype(logits.dtype))
         stats = self.new_stats(rows.numel(), x.dtype, x.device)
