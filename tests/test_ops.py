@@ -7,7 +7,7 @@ import torch
 from numerics import STATISTICS
 
 import dpofast
-from dpofast import _ops
+from dpofast import _backend, _ops
 from dpofast.plan import choose
 
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -105,6 +105,8 @@ def _fresh_dynamo():
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_linear_logprob_compiles_to_one_graph(backend, dynamic):
+    if dynamic and backend.startswith("cpu:") and backend != f"cpu:{_backend.cpu_isas()[0]}":
+        pytest.skip("the graph is the same for every instruction set")
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     args = inputs()
     assert_same(gradients(compiled, args, backend=backend), gradients(step, args, backend=backend))
