@@ -23,7 +23,7 @@ from states import load
 
 import dpofast
 from dpofast import _C
-from dpofast.plan import DTYPE_CODES
+from dpofast.contract import DTYPE_CODES
 
 SMALL = ((8, 16, 100), (32, 64, 1000), (256, 256, 4096), (2048, 64, 1000))  # N, H, V
 GOALS = {"micro-kernel": 0.88, "whole op": 0.80}

@@ -19,36 +19,38 @@ const Table& table(const std::string& isa) {
   return *t;
 }
 
-Head head(const py::dict& d) {
+Head head(Args& d) {
   Head a{};
-  a.n = value<int64_t>(d, "n");
-  a.h = value<int64_t>(d, "h");
-  a.v = value<int64_t>(d, "v");
-  a.hidden = pointer(d, "hidden");
-  a.hidden_dtype = dtype(d, "hidden_dtype");
-  a.row_offsets = pointer<int64_t>(d, "row_offsets");
-  a.hidden_col_stride = value<int64_t>(d, "hidden_col_stride");
-  a.weight = pointer(d, "weight");
-  a.weight_dtype = dtype(d, "weight_dtype");
-  a.weight_row_stride = value<int64_t>(d, "weight_row_stride");
-  a.weight_col_stride = value<int64_t>(d, "weight_col_stride");
-  a.bias = pointer(d, "bias");
-  a.labels = pointer<int64_t>(d, "labels");
-  read_transform(d, a);
-  a.block = value<int64_t>(d, "block");
-  a.threads = value<int>(d, "threads");
+  a.n = d.value<int64_t>("n");
+  a.h = d.value<int64_t>("h");
+  a.v = d.value<int64_t>("v");
+  a.hidden = d.pointer("hidden");
+  a.hidden_dtype = d.dtype("hidden_dtype");
+  a.row_offsets = d.pointer<int64_t>("row_offsets");
+  a.hidden_col_stride = d.value<int64_t>("hidden_col_stride");
+  a.weight = d.pointer("weight");
+  a.weight_dtype = d.dtype("weight_dtype");
+  a.weight_row_stride = d.value<int64_t>("weight_row_stride");
+  a.weight_col_stride = d.value<int64_t>("weight_col_stride");
+  a.bias = d.pointer("bias");
+  a.labels = d.pointer<int64_t>("labels");
+  d.read_transform(a);
+  a.block = d.value<int64_t>("block");
+  a.threads = d.value<int>("threads");
   if (a.n < 1 || a.h < 1 || a.v < 1 || a.block < 2 || a.block % 2 || a.threads < 1)
     throw std::invalid_argument("dpofast._C: sizes must be positive and the block even");
   return a;
 }
 
 // Runs the kernel if the workspace is large enough; returns the bytes that it needs.
-template <class Args>
-int64_t run(int64_t (*kernel)(const Args&), Args& a, const py::dict& d) {
-  void* const workspace = pointer(d, "workspace");
-  const int64_t n_bytes = workspace ? value<int64_t>(d, "workspace_bytes") : 0;
+template <class KernelArgs>
+int64_t run(int64_t (*kernel)(const KernelArgs&), KernelArgs& a, Args& d) {
+  void* const workspace = d.pointer("workspace");
+  const int64_t n_bytes = d.value<int64_t>("workspace_bytes");
+  d.done();
   py::gil_scoped_release unlocked;
   const int64_t needed = kernel(a);
+  if (needed < 0) throw std::invalid_argument("dpofast._C: the jacobian is larger than cache_bytes");
   if (workspace && needed <= n_bytes) {
     a.workspace = workspace;
     kernel(a);
@@ -56,54 +58,58 @@ int64_t run(int64_t (*kernel)(const Args&), Args& a, const py::dict& d) {
   return needed;
 }
 
-int64_t forward(const std::string& isa, const py::dict& d) {
+int64_t forward(const std::string& isa, const py::dict& args) {
+  Args d(args);
   ForwardArgs a{};
   a.head = head(d);
-  a.outputs = value<unsigned>(d, "outputs");
-  read_results(d, a);
-  a.stats = pointer(d, "stats");
-  a.cache = pointer(d, "cache");
-  a.cached_blocks = value<int64_t>(d, "cached_blocks");
-  a.jacobian = pointer(d, "jacobian");
+  a.outputs = d.value<unsigned>("outputs");
+  d.read_results(a);
+  a.stats = d.pointer("stats");
+  a.cache = d.pointer("cache");
+  a.cache_bytes = d.value<int64_t>("cache_bytes");
+  a.jacobian = d.pointer("jacobian");
   return run(table(isa).forward, a, d);
 }
 
-int64_t backward(const std::string& isa, const py::dict& d) {
+int64_t backward(const std::string& isa, const py::dict& args) {
+  Args d(args);
   BackwardArgs a{};
   a.head = head(d);
-  a.logps = pointer(d, "logps");
-  a.lse = pointer(d, "lse");
-  a.entropy = pointer(d, "entropy");
-  a.grad_logps = pointer(d, "grad_logps");
-  a.grad_entropy = pointer(d, "grad_entropy");
-  a.cache = pointer(d, "cache");
-  a.cached_blocks = value<int64_t>(d, "cached_blocks");
-  a.jacobian = pointer(d, "jacobian");
-  a.grad_hidden = pointer(d, "grad_hidden");
-  a.grad_hidden_dtype = dtype(d, "grad_hidden_dtype");
-  a.grad_rows = pointer<int64_t>(d, "grad_rows");
-  a.grad_weight = pointer(d, "grad_weight");
-  a.grad_bias = pointer(d, "grad_bias");
-  a.token_chunk = value<int64_t>(d, "token_chunk");
+  a.logps = d.pointer("logps");
+  a.lse = d.pointer("lse");
+  a.entropy = d.pointer("entropy");
+  a.grad_logps = d.pointer("grad_logps");
+  a.grad_entropy = d.pointer("grad_entropy");
+  a.cache = d.pointer("cache");
+  a.cache_bytes = d.value<int64_t>("cache_bytes");
+  a.jacobian = d.pointer("jacobian");
+  a.grad_hidden = d.pointer("grad_hidden");
+  a.grad_hidden_dtype = d.dtype("grad_hidden_dtype");
+  a.grad_rows = d.pointer<int64_t>("grad_rows");
+  a.grad_weight = d.pointer("grad_weight");
+  a.grad_bias = d.pointer("grad_bias");
+  a.token_chunk = d.value<int64_t>("token_chunk");
   return run(table(isa).backward, a, d);
 }
 
-RowsArgs rows(const py::dict& d) {
+RowsArgs rows(const py::dict& args) {
+  Args d(args);
   RowsArgs a{};
-  a.n = value<int64_t>(d, "n");
-  a.v = value<int64_t>(d, "v");
-  a.logits = pointer(d, "logits");
-  a.dtype = dtype(d, "dtype");
-  a.row_offsets = pointer<int64_t>(d, "row_offsets");
-  a.labels = pointer<int64_t>(d, "labels");
-  read_transform(d, a);
-  a.outputs = value<unsigned>(d, "outputs");
-  read_results(d, a);
-  a.grad_logps = pointer(d, "grad_logps");
-  a.grad_entropy = pointer(d, "grad_entropy");
-  a.grad_logits = pointer(d, "grad_logits");
-  a.grad_offsets = pointer<int64_t>(d, "grad_offsets");
-  a.threads = value<int>(d, "threads");
+  a.n = d.value<int64_t>("n");
+  a.v = d.value<int64_t>("v");
+  a.logits = d.pointer("logits");
+  a.dtype = d.dtype("dtype");
+  a.row_offsets = d.pointer<int64_t>("row_offsets");
+  a.labels = d.pointer<int64_t>("labels");
+  d.read_transform(a);
+  a.outputs = d.value<unsigned>("outputs");
+  d.read_results(a);
+  a.grad_logps = d.pointer("grad_logps");
+  a.grad_entropy = d.pointer("grad_entropy");
+  a.grad_logits = d.pointer("grad_logits");
+  a.grad_offsets = d.pointer<int64_t>("grad_offsets");
+  a.threads = d.value<int>("threads");
+  d.done();
   return a;
 }
 
@@ -119,6 +125,30 @@ void rows_backward(const std::string& isa, const py::dict& d) {
   const Table& t = table(isa);
   py::gil_scoped_release unlocked;
   t.rows_backward(a);
+}
+
+// The numbers that Python has to use (dpofast/contract.py).
+py::dict contract() {
+  py::dict dtypes, outputs, stats;
+  dtypes["f32"] = int(DType::f32);
+  dtypes["f64"] = int(DType::f64);
+  dtypes["bf16"] = int(DType::bf16);
+  dtypes["f16"] = int(DType::f16);
+  outputs["entropy"] = int(kEntropy);
+  outputs["log_sum_sq_probs"] = int(kLogSumSqProbs);
+  outputs["mean_logits"] = int(kMeanLogits);
+  outputs["is_top1"] = int(kIsTop1);
+  stats["M"] = int(kM);
+  stats["SUM"] = int(kSum);
+  stats["SUM_X"] = int(kSumX);
+  stats["SUM_SQ"] = int(kSumSq);
+  stats["SUM_Z"] = int(kSumZ);
+  stats["TOP_BEFORE"] = int(kTopBefore);
+  stats["Z_LABEL"] = int(kZLabel);
+  stats["COUNT"] = int(kStats);
+  py::dict all;
+  all["dtypes"] = dtypes, all["outputs"] = outputs, all["stats"] = stats;
+  return all;
 }
 
 std::vector<std::string> cpu_isas() {
@@ -191,6 +221,7 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(peak.hardware, peak.micro_kernel);
       },
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread: (of a loop of independent multiply-adds, of the micro-kernel)");
+  m.def("contract", &contract, "the codes of dtypes, the bits of outputs and the rows of statistics");
   m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
   m.def("cpu_features", &cpu_features, "CPU features that decide among them");
 #if defined(DPOFAST_CUDA_ARCHS)

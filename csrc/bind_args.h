@@ -4,46 +4,74 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/types.h"
 
 namespace dpofast {
 namespace py = pybind11;
 
-template <class T = void>
-T* pointer(const py::dict& d, const char* key) {
-  return d.contains(key) && !d[key].is_none() ? reinterpret_cast<T*>(d[key].cast<uintptr_t>()) : nullptr;
-}
-
-template <class T>
-T value(const py::dict& d, const char* key) {
-  if (!d.contains(key)) throw std::invalid_argument(std::string("dpofast._C: missing argument ") + key);
-  return d[key].cast<T>();
-}
-
 inline DType dtype(int code) {
   if (code < 0 || code > int(DType::f16)) throw std::invalid_argument("dpofast._C: unknown dtype code");
   return DType(code);
 }
 
-inline DType dtype(const py::dict& d, const char* key) { return dtype(value<int>(d, key)); }
+// Every key must be there, and every key that is there must be asked for: `done` says so.
+class Args {
+ public:
+  explicit Args(const py::dict& d) : dict_(d) {}
 
-// Fields that several kernels' arguments have under the same names.
-template <class Args>
-void read_transform(const py::dict& d, Args& a) {
-  a.temperature = value<double>(d, "temperature");
-  a.logit_scale = value<double>(d, "logit_scale");
-  a.softcap = value<double>(d, "softcap");
-}
+  template <class T = void>
+  T* pointer(const char* key) {
+    const py::handle x = get(key);
+    return x.is_none() ? nullptr : reinterpret_cast<T*>(x.cast<uintptr_t>());
+  }
 
-template <class Args>
-void read_results(const py::dict& d, Args& a) {
-  a.logps = pointer(d, "logps");
-  a.lse = pointer(d, "lse");
-  a.entropy = pointer(d, "entropy");
-  a.log_sum_sq_probs = pointer(d, "log_sum_sq_probs");
-  a.mean_logits = pointer(d, "mean_logits");
-  a.is_top1 = pointer<uint8_t>(d, "is_top1");
-}
+  template <class T>
+  T value(const char* key) {
+    return get(key).cast<T>();
+  }
+
+  DType dtype(const char* key) { return dpofast::dtype(value<int>(key)); }
+
+  // Fields that several kernels' arguments have under the same names.
+  template <class A>
+  void read_transform(A& a) {
+    a.temperature = value<double>("temperature");
+    a.logit_scale = value<double>("logit_scale");
+    a.softcap = value<double>("softcap");
+  }
+
+  template <class A>
+  void read_results(A& a) {
+    a.logps = pointer("logps");
+    a.lse = pointer("lse");
+    a.entropy = pointer("entropy");
+    a.log_sum_sq_probs = pointer("log_sum_sq_probs");
+    a.mean_logits = pointer("mean_logits");
+    a.is_top1 = pointer<uint8_t>("is_top1");
+  }
+
+  void done() const {
+    if (keys_.size() == dict_.size()) return;
+    for (const auto& item : dict_) {
+      const std::string key = item.first.cast<std::string>();
+      bool known = false;
+      for (const char* k : keys_) known |= key == k;
+      if (!known) throw std::invalid_argument("dpofast._C: unknown argument " + key);
+    }
+  }
+
+ private:
+  py::handle get(const char* key) {
+    PyObject* const x = PyDict_GetItemString(dict_.ptr(), key);
+    if (!x) throw std::invalid_argument(std::string("dpofast._C: missing argument ") + key);
+    keys_.push_back(key);  // each is asked for once
+    return x;
+  }
+
+  const py::dict& dict_;
+  std::vector<const char*> keys_;
+};
 
 }  // namespace dpofast

@@ -11,105 +11,111 @@ namespace {
 
 using namespace cuda;
 
-void* stream(const py::dict& d) { return pointer(d, "stream"); }
-
-void read_tile(const py::dict& d, TileArgs& a) {
-  a.x = pointer(d, "x");
-  a.row_offsets = pointer<int64_t>(d, "row_offsets");
-  a.ld = value<int64_t>(d, "ld");
-  a.n = value<int64_t>(d, "n");
-  a.width = value<int64_t>(d, "width");
-  a.v0 = value<int64_t>(d, "v0");
-  a.bias = pointer(d, "bias");
-  a.labels = pointer<int64_t>(d, "labels");
-  read_transform(d, a);
-  a.splits = value<int64_t>(d, "splits");
-  a.part = value<int64_t>(d, "part");
+void read_tile(Args& d, TileArgs& a) {
+  a.x = d.pointer("x");
+  a.row_offsets = d.pointer<int64_t>("row_offsets");
+  a.ld = d.value<int64_t>("ld");
+  a.n = d.value<int64_t>("n");
+  a.width = d.value<int64_t>("width");
+  a.v0 = d.value<int64_t>("v0");
+  a.bias = d.pointer("bias");
+  a.labels = d.pointer<int64_t>("labels");
+  d.read_transform(a);
+  a.splits = d.value<int64_t>("splits");
+  a.part = d.value<int64_t>("part");
 }
 
-void logprob_fold(const py::dict& d) {
+void logprob_fold(const py::dict& args) {
+  Args d(args);
   FoldArgs a{};
   read_tile(d, a);
-  a.outputs = value<unsigned>(d, "outputs");
-  a.stats = pointer(d, "stats");
-  a.partials = pointer(d, "partials");
-  const DType x = dtype(d, "dtype");
-  void* const on = stream(d);
+  a.outputs = d.value<unsigned>("outputs");
+  a.stats = d.pointer("stats");
+  a.partials = d.pointer("partials");
+  const DType x = d.dtype("dtype");
+  void* const on = d.pointer("stream");
+  d.done();
   py::gil_scoped_release unlocked;
   launch_logprob_fold(x, a, on);
 }
 
-void logprob_grad(const py::dict& d) {
+void logprob_grad(const py::dict& args) {
+  Args d(args);
   GradArgs a{};
   read_tile(d, a);
-  a.z_max = pointer(d, "z_max");
-  a.log_sum = pointer(d, "log_sum");
-  a.lse_stride = value<int64_t>(d, "lse_stride");
-  a.logps = pointer(d, "logps");
-  a.grad_logps = pointer(d, "grad_logps");
-  a.grad_logps_value = value<double>(d, "grad_logps_value");
-  a.entropy = pointer(d, "entropy");
-  a.grad_entropy = pointer(d, "grad_entropy");
-  a.out = pointer(d, "out");
-  a.out_offsets = pointer<int64_t>(d, "out_offsets");
-  a.out_ld = value<int64_t>(d, "out_ld");
-  a.cut = value<double>(d, "cut");
-  a.dropped = pointer(d, "dropped");
-  const DType x = dtype(d, "dtype"), out = dtype(d, "out_dtype");
-  void* const on = stream(d);
+  a.z_max = d.pointer("z_max");
+  a.log_sum = d.pointer("log_sum");
+  a.lse_stride = d.value<int64_t>("lse_stride");
+  a.logps = d.pointer("logps");
+  a.grad_logps = d.pointer("grad_logps");
+  a.grad_logps_value = d.value<double>("grad_logps_value");
+  a.entropy = d.pointer("entropy");
+  a.grad_entropy = d.pointer("grad_entropy");
+  a.out = d.pointer("out");
+  a.out_offsets = d.pointer<int64_t>("out_offsets");
+  a.out_ld = d.value<int64_t>("out_ld");
+  a.cut = d.value<double>("cut");
+  a.dropped = d.pointer("dropped");
+  const DType x = d.dtype("dtype"), out = d.dtype("out_dtype");
+  void* const on = d.pointer("stream");
+  d.done();
   py::gil_scoped_release unlocked;
   launch_logprob_grad(x, out, a.dropped != nullptr, a, on);
 }
 
-void logprob_finish(const py::dict& d) {
+void logprob_finish(const py::dict& args) {
+  Args d(args);
   FinishArgs a{};
-  a.stats = pointer(d, "stats");
-  a.labels = pointer<int64_t>(d, "labels");
-  a.n = value<int64_t>(d, "n");
-  a.v = value<int64_t>(d, "v");
-  read_results(d, a);
-  const DType acc = dtype(d, "dtype");
-  void* const on = stream(d);
+  a.stats = d.pointer("stats");
+  a.labels = d.pointer<int64_t>("labels");
+  a.n = d.value<int64_t>("n");
+  a.v = d.value<int64_t>("v");
+  d.read_results(a);
+  const DType acc = d.dtype("dtype");
+  void* const on = d.pointer("stream");
+  d.done();
   py::gil_scoped_release unlocked;
   launch_logprob_finish(acc, a, on);
 }
 
 template <class Name>
-Name named(const py::dict& d, const char* key, int count) {
-  const int i = value<int>(d, key);
+Name named(Args& d, const char* key, int count) {
+  const int i = d.value<int>(key);
   if (i < 0 || i >= count) throw std::invalid_argument(std::string("dpofast._C: unknown ") + key);
   return Name(i);
 }
 
-void sequence_dpo(const py::dict& d) {
+void sequence_dpo(const py::dict& args) {
+  Args d(args);
   SequenceDpoArgs a{};
-  a.logps = pointer(d, "logps");
-  a.cu_seqlens = pointer<int64_t>(d, "cu_seqlens");
-  a.labels = pointer<int64_t>(d, "labels");
-  a.mask = pointer<uint8_t>(d, "mask");
-  a.ignore_index = value<int64_t>(d, "ignore_index");
-  a.pairs = value<int64_t>(d, "pairs");
-  a.width = value<int64_t>(d, "width");
-  a.ref_logps = pointer(d, "ref_logps");
+  a.logps = d.pointer("logps");
+  a.cu_seqlens = d.pointer<int64_t>("cu_seqlens");
+  a.labels = d.pointer<int64_t>("labels");
+  a.mask = d.pointer<uint8_t>("mask");
+  a.ignore_index = d.value<int64_t>("ignore_index");
+  a.pairs = d.value<int64_t>("pairs");
+  a.width = d.value<int64_t>("width");
+  a.ref_logps = d.pointer("ref_logps");
   a.loss = named<PairLoss>(d, "loss", int(std::size(kPairLosses)));
-  a.options.label_smoothing = value<double>(d, "label_smoothing");
-  a.options.discopop_tau = value<double>(d, "discopop_tau");
-  a.options.simpo_gamma = value<double>(d, "simpo_gamma");
-  a.options.alphapo_alpha = value<double>(d, "alphapo_alpha");
-  a.options.dpop_lambda = value<double>(d, "dpop_lambda");
+  a.options.label_smoothing = d.value<double>("label_smoothing");
+  a.options.discopop_tau = d.value<double>("discopop_tau");
+  a.options.simpo_gamma = d.value<double>("simpo_gamma");
+  a.options.alphapo_alpha = d.value<double>("alphapo_alpha");
+  a.options.dpop_lambda = d.value<double>("dpop_lambda");
   a.options.f_divergence = named<FDivergence>(d, "f_divergence", int(FDivergence::alpha_divergence) + 1);
-  a.options.f_alpha_divergence_coef = value<double>(d, "f_alpha_divergence_coef");
-  a.options.beta = value<double>(d, "beta_value");
-  a.options.margin = value<double>(d, "margin_value");
-  a.beta = pointer(d, "beta");
-  a.margin = pointer(d, "margin");
-  a.weight = pointer(d, "weight");
-  a.losses = pointer(d, "losses");
-  a.sums = pointer(d, "sums");
-  a.lengths = pointer<int64_t>(d, "lengths");
-  a.coefficients = pointer(d, "coefficients");
-  const DType acc = dtype(d, "dtype");
-  void* const on = stream(d);
+  a.options.f_alpha_divergence_coef = d.value<double>("f_alpha_divergence_coef");
+  a.options.beta = d.value<double>("beta_value");
+  a.options.margin = d.value<double>("margin_value");
+  a.beta = d.pointer("beta");
+  a.margin = d.pointer("margin");
+  a.weight = d.pointer("weight");
+  a.losses = d.pointer("losses");
+  a.sums = d.pointer("sums");
+  a.lengths = d.pointer<int64_t>("lengths");
+  a.coefficients = d.pointer("coefficients");
+  const DType acc = d.dtype("dtype");
+  void* const on = d.pointer("stream");
+  d.done();
   py::gil_scoped_release unlocked;
   launch_sequence_dpo(acc, a, on);
 }

@@ -36,8 +36,9 @@ except (ImportError, OSError) as _error:  # `python -m dpofast.env_info` has to 
         raise AttributeError(f"module 'dpofast' has no attribute {name!r}")
 else:
     from dpofast.backends._pages import empty_cache
-    from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss, sequence_logps, wpo_weights
+    from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
     from dpofast.losses import RunningMean, preference_loss, unpaired_preference_loss
     from dpofast.modules import DPOLoss, LinearDPOLoss, LinearLogprob
     from dpofast.plan import Plan, plan
     from dpofast.primitive import LogprobOutput, linear_logprob, logprob
+    from dpofast.sequences import sequence_logps, wpo_weights

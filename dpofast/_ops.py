@@ -8,65 +8,65 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dpofast import _backend
-from dpofast.backends._tensors import STATISTICS, wide_dtype
+from dpofast import _backend, distributed
+from dpofast.backends._tensors import take, wide_dtype
+from dpofast.backends.base import Backend, InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
-from dpofast.plan import Choice
+from dpofast.contract import STATISTICS, wanted
+from dpofast.plan import Schedule
 
 
-def _module(backend: str):
-    """What runs an exact backend, and the instruction set that it is told."""
-    if backend in _backend.added:
-        return _backend.added[backend], ""
-    name, _, isa = backend.partition(":")
-    if name == "cpu":
-        from dpofast.backends import cpu
-
-        return cpu, isa
-    return _tiled(name), ""
+def backend_named(name: str) -> Backend:
+    """What runs an exact backend, as `dpofast._backend.resolve` names it."""
+    return _backend.added.get(name) or _built_in(name)
 
 
 @functools.cache
-def _tiled(name: str) -> TiledBackend:
-    if name == "cuda":
+def _built_in(name: str) -> Backend:
+    kind, _, isa = name.partition(":")
+    if kind == "cpu":
+        from dpofast.backends.cpu import CpuBackend
+
+        return CpuBackend(isa)
+    if kind == "cuda":
         from dpofast.backends.cuda import CudaPasses
 
         return TiledBackend(CudaPasses(_backend._C))
-    if name == "triton":
+    if kind == "triton":
         from dpofast.backends.triton import TritonBackend, TritonPasses
 
         return TritonBackend(TritonPasses())
     return TiledBackend(TorchPasses())
 
 
-def wanted(outputs: int) -> tuple[str, ...]:
-    """The statistics that a bit mask asks for."""
-    return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
+# Tokens: from [*] to the N that count, and back
 
 
-def _rows(labels: Tensor, ignore_index: int | None, n_tokens: int) -> tuple[Tensor, Tensor]:
+def _positions(labels: Tensor, ignore_index: int | None, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
     flat = labels.reshape(-1).long().contiguous()
-    positions = torch.arange(flat.numel(), device=flat.device)
+    everywhere = torch.arange(flat.numel(), device=flat.device)
     if ignore_index is None or n_tokens == flat.numel():
-        return positions, flat
+        return everywhere, flat
     if n_tokens < 0:
-        rows = torch.nonzero(flat != ignore_index).squeeze(-1)
-    else:  # each position goes to its place among those that count, the others to a place too many
+        positions = torch.nonzero(flat != ignore_index).squeeze(-1)
+    else:  # each position goes to its place among those that count, the others to one place too many
         counts = flat != ignore_index
         place = torch.where(counts, counts.cumsum(0) - 1, n_tokens)
-        rows = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device).scatter_(0, place, positions)[:-1]
-    return rows, flat[rows]
+        positions = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device)
+        positions = positions.scatter_(0, place, everywhere)[:-1]
+    return positions, flat[positions]
 
 
-def _checked_rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """`_rows` of a forward; their backward need not look again."""
-    rows, y = _rows(labels, ignore_index, n_tokens)
+def _checked_positions(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
+    """`_positions` of a forward; their backward need not look again."""
+    positions, y = _positions(labels, ignore_index, n_tokens)
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = map(int, torch.aminmax(y))
         if low < 0 or high >= n_vocab:
@@ -75,7 +75,7 @@ def _checked_rows(labels: Tensor, ignore_index: int | None, n_tokens: int, n_voc
                 f"labels: got {bad}, expected values in [0, {n_vocab}) (the rows of weight) or "
                 f"ignore_index={ignore_index}"
             )
-    return rows, y
+    return positions, y
 
 
 def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
@@ -88,13 +88,15 @@ def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Ten
     return results
 
 
-def _results(labels: Tensor, dtype: torch.dtype, outputs: int, rows: Tensor, values: dict[str, Tensor]) -> list[Tensor]:
-    """`_empty_results` with the values of ``rows``, which may be none, in their places."""
-    if rows.numel() < labels.numel() or not values:
+def _results(
+    labels: Tensor, dtype: torch.dtype, outputs: int, positions: Tensor, values: dict[str, Tensor]
+) -> list[Tensor]:
+    """`_empty_results` with the values at ``positions``, which may be none, in their places."""
+    if positions.numel() < labels.numel() or not values:
         results = _empty_results(labels, dtype, outputs)
         for name, out in zip(("logps", "lse", *STATISTICS), results):
             if name in values:
-                out.view(-1, *values[name].shape[1:])[rows] = values[name].to(out.dtype)
+                out.view(-1, *values[name].shape[1:])[positions] = values[name].to(out.dtype)
         return results
     results = []
     for name in ("logps", "lse", *STATISTICS):
@@ -107,69 +109,111 @@ def _results(labels: Tensor, dtype: torch.dtype, outputs: int, rows: Tensor, val
     return results
 
 
-def _gather(rows: Tensor, labels: Tensor, **full: Tensor | None) -> dict[str, Tensor]:
-    present = {name: x for name, x in full.items() if x is not None and x.numel()}
-    if labels.ndim != 1:
-        present = {name: x.reshape(labels.numel(), *x.shape[labels.ndim :]) for name, x in present.items()}
-    flat = {name: x.contiguous() for name, x in present.items()}
-    return flat if rows.numel() == labels.numel() else {name: x[rows] for name, x in flat.items()}
+def _pick(labels: Tensor, positions: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of tensors that begin with labels' shape, the entries at ``positions``; None of one without elements."""
+    picked = []
+    for x in tensors:
+        if x is not None and x.numel():
+            flat = (x if labels.ndim == 1 else x.reshape(labels.numel(), *x.shape[labels.ndim :])).contiguous()
+            picked.append(flat if positions.numel() == labels.numel() else flat[positions])
+        else:
+            picked.append(None)
+    return picked
+
+
+# Registration
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(
+        "dpofast: second derivatives of log-probs are not implemented; call backward without create_graph=True, "
+        "or use dpofast.reference for a problem small enough"
+    )
+
+
+def _register(function: Callable, fake: Callable, backward: Callable, setup: Callable | None = None):
+    """The op ``dpofast::<the function's name without _>``, with what compilers and autograd must know of it."""
+    op = torch.library.custom_op(f"dpofast::{function.__name__.lstrip('_')}", function, mutates_args=())
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=setup)
+    return op
+
+
+# linear_logprob
 
 
 def _linear_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int | None, n_tokens: int,
-    temperature: float, logit_scale: float, softcap: float, outputs: int, backend: str, schedule: str, block: int,
-    token_chunk: int, cache_bytes: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bounds: Tensor | None,
+    ignore_index: int | None, n_tokens: int, transform: list[float], outputs: int, backend: str, schedule: str,
+    sizes: list[int], group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`."""
-    rows, y = _checked_rows(labels, ignore_index, n_tokens, weight.shape[0])
-    module, isa = _module(backend)
-    cache, values = module.cache_tensor(cache_bytes, hidden.device), {}
-    if rows.numel():
-        choice = Choice(schedule, block, token_chunk, cache_bytes, 0, 0.0)
-        transform = (temperature, logit_scale, softcap)
-        values = module.forward(isa, hidden, weight, bias, rows, y, transform, wanted(outputs), choice, cache)
-    return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, rows, values), cache)
+    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`.
+
+    ``transform`` are temperature, logit_scale and softcap, ``sizes`` block, token_chunk and cache_bytes of the
+    schedule. With ``bounds``, weight has rows ``bounds[rank]`` to ``bounds[rank + 1]`` of a head that the ranks of
+    ``group`` hold together.
+    """
+    n_vocab = weight.shape[0] if bounds is None else int(bounds[-1])
+    positions, y = _checked_positions(labels, ignore_index, n_tokens, n_vocab)
+    engine = backend_named(backend)
+    cache, values, names = engine.cache(sizes[2], hidden.device), {}, wanted(outputs)
+    if positions.numel():
+        problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+        how = Schedule.of(schedule, sizes)
+        if bounds is None:
+            values = engine.forward(problem, how, names, cache)
+        else:
+            part = distributed.slice_of_head(problem, bounds, group)
+            stats = engine.fold(part, how, names) if part.n_vocab else None
+            values = distributed.finish(stats, problem, bounds, group, names)
+    return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values), cache)
 
 
-linear_logprob = torch.library.custom_op("dpofast::linear_logprob", _linear_logprob, mutates_args=())
-
-
-@linear_logprob.register_fake
-def _(hidden, weight, bias, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend,
-      schedule, block, token_chunk, cache_bytes):  # fmt: skip
+def _fake_linear_logprob(
+    hidden, weight, bias, labels, bounds, ignore_index, n_tokens, transform, outputs, backend, schedule, sizes, group
+):
     results = _empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs)
-    return (*results, hidden.new_empty(cache_bytes, dtype=torch.uint8))
+    return (*results, hidden.new_empty(sizes[2], dtype=torch.uint8))
 
 
 def _linear_logprob_backward(
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    labels: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, cache: Tensor, needs: list[bool],
-    ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float, backend: str,
-    schedule: str, block: int, token_chunk: int,
+    incoming: list[Tensor | None], operands: list[Tensor | None], saved: list[Tensor], needs: list[bool],
+    ignore_index: int | None, n_tokens: int, transform: list[float], backend: str, schedule: str, sizes: list[int],
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements."""
-    module, isa = _module(backend)
+    """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements.
+
+    ``incoming`` are the gradients of logps and entropy; ``operands`` hidden, weight, bias, labels and bounds;
+    ``saved`` logps, lse, entropy and cache. With bounds, d hidden is the whole of it, on every rank.
+    """
+    hidden, weight, bias, labels, bounds = operands
+    engine = backend_named(backend)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
-        grads[1] = module.grad_weight_tensor(weight)
-    rows, y = _rows(labels, ignore_index, n_tokens)
-    if not rows.numel() or (grad_logps is None and grad_entropy is None):
+        grads[1] = engine.grad_weight(weight)
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    if not positions.numel() or all(x is None for x in incoming):
         return tuple(g.zero_() for g in grads)
-    choice = Choice(schedule, block, token_chunk, cache.numel(), 0, 0.0)
-    if needs[0] and rows.numel() < labels.numel():
+    problem, how = Problem(hidden, weight, bias, positions, y, Transform(*transform)), Schedule.of(schedule, sizes)
+    held = Saved(*_pick(labels, positions, saved[:3]), saved[3])
+    arriving = OutputGrads(*_pick(labels, positions, incoming))
+    into = InputGrads(*(g if need else None for g, need in zip(grads, needs)))
+    if needs[0] and positions.numel() < labels.numel():
         grads[0].zero_()
-    packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
-    incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
-    module.backward(
-        isa, hidden, weight, bias, rows, y, (temperature, logit_scale, softcap), choice, cache, packed,
-        incoming.get("logps"), incoming.get("entropy"), *(g if need else None for g, need in zip(grads, needs)),
-    )  # fmt: skip
+    if bounds is None:
+        engine.backward(problem, how, held, arriving, into)
+        return tuple(grads)
+    # The ranks' shares of d hidden travel: those of tokens that count, before they are rounded.
+    picked = take(hidden, positions)
+    everywhere = torch.arange(positions.numel(), device=positions.device)
+    part = distributed.slice_of_head(problem._replace(hidden=picked, positions=everywhere), bounds, group)
+    share = picked.new_zeros(picked.shape, dtype=problem.wide) if needs[0] else None
+    if part.n_vocab:
+        engine.backward(part, how, held, arriving, into._replace(hidden=share))
+    if share is not None:
+        distributed.add_up(share, group)
+        grads[0].view(-1, share.shape[-1])[positions] = share.to(hidden.dtype)
     return tuple(grads)
-
-
-linear_logprob_backward = torch.library.custom_op(
-    "dpofast::linear_logprob_backward", _linear_logprob_backward, mutates_args=()
-)
 
 
 def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
@@ -178,33 +222,30 @@ def _empty_grads(hidden, weight, bias, needs) -> list[Tensor]:
     return [x.new_empty(shape if need else (0,)) for x, shape, need in zip(like, shapes, needs)]
 
 
-@linear_logprob_backward.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, ignore_index,
-      n_tokens, temperature, logit_scale, softcap, backend, schedule, block, token_chunk):  # fmt: skip
-    return tuple(_empty_grads(hidden, weight, bias, needs))
+def _fake_linear_logprob_backward(incoming, operands, saved, needs, *_):
+    return tuple(_empty_grads(*operands[:3], needs))
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, bias, labels, *shared = inputs[:9]
-    _, backend, schedule, block, token_chunk, _ = inputs[9:]
+    *operands, ignore_index, n_tokens, transform, _, backend, schedule, sizes, group = inputs
     logps, lse, entropy, *_, cache = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, labels, logps, lse, entropy, cache)
-    ctx.options = (*shared, backend, schedule, block, token_chunk)
+    ctx.save_for_backward(*operands, logps, lse, entropy, cache)
+    ctx.options = ignore_index, n_tokens, transform, backend, schedule, sizes, group
 
 
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
-    hidden, weight, bias, labels, logps, lse, entropy, cache = ctx.saved_tensors
+    *operands, logps, lse, entropy, cache = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
-    backward = linear_logprob_backward if torch.is_grad_enabled() or _is_observed(hidden) else _linear_logprob_backward
-    grads = backward(
-        grad_logps, grad_entropy, hidden, weight, bias, labels, logps, lse, entropy, cache, needs, *ctx.options
-    )
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 12)
+    seen = torch.is_grad_enabled() or _is_observed(operands[0])
+    backward = linear_logprob_backward if seen else _linear_logprob_backward
+    grads = backward([grad_logps, grad_entropy], operands, [logps, lse, entropy, cache], needs, *ctx.options)
+    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
 
 
-linear_logprob.register_autograd(_backward, setup_context=_setup)
+linear_logprob = _register(_linear_logprob, _fake_linear_logprob, _backward, _setup)
+linear_logprob_backward = _register(_linear_logprob_backward, _fake_linear_logprob_backward, _no_second_derivative)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -246,69 +287,51 @@ def call_linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, lab
     return _linear_logprob(hidden, weight, bias, labels, *options)
 
 
-@torch.library.custom_op("dpofast::logprob", mutates_args=())
-def logprob(
-    logits: Tensor, labels: Tensor, ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float,
-    softcap: float, outputs: int, backend: str,
+# logprob
+
+
+def _logprob(
+    logits: Tensor, labels: Tensor, ignore_index: int | None, n_tokens: int, transform: list[float], outputs: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
-    rows, y = _checked_rows(labels, ignore_index, n_tokens, logits.shape[-1])
+    positions, y = _checked_positions(labels, ignore_index, n_tokens, logits.shape[-1])
     values = {}
-    if rows.numel():
-        module, isa = _module(backend)
-        values = module.rows_forward(isa, logits, rows, y, (temperature, logit_scale, softcap), wanted(outputs))
-    return tuple(_results(labels, wide_dtype(logits.dtype), outputs, rows, values))
+    if positions.numel():
+        problem = LogitsProblem(logits, positions, y, Transform(*transform))
+        values = backend_named(backend).logits_forward(problem, wanted(outputs))
+    return tuple(_results(labels, wide_dtype(logits.dtype), outputs, positions, values))
 
 
-@logprob.register_fake
-def _(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend):
+def _fake_logprob(logits, labels, ignore_index, n_tokens, transform, outputs, backend):
     return tuple(_empty_results(labels, wide_dtype(logits.dtype), outputs))
 
 
 def _fill_grad_logits(
-    grad_logits,
-    grad_logps,
-    grad_entropy,
-    logits,
-    labels,
-    logps,
-    lse,
-    entropy,
-    ignore_index,
-    n_tokens,
-    transform,
-    backend,
-) -> None:
-    rows, y = _rows(labels, ignore_index, n_tokens)
-    module, isa = _module(backend)
-    packed = _gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
-    incoming = _gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
-    if rows.numel():
-        module.rows_backward(
-            isa, logits, rows, y, transform, packed, incoming.get("logps"), incoming.get("entropy"), grad_logits
-        )
+    grad_logits: Tensor, incoming: Sequence[Tensor | None], logits: Tensor, labels: Tensor, saved: Sequence[Tensor],
+    options: tuple,
+) -> None:  # fmt: skip
+    ignore_index, n_tokens, transform, backend = options
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    if positions.numel():
+        problem = LogitsProblem(logits, positions, y, Transform(*transform))
+        held, arriving = (_pick(labels, positions, tensors) for tensors in (saved, incoming))
+        backend_named(backend).logits_backward(problem, Saved(*held), OutputGrads(*arriving), grad_logits)
     if ignore_index is not None:
         grad_logits.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
 
 
-@torch.library.custom_op("dpofast::logprob_backward", mutates_args=())
-def logprob_backward(
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor,
-    entropy: Tensor, ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float,
-    backend: str,
+def _logprob_backward(
+    incoming: list[Tensor | None], logits: Tensor, labels: Tensor, saved: list[Tensor], ignore_index: int | None,
+    n_tokens: int, transform: list[float], backend: str,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits, in new memory."""
+    """The gradient of the logits, in new memory; ``saved`` are logps, lse and entropy."""
     grad = logits.new_empty(logits.shape)
-    _fill_grad_logits(
-        grad, grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens,
-        (temperature, logit_scale, softcap), backend,
-    )  # fmt: skip
+    _fill_grad_logits(grad, incoming, logits, labels, saved, (ignore_index, n_tokens, transform, backend))
     return grad
 
 
-@logprob_backward.register_fake
-def _(grad_logps, grad_entropy, logits, labels, logps, lse, entropy, ignore_index, n_tokens, temperature, logit_scale,
-      softcap, backend):  # fmt: skip
+def _fake_logprob_backward(incoming, logits, *_):
     return logits.new_empty(logits.shape)
 
 
@@ -322,11 +345,13 @@ def _setup_logprob(ctx, inputs, output):
 
 def _backward_logprob(ctx, grad_logps, _lse, grad_entropy, *_):
     if grad_logps is None and grad_entropy is None:
-        return (None,) * 9
-    return (logprob_backward(grad_logps, grad_entropy, *ctx.saved_tensors, *ctx.options), *(None,) * 8)
+        return (None,) * 7
+    logits, labels, *saved = ctx.saved_tensors
+    return (logprob_backward([grad_logps, grad_entropy], logits, labels, saved, *ctx.options), *(None,) * 6)
 
 
-logprob.register_autograd(_backward_logprob, setup_context=_setup_logprob)
+logprob = _register(_logprob, _fake_logprob, _backward_logprob, _setup_logprob)
+logprob_backward = _register(_logprob_backward, _fake_logprob_backward, _no_second_derivative)
 
 
 class InplaceLogprob(torch.autograd.Function):
@@ -336,11 +361,9 @@ class InplaceLogprob(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend):
-        results = logprob(logits, labels, ignore_index, n_tokens, temperature, logit_scale, softcap, outputs, backend)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, *results[:3])
-        ctx.options = (ignore_index, n_tokens, (temperature, logit_scale, softcap), backend)
+    def forward(ctx, *inputs):
+        results = logprob(*inputs)
+        _setup_logprob(ctx, inputs, results)
         ctx.mark_non_differentiable(results[1], *results[3:])
         ctx.overwritten = False
         return results
@@ -353,22 +376,11 @@ class InplaceLogprob(torch.autograd.Function):
                 "create_graph=True, or pass inplace_grad=False"
             )
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 7
         if ctx.overwritten:
             raise RuntimeError("dpofast.logprob(inplace_grad=True): a second backward, but the logits are overwritten")
         ctx.overwritten = True
-        logits, labels, logps, lse, entropy = ctx.saved_tensors
+        logits, labels, *saved = ctx.saved_tensors
         grad = logits.detach()
-        _fill_grad_logits(grad, grad_logps, grad_entropy, grad, labels, logps, lse, entropy, *ctx.options)
-        return (grad, *(None,) * 8)
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(
-        "dpofast: second derivatives of log-probs are not implemented; call backward without create_graph=True, "
-        "or use dpofast.reference for a problem small enough"
-    )
-
-
-for _op in (linear_logprob_backward, logprob_backward):
-    _op.register_autograd(_no_second_derivative)
+        _fill_grad_logits(grad, (grad_logps, grad_entropy), grad, labels, saved, ctx.options)
+        return (grad, *(None,) * 6)

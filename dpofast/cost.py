@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from dpofast.plan import Choice, TiledTraits
+    from dpofast.plan import Schedule, TiledTraits
 
 PRODUCT_EFFICIENCY = 0.74
 """Of the data sheet's peak that large products reach: as quoted in TRL's issue 7244, 42 ms for three of
@@ -72,7 +72,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(
-    choice: Choice, columns: int, n: int, h: int, v: int, traits: TiledTraits, weight_bytes: int, to_hidden: bool,
+    choice: Schedule, columns: int, n: int, h: int, v: int, traits: TiledTraits, weight_bytes: int, to_hidden: bool,
     to_weight: bool,
 ) -> Traffic:  # fmt: skip
     """Of forward and backward under ``choice``, for n tokens; without bias, per-row numbers and conversions.
@@ -83,7 +83,7 @@ def traffic(
     e, a = traits.elem, traits.acc
     out = weight_bytes if weight_bytes in (e, a) else a
     parts, blocks = _pieces(n, choice.token_chunk), _pieces(v, choice.block)
-    columns = v if choice.schedule == "jacobian" else columns
+    columns = v if choice.keeps_jacobian else columns
     logits = kept = operands = launches = 0
 
     def tiles(width: int) -> None:
@@ -109,7 +109,7 @@ def traffic(
         logits += n * columns * a
         kept += 3 * n * columns * e  # stored, then read and written once more by normalise
         launches += 2 * _pieces(columns, choice.block) * parts
-    if choice.schedule == "jacobian":
+    if choice.keeps_jacobian:
         times_weight(v, parts, n)
         return Traffic(logits, kept, operands, launches)
     if not (to_hidden or to_weight):
@@ -123,7 +123,7 @@ def traffic(
         operands += n * h * e * slices + columns * h * out
         launches += slices
     rest = v - columns
-    split = choice.schedule == "recompute-split"
+    split = choice.splits_backward
     for hidden, weight in ((True, False), (False, True)) if split else ((to_hidden, to_weight),):
         if not rest:
             break

@@ -1,7 +1,7 @@
 """One problem on several processes, on `torch.distributed` as it is.
 
 *Vocabulary-parallel*: each rank of a group has some rows of the head. It folds its own logits into the running
-statistics of each token (`dpofast.backends.torch.Stat`), seven numbers; these are gathered, merged in double and
+statistics of each token (`dpofast.contract.Stat`), seven numbers; these are gathered, merged in double and
 finished, in the same order on every rank, so that every rank has the same bits. The backward makes its own logits
 again, and the ranks' shares of d hidden are added up. What travels is O(tokens), never O(tokens x vocabulary).
 
@@ -22,11 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpofast import _ops
-from dpofast.backends._tensors import wide_dtype
-from dpofast.backends.tiled import take
-from dpofast.backends.torch import Stat, TorchPasses
-from dpofast.plan import Choice
+from dpofast.backends.base import Problem
+from dpofast.backends.torch import TorchPasses
+from dpofast.contract import Stat
 
 if dist.is_available():
     from torch.distributed.device_mesh import DeviceMesh
@@ -215,9 +213,9 @@ def local_head(
 _BEYOND = 1 << 40  # stands for any label after a slice: none reaches into what a kernel pads
 
 
-def _local(y: Tensor, start: int, n_rows: int) -> Tensor:
-    """Labels as a slice's own row numbers; -1 before the slice, far beyond it after."""
-    local = y - start
+def _local(labels: Tensor, start: int, n_rows: int) -> Tensor:
+    """Labels as a slice's own row numbers: -1 of one before the slice, far beyond its rows of one after it."""
+    local = labels - start
     return torch.where(local < 0, -1, torch.where(local < n_rows, local, _BEYOND))
 
 
@@ -238,91 +236,27 @@ def _merge(stats: Tensor, owner: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("dpofast::sharded_logprob", mutates_args=())
-def sharded_logprob(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bounds: Tensor, ignore_index: int | None,
-    n_tokens: int, temperature: float, logit_scale: float, softcap: float, backend: str, schedule: str, block: int,
-    token_chunk: int, group: str, outputs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dpofast._ops.linear_logprob` of a head whose rows ``bounds[rank]`` to ``bounds[rank + 1]`` are here."""
-    ranks = _resolve(group)
-    start, n_vocab = int(bounds[dist.get_rank(ranks)]), int(bounds[-1])
-    rows, y = _ops._checked_rows(labels, ignore_index, n_tokens, n_vocab)
-    wide, names, values = wide_dtype(hidden.dtype, weight.dtype), _ops.wanted(outputs), {}
-    if rows.numel():
-        if weight.shape[0]:
-            module, isa = _ops._module(backend)
-            local, choice = _local(y, start, weight.shape[0]), Choice(schedule, block, token_chunk, 0, 0, 0.0)
-            transform = temperature, logit_scale, softcap
-            stats = module.fold(isa, hidden, weight, bias, rows, local, transform, names, choice)
-        else:
-            stats = TorchPasses().new_stats(rows.numel(), wide, hidden.device)
-        owner = torch.searchsorted(bounds[1:].to(y.device), y, right=True).clamp_(max=bounds.numel() - 2)
-        merged = _merge(_gather(stats, ranks), owner)
-        values = TorchPasses().finish(merged, y, n_vocab, names)
-    return tuple(_ops._results(labels, wide, outputs, rows, values))
+def slice_of_head(problem: Problem, bounds: Tensor, group: str) -> Problem:
+    """``problem``, whose weight is this rank's rows of the head, with labels that count from the first of them."""
+    start = int(bounds[dist.get_rank(_resolve(group))])
+    return problem._replace(labels=_local(problem.labels, start, problem.n_vocab))
 
 
-@sharded_logprob.register_fake
-def _(hidden, weight, bias, labels, bounds, ignore_index, n_tokens, temperature, logit_scale, softcap, backend,
-      schedule, block, token_chunk, group, outputs):  # fmt: skip
-    return tuple(_ops._empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs))
+def finish(
+    stats: Tensor | None, problem: Problem, bounds: Tensor, group: str, outputs: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The results of the whole head from every rank's statistics of its slice; None: this one has no rows."""
+    passes, labels = TorchPasses(), problem.labels
+    if stats is None:
+        stats = passes.new_stats(problem.n_tokens, problem.wide, problem.hidden.device)
+    owner = torch.searchsorted(bounds[1:].to(labels.device), labels, right=True).clamp_(max=bounds.numel() - 2)
+    merged = _merge(_gather(stats, _resolve(group)), owner)
+    return passes.finish(merged, labels, int(bounds[-1]), outputs)
 
 
-@torch.library.custom_op("dpofast::sharded_logprob_backward", mutates_args=())
-def sharded_logprob_backward(
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-    labels: Tensor, bounds: Tensor, logps: Tensor, lse: Tensor, entropy: Tensor, needs: list[bool],
-    ignore_index: int | None, n_tokens: int, temperature: float, logit_scale: float, softcap: float, backend: str,
-    schedule: str, block: int, token_chunk: int, group: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The whole gradient of hidden, on every rank, and those of this rank's weight and bias."""
-    ranks, n_rows = _resolve(group), weight.shape[0]
-    rows, y = _ops._rows(labels, ignore_index, n_tokens)
-    grads = _ops._empty_grads(hidden, weight, bias, needs)
-    if not rows.numel() or (grad_logps is None and grad_entropy is None):
-        return tuple(g.zero_() for g in grads)
-    packed = take(hidden, rows)  # of which the gradient travels, not of prompt and padding
-    sums = packed.new_zeros(packed.shape, dtype=wide_dtype(hidden.dtype, weight.dtype)) if needs[0] else None
-    if n_rows:
-        module, isa = _ops._module(backend)
-        saved = _ops._gather(rows, labels, logps=logps, lse=lse, entropy=entropy)
-        incoming = _ops._gather(rows, labels, logps=grad_logps, entropy=grad_entropy)
-        module.backward(
-            isa, packed, weight, bias, torch.arange(rows.numel(), device=rows.device),
-            _local(y, int(bounds[dist.get_rank(ranks)]), n_rows), (temperature, logit_scale, softcap),
-            Choice(schedule, block, token_chunk, 0, 0, 0.0), module.cache_tensor(0, hidden.device), saved,
-            incoming.get("logps"), incoming.get("entropy"), sums,
-            *(g if need else None for g, need in zip(grads[1:], needs[1:])),
-        )  # fmt: skip
-    if sums is not None:
-        dist.all_reduce(sums, group=ranks)
-        grads[0].zero_().view(-1, sums.shape[-1])[rows] = sums.to(hidden.dtype)
-    return tuple(grads)
-
-
-@sharded_logprob_backward.register_fake
-def _(grad_logps, grad_entropy, hidden, weight, bias, labels, bounds, logps, lse, entropy, needs, *_):
-    return tuple(_ops._empty_grads(hidden, weight, bias, needs))
-
-
-def _setup(ctx, inputs, output):
-    *operands, _ = inputs
-    tensors, options = operands[:5], operands[5:]
-    logps, lse, entropy, *_ = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, logps, lse, entropy)
-    ctx.options = options
-
-
-def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
-    needs = list(ctx.needs_input_grad[:3])
-    grads = sharded_logprob_backward(grad_logps, grad_entropy, *ctx.saved_tensors, needs, *ctx.options)
-    return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 13)
-
-
-sharded_logprob.register_autograd(_backward, setup_context=_setup)
-sharded_logprob_backward.register_autograd(_ops._no_second_derivative)
+def add_up(x: Tensor, group: str) -> None:
+    """The sum of every rank's ``x``, in its place."""
+    dist.all_reduce(x, group=_resolve(group))
 
 
 # Sequence-parallel

@@ -1,224 +1,25 @@
-"""From hidden states or logits to a preference loss: the primitive, sums per sequence, the table."""
+"""From hidden states or logits to a preference loss: the primitive, sums per sequence, the table of losses."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpofast import distributed, losses
 from dpofast.primitive import LogprobOutput, check_inputs, check_logits, linear_logprob, logprob
+from dpofast.sequences import Sequences, check_ld_alpha, check_like_labels, sequence_group_name
 
-__all__ = ["DPOLossOutput", "dpo_loss", "linear_dpo_loss", "sequence_logps", "wpo_weights"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from dpofast.options import LinearLossOptions, LogitsLossOptions
 
-# Sums per sequence
-
-
-def sequence_logps(
-    logps: Tensor,
-    labels: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    average: bool = False,
-    token_weights: Tensor | None = None,
-    ld_alpha: float | None = None,
-    ignore_index: int = -100,
-    group: Any = None,
-) -> Tensor:
-    """Log-probability of each sequence: the sum over its labelled tokens.
-
-    Equivalent to::
-
-        mask = labels != ignore_index
-        out = torch.where(mask, logps, 0).sum(-1)
-        if average:
-            out = out / mask.sum(-1).clamp(min=1)
-
-    Args:
-        logps: per-token log-probabilities ``[S, T]``, or packed ``[N]`` with cu_seqlens. Floating point.
-        labels: token ids of the same shape; ``ignore_index`` where a token does not count.
-        cu_seqlens: boundaries of packed sequences ``[S + 1]``, integer, from 0 to N, not decreasing.
-        average: divide by the number of labelled tokens, 1 for a sequence without any, whatever their weights.
-        token_weights: a factor for each token, of the shape of logps. Differentiable. Where a token does not count it
-            is not looked at and may be anything, NaN included.
-        ld_alpha: LD-DPO. The sequences are ``[chosen; rejected]``, and in each pair the tokens past the
-            length of the shorter completion count ld_alpha, in [0, 1]: for 0, not at all, even at a log-probability
-            of -inf. None counts every token fully.
-        ignore_index: the label that does not count.
-        group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold the sequences
-            together: sequence- (context-) parallel. Each passes its own tokens of all S sequences, as many as it has
-            of each, none included. For ld_alpha the order of ranks must be that of the tokens.
-
-    Returns:
-        ``[S]``, fp32, or fp64 for fp64. A sequence without labels has 0, with gradient 0. With ``group``, the sums over
-        all ranks, on each; every rank has the same loss of them, and the gradient goes to its own logps.
-
-    Raises:
-        ValueError: shapes that do not match, bad boundaries, ld_alpha out of range or with an odd S.
-        TypeError: logps that are not floating, labels or boundaries that are not integers. With ``group``, on every
-            rank of it.
-
-    LD-DPO: arXiv:2409.06411 eq. 9 and 10.
-
-    >>> logps = torch.tensor([[-1.0, -2.0, -4.0], [-8.0, -16.0, 0.0]])
-    >>> labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
-    >>> sequence_logps(logps, labels)
-    tensor([ -7., -24.])
-    >>> sequence_logps(logps, labels, ld_alpha=0.5)
-    tensor([ -5., -24.])
-    """
-    name = _sequence_group(group)
-    with distributed.refusing_together(name):
-        _check_tokens(labels, cu_seqlens, ignore_index)
-        _check_like_labels("logps", logps, labels)
-        if token_weights is not None:
-            _check_like_labels("token_weights", token_weights, labels)
-        _check_ld_alpha(ld_alpha)
-    mask = labels != ignore_index
-    # what does not count is 0 before any factor: 0 times a NaN would be one, in the value or in the gradient
-    values = torch.where(mask, logps.to(torch.promote_types(logps.dtype, torch.float32)), 0.0)
-    if token_weights is not None:
-        values = values * torch.where(mask, token_weights, 0.0)
-    if name is not None:
-        n_sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        options = average, ld_alpha, token_weights is not None, values.dtype
-        distributed.agree_on_sequences(name, n_sequences, str(options))
-    lengths = _lengths(mask, cu_seqlens, name) if average or ld_alpha is not None else None
-    if ld_alpha is not None:
-        if lengths.shape[0] % 2:
-            raise ValueError(f"ld_alpha needs [chosen; rejected], and the batch has {lengths.shape[0]} sequences")
-        less = ld_alpha * values if ld_alpha else 0.0
-        values = torch.where(_tail(mask, lengths, cu_seqlens, name), less, values)
-    sums = _sums(values, cu_seqlens, name)
-    return sums / lengths.clamp(min=1) if average else sums
-
-
-def wpo_weights(
-    logps: Tensor,
-    log_sum_sq_probs: Tensor,
-    labels: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    ignore_index: int = -100,
-    group: Any = None,
-) -> Tensor:
-    """WPO's weight of each sequence: its mean token probability, relative to the policy's own expectation.
-
-    A pair's weight is the product of its two, as in TRL. Equivalent to::
-
-        torch.exp(sequence_logps(logps - log_sum_sq_probs, labels, average=True)).detach()
-
-    Args:
-        logps, log_sum_sq_probs: as `linear_logprob` returns them with ``outputs=("log_sum_sq_probs",)``.
-        labels, cu_seqlens, ignore_index, group: as in `sequence_logps`.
-
-    Returns:
-        ``[S]``, without gradient.
-
-    WPO: arXiv:2406.11827 eq. 2.
-
-    >>> wpo_weights(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.0]]), torch.tensor([[3, 4]]))
-    tensor([1.])
-    """
-    aligned = (logps - log_sum_sq_probs).detach()
-    averages = sequence_logps(
-        aligned, labels, cu_seqlens=cu_seqlens, average=True, ignore_index=ignore_index, group=group
-    )
-    return torch.exp(averages)
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16)
-"""Not bool and uint8, which index as masks."""
-
-
-def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
-    losses.check_dense("labels", labels)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index={ignore_index!r} is a {type(ignore_index).__name__}; expected an int")
-    if labels.dtype not in (*_INTEGERS, torch.uint8):
-        raise TypeError(f"labels are of {labels.dtype}; expected integer token ids")
-    if cu_seqlens is None:
-        if labels.dim() != 2:
-            raise ValueError(f"labels have shape {list(labels.shape)}; expected [S, T], or cu_seqlens with [N]")
-        return
-    losses.check_dense("cu_seqlens", cu_seqlens, labels=labels)
-    if cu_seqlens.dtype not in _INTEGERS:
-        raise TypeError(f"cu_seqlens is of {cu_seqlens.dtype}; expected int64, int32 or int16")
-    if labels.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)} and cu_seqlens {list(cu_seqlens.shape)}; expected [N] and [S + 1]"
-        )
-    # on a GPU the values can't be looked at without waiting for it
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens={ends}; expected boundaries from 0 to N={labels.shape[0]}, not decreasing")
-
-
-def _check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
-    """A number for each token."""
-    losses.check_dense(name, value, labels=labels)
-    if value.shape != labels.shape or not value.is_floating_point():
-        raise (ValueError if value.is_floating_point() else TypeError)(
-            f"{name} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
-            f"{list(labels.shape)}"
-        )
-
-
-def _check_ld_alpha(ld_alpha: float | None) -> None:
-    if ld_alpha is None:
-        return
-    if isinstance(ld_alpha, bool) or not isinstance(ld_alpha, (int, float)):
-        raise TypeError(f"ld_alpha={ld_alpha!r} is a {type(ld_alpha).__name__}; expected a number in [0, 1]")
-    if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha={ld_alpha!r}; expected a number in [0, 1]")
-
-
-def _sequence_group(group: Any) -> str | None:
-    return None if group is None else distributed.group_name(group, "sequence_group")
-
-
-def _sums(values: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
-    """Sum each sequence. Packed ones go segment by segment: no atomics, so that the bits do not vary."""
-    if cu_seqlens is None:
-        sums = values.sum(-1)
-    else:
-        sums = torch.segment_reduce(values, "sum", offsets=cu_seqlens.long(), initial=0, unsafe=True)
-    return sums if group is None else distributed.sum_over_ranks(sums, group)
-
-
-def _own_lengths(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Labelled tokens of each sequence that are here."""
-    if cu_seqlens is None:
-        return mask.sum(-1)
-    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-    return before[cu_seqlens[1:]] - before[cu_seqlens[:-1]]
-
-
-def _lengths(mask: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
-    lengths = _own_lengths(mask, cu_seqlens)
-    return lengths if group is None else distributed.sum_over_ranks(lengths, group)
-
-
-def _tail(mask: Tensor, lengths: Tensor, cu_seqlens: Tensor | None, group: str | None) -> Tensor:
-    """Where a token lies past the end of the shorter completion of its pair."""
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
-    if group is not None:  # less what the pair has on earlier ranks
-        shared = shared - distributed.sum_over_earlier_ranks(_own_lengths(mask, cu_seqlens), group)
-    if cu_seqlens is None:
-        return mask.cumsum(-1) > shared.unsqueeze(-1)
-    index = torch.arange(mask.shape[0], device=mask.device)
-    sequence = torch.searchsorted(cu_seqlens.long(), index, right=True) - 1
-    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
-    return before[1:] - before[cu_seqlens[sequence]] > shared[sequence]
-
-
-# The losses
+__all__ = ["DPOLossOutput", "dpo_loss", "linear_dpo_loss"]
 
 
 class DPOLossOutput(NamedTuple):
@@ -313,7 +114,7 @@ def make_objective(
     if "weight" in options:
         raise TypeError("weight is the head's; the weight of each pair is pair_weight")
     losses.check_reduction(reduction)
-    _check_ld_alpha(ld_alpha)
+    check_ld_alpha(ld_alpha)
     if token_weights is not None:
         losses.check_dense("token_weights", token_weights)
     for name, value in {"use_weighting": use_weighting, "metrics": metrics}.items():
@@ -342,8 +143,15 @@ def linear_dpo_loss(
     ref_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float | Tensor | Mapping[str, Any] = 0.1,
+    label_smoothing: float | Mapping[str, Any] = 0.0,
+    reduction: str = "mean",
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    group: Any = None,
     sequence_group: Any = None,
-    **options: Any,
+    **options: Unpack[LinearLossOptions],
 ) -> DPOLossOutput:
     """A preference loss from hidden states and the language-model head; the logits are never built.
 
@@ -364,15 +172,17 @@ def linear_dpo_loss(
         ref_hidden, ref_weight, ref_bias: the reference's hidden states and head, scored without gradient.
         cu_seqlens: boundaries of packed sequences ``[2B + 1]``, as in `sequence_logps`.
         ignore_index: the label of prompt and padding; those positions are not computed.
+        loss_type, beta, label_smoothing, reduction: as in `preference_loss`.
+        memory_budget, backend: as in `linear_logprob`.
+        group: the ranks that hold the head together, as in `linear_logprob`.
         sequence_group: the ranks that hold the sequences together, each some tokens of all 2B, as ``group`` in
             `sequence_logps`. Every rank then has the same loss; the gradients of the head and of all below it are
             each rank's share, to be added up.
-        options: loss_type, loss_weights, beta, label_smoothing, reduction and the losses' other options, as
-            in `preference_loss`, but that a pair's weight ``[B]`` is called pair_weight; token_weights, of labels'
-            shape, and ld_alpha, as in `sequence_logps`, for the sums of policy and reference alike (lengths, the
-            supervised terms, WPO's weights and metrics have every token whole); use_weighting=True for `wpo_weights`;
-            metrics=True for the statistics that `DPOLossOutput.metrics` then has; and temperature, logit_scale,
-            softcap, backend, group (of a head in slices) and whatever else `linear_logprob` takes.
+        options: loss_weights and the losses' other options, as in `preference_loss`, but that a pair's weight ``[B]``
+            is called pair_weight; token_weights, of labels' shape, and ld_alpha, as in `sequence_logps`, for the sums
+            of policy and reference alike (lengths, the supervised terms, WPO's weights and metrics have every token
+            whole); use_weighting=True for `wpo_weights`; metrics=True for the statistics that `DPOLossOutput.metrics`
+            then has; and temperature, logit_scale and softcap, as in `linear_logprob`.
 
     Returns:
         `DPOLossOutput`.
@@ -387,7 +197,8 @@ def linear_dpo_loss(
     >>> linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, ref_weight=weight).loss  # log 2
     tensor(0.6931)
     """
-    with distributed.refusing_together(_sequence_group(sequence_group)):
+    ranks = sequence_group_name(sequence_group)
+    with distributed.refusing_together(ranks):
         if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
             raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
         if ref_hidden is not None and ref_weight is None:
@@ -395,11 +206,14 @@ def linear_dpo_loss(
                 "ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)"
             )
         _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
-        _check_tokens(labels, cu_seqlens, ignore_index)
+        sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
         head, rest = _split(options, linear_logprob)
-        objective = make_objective(**rest)
+        head |= {"memory_budget": memory_budget, "backend": backend, "group": group}
+        objective = make_objective(
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **rest
+        )
         # that of a vocabulary in slices is left to linear_logprob, which refuses on all of its ranks together
-        if ref_hidden is not None and head.get("group") is None and not distributed.is_dtensor(ref_weight):
+        if ref_hidden is not None and group is None and not distributed.is_dtensor(ref_weight):
             check_inputs(ref_hidden, ref_weight, labels, ref_bias, prefix="ref_")
 
     def score(outputs: tuple[str, ...]) -> LogprobOutput:
@@ -409,7 +223,7 @@ def linear_dpo_loss(
         return linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_hidden is not None else None
-    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, sequence_group, objective)
+    return _preference(score, reference, ref_logps, sequences, objective)
 
 
 def dpo_loss(
@@ -420,8 +234,13 @@ def dpo_loss(
     ref_logits: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     ignore_index: int = -100,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float | Tensor | Mapping[str, Any] = 0.1,
+    label_smoothing: float | Mapping[str, Any] = 0.0,
+    reduction: str = "mean",
+    backend: str = "auto",
     sequence_group: Any = None,
-    **options: Any,
+    **options: Unpack[LogitsLossOptions],
 ) -> DPOLossOutput:
     """A preference loss from logits already at hand.
 
@@ -436,8 +255,9 @@ def dpo_loss(
     Args:
         logits: ``[2B, T, V]``, all chosen completions and then all rejected ones; or packed ``[N, V]``.
         ref_logits: the reference's logits, read without gradient; or ref_logps.
-        labels, ref_logps, cu_seqlens, ignore_index, sequence_group, options: as in `linear_dpo_loss`, with the options
-            of `logprob` for those of `linear_logprob`.
+        labels, ref_logps, cu_seqlens, ignore_index, loss_type, beta, label_smoothing, reduction, backend,
+            sequence_group, options: as in `linear_dpo_loss`, with the options of `logprob` for those of
+            `linear_logprob`.
 
     Returns:
         `DPOLossOutput`.
@@ -449,11 +269,15 @@ def dpo_loss(
     >>> dpo_loss(logits, labels, loss_type="simpo", beta=2.0, simpo_gamma=0.0).loss  # log 2
     tensor(0.6931)
     """
-    with distributed.refusing_together(_sequence_group(sequence_group)):
+    ranks = sequence_group_name(sequence_group)
+    with distributed.refusing_together(ranks):
         _check_rows({"logits": logits, "ref_logits": ref_logits}, labels)
-        _check_tokens(labels, cu_seqlens, ignore_index)
+        sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
         head, rest = _split(options, logprob)
-        objective = make_objective(**rest)
+        head |= {"backend": backend}
+        objective = make_objective(
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **rest
+        )
         if ref_logits is not None:
             check_logits(ref_logits, labels, "ref_logits")
 
@@ -464,7 +288,7 @@ def dpo_loss(
         return logprob(ref_logits, labels, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_logits is not None else None
-    return _preference(score, reference, ref_logps, labels, cu_seqlens, ignore_index, sequence_group, objective)
+    return _preference(score, reference, ref_logps, sequences, objective)
 
 
 def head_options(primitive: Callable[..., Any]) -> frozenset[str]:
@@ -523,86 +347,81 @@ def _preference(
     score: Callable[[tuple[str, ...]], LogprobOutput],
     score_reference: Callable[[], Tensor] | None,
     ref_logps: Tensor | None,
-    labels: Tensor,
-    cu_seqlens: Tensor | None,
-    ignore_index: int,
-    sequence_group: Any,
+    sequences: Sequences,
     objective: Objective,
 ) -> DPOLossOutput:
     """Check everything that is left to check, score the policy and the reference, and apply the losses."""
-    group = _sequence_group(sequence_group)
+    group, has_reference = sequences.group, ref_logps is not None or score_reference is not None
     with distributed.refusing_together(group):
-        sequences = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if sequences % 2:
-            raise ValueError(
-                f"labels hold {sequences} sequences; a paired loss expects [chosen; rejected], an even number"
-            )
-        if ref_logps is not None:
-            if score_reference is not None:
-                raise ValueError("ref_logps and a reference to score are both given; pass one of them")
-            losses.check_dense("ref_logps", ref_logps, labels=labels)
-            if ref_logps.shape not in (labels.shape, (sequences,)) or not ref_logps.is_floating_point():
-                raise ValueError(
-                    f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
-                    f"token {list(labels.shape)} or per sequence [{sequences}]"
-                )
-        has_reference = ref_logps is not None or score_reference is not None
-        losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
-        losses.check_per_pair(objective.terms, sequences // 2, labels=labels)
-        if objective.pair_weight is not None:
-            losses.check_dense("pair_weight", objective.pair_weight, labels=labels)
-            if objective.pair_weight.shape != (sequences // 2,):
-                raise ValueError(
-                    f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{sequences // 2}]"
-                )
-        if objective.token_weights is not None:
-            _check_like_labels("token_weights", objective.token_weights, labels)
+        if ref_logps is not None and score_reference is not None:
+            raise ValueError("ref_logps and a reference to score are both given; pass one of them")
+        _check_pairs(objective, sequences, ref_logps, has_reference)
         policy = score(objective.outputs)
     if group is not None:
-        reference_shape = None if ref_logps is None else ref_logps.ndim
-        options = objective.outputs, objective.ld_alpha, objective.options["loss_type"], has_reference, reference_shape
-        distributed.agree_on_sequences(group, sequences, str(options))
+        _agree(group, sequences, objective, ref_logps, has_reference)
     weights = {"token_weights": objective.token_weights, "ld_alpha": objective.ld_alpha}
-
-    def total(logps: Tensor, **weights: Any) -> Tensor:
-        return sequence_logps(
-            logps, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index, group=sequence_group, **weights
-        )
-
-    logps = total(policy.logps, **weights)
-    lengths = _lengths(labels != ignore_index, cu_seqlens, group)
+    logps = sequences.logps(policy.logps, **weights)
     given = dict(zip(_SIDES, logps.chunk(2), strict=True))
-    given |= dict(zip(("chosen_lengths", "rejected_lengths"), lengths.chunk(2), strict=True))
+    given |= dict(zip(("chosen_lengths", "rejected_lengths"), sequences.lengths().chunk(2), strict=True))
     if has_reference:
         with torch.no_grad():
             reference = score_reference() if ref_logps is None else ref_logps.detach()
-        if reference.shape == labels.shape:  # with a graph: token_weights may be learned, and weigh these too
-            reference = total(reference, **weights)
+        if reference.shape == sequences.labels.shape:  # with a graph: token_weights may be learned, and weigh these too
+            reference = sequences.logps(reference, **weights)
         given |= dict(zip(_REFERENCE_SIDES, reference.chunk(2), strict=True))
     if "chosen_nll" in losses.needed(objective.terms):
-        plain = total(policy.logps) if any(x is not None for x in weights.values()) else logps
+        plain = sequences.logps(policy.logps) if any(x is not None for x in weights.values()) else logps
         given["chosen_nll"] = -plain.chunk(2)[0]
 
     weight = objective.pair_weight
     if objective.use_weighting:
-        chosen, rejected = wpo_weights(
-            policy.logps, policy.log_sum_sq_probs, labels, cu_seqlens=cu_seqlens, ignore_index=ignore_index,
-            group=sequence_group,
-        ).chunk(2)  # fmt: skip
+        chosen, rejected = sequences.wpo_weights(policy.logps, policy.log_sum_sq_probs).chunk(2)
         weight = chosen * rejected if weight is None else weight * chosen * rejected
     loss = losses.preference_loss(**given, weight=weight, **objective.options)
     rewards = losses.implicit_rewards(objective.terms, given)
     given.pop("chosen_nll", None)
-    statistics = _statistics(policy, lengths, cu_seqlens, group) if objective.metrics else {}
+    statistics = _statistics(policy, sequences) if objective.metrics else {}
     return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
 
 
-def _statistics(
-    policy: LogprobOutput, lengths: Tensor, cu_seqlens: Tensor | None, group: str | None
-) -> dict[str, Tensor]:
+def _check_pairs(objective: Objective, sequences: Sequences, ref_logps: Tensor | None, has_reference: bool) -> None:
+    """What can only be checked with an objective and data at hand."""
+    labels, n = sequences.labels, len(sequences)
+    if n % 2:
+        raise ValueError(f"labels hold {n} sequences; a paired loss expects [chosen; rejected], an even number")
+    if ref_logps is not None:
+        losses.check_dense("ref_logps", ref_logps, labels=labels)
+        if ref_logps.shape not in (labels.shape, (n,)) or not ref_logps.is_floating_point():
+            raise ValueError(
+                f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
+                f"token {list(labels.shape)} or per sequence [{n}]"
+            )
+    losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
+    losses.check_per_pair(objective.terms, n // 2, labels=labels)
+    if objective.pair_weight is not None:
+        losses.check_dense("pair_weight", objective.pair_weight, labels=labels)
+        if objective.pair_weight.shape != (n // 2,):
+            raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{n // 2}]")
+    if objective.token_weights is not None:
+        check_like_labels("token_weights", objective.token_weights, labels)
+
+
+def _agree(
+    group: str, sequences: Sequences, objective: Objective, ref_logps: Tensor | None, has_reference: bool
+) -> None:
+    """An error on every rank, unless all are about to add up the same things."""
+    weights = objective.token_weights
+    options = (
+        objective.outputs, objective.ld_alpha, objective.options["loss_type"], has_reference,
+        None if ref_logps is None else ref_logps.ndim, None if weights is None else weights.dtype,
+    )  # fmt: skip
+    distributed.agree_on_sequences(group, len(sequences), str(options))
+
+
+def _statistics(policy: LogprobOutput, sequences: Sequences) -> dict[str, Tensor]:
     """Token means of the primitive's statistics, which are 0 where a token does not count."""
-    dtype = policy.logps.dtype
-    sums = {name: _sums(getattr(policy, name).detach().to(dtype), cu_seqlens, group).chunk(2) for name in _STATISTICS}
+    dtype, lengths = policy.logps.dtype, sequences.lengths()
+    sums = {name: sequences.sum(getattr(policy, name).detach().to(dtype)).chunk(2) for name in _STATISTICS}
     chosen, rejected = (half.sum().clamp(min=1) for half in lengths.chunk(2))
     return {
         "entropy": sum(half.sum() for half in sums["entropy"]) / lengths.sum().clamp(min=1),

@@ -1,13 +1,13 @@
 """The functions as `torch.nn.Module`: options at construction, tensors at the call.
 
-No option is listed here: the names are read off the functions, and the values of the loss options are checked
-by the same code that checks them in a call.
+Values of options are checked by the same code that checks them in a call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -15,6 +15,11 @@ from dpofast import functional
 from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
 from dpofast.losses import RunningMean
 from dpofast.primitive import LogprobOutput, linear_logprob, logprob
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dpofast.options import LinearLossOptions, LogitsLossOptions
 
 __all__ = ["DPOLoss", "LinearDPOLoss", "LinearLogprob", "RunningMean"]
 
@@ -32,6 +37,12 @@ class _Options(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _not_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those whose value is not that of the function's signature: what a module shows and passes on."""
+    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    return {name: x for name, x in options.items() if isinstance(x, Tensor) or x != defaults[name]}
 
 
 class LinearLogprob(_Options):
@@ -76,9 +87,27 @@ class LinearDPOLoss(_Options):
     ValueError: beta=-1.0; expected a finite number > 0
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(options)
-        functional.check_options(linear_logprob, options)
+    def __init__(
+        self,
+        *,
+        loss_type: str | Sequence[str] = "sigmoid",
+        beta: float | Mapping[str, Any] = 0.1,
+        label_smoothing: float | Mapping[str, Any] = 0.0,
+        reduction: str = "mean",
+        memory_budget: int | str | None = None,
+        backend: str = "auto",
+        group: Any = None,
+        sequence_group: Any = None,
+        ignore_index: int = -100,
+        **options: Unpack[LinearLossOptions],
+    ) -> None:
+        given = {
+            "loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction,
+            "memory_budget": memory_budget, "backend": backend, "group": group, "sequence_group": sequence_group,
+            "ignore_index": ignore_index,
+        }  # fmt: skip
+        super().__init__(_not_defaults(linear_dpo_loss, given) | options)
+        functional.check_options(linear_logprob, self.options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
         """``tensors``: ref_logps, ref_hidden, ref_weight, bias, cu_seqlens, token_weights, and per-pair beta, margin,
@@ -101,9 +130,24 @@ class DPOLoss(_Options):
     tensor(0.6931)
     """
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(options)
-        functional.check_options(logprob, options)
+    def __init__(
+        self,
+        *,
+        loss_type: str | Sequence[str] = "sigmoid",
+        beta: float | Mapping[str, Any] = 0.1,
+        label_smoothing: float | Mapping[str, Any] = 0.0,
+        reduction: str = "mean",
+        backend: str = "auto",
+        sequence_group: Any = None,
+        ignore_index: int = -100,
+        **options: Unpack[LogitsLossOptions],
+    ) -> None:
+        given = {
+            "loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction,
+            "backend": backend, "sequence_group": sequence_group, "ignore_index": ignore_index,
+        }  # fmt: skip
+        super().__init__(_not_defaults(dpo_loss, given) | options)
+        functional.check_options(logprob, self.options)
 
     def forward(self, logits: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
         """``tensors``: ref_logps or ref_logits, cu_seqlens, token_weights, and per-pair beta, margin, pair_weight."""

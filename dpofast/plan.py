@@ -7,11 +7,13 @@ the kernels' own layout (``csrc/cpu/head_*.h``); a test holds the two equal.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from dpofast import _backend, cost
+from dpofast.contract import DTYPE_CODES
 from dpofast.env_info import amx_note
 
 DEFAULT_MEMORY_BUDGET = 1 << 30
@@ -30,7 +32,6 @@ BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stay
 PIECES, PANELS_TOGETHER = 8, 4  # kPieces, kPanelsTogether of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _DTYPE_NAMES = {
     "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -56,15 +57,57 @@ TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
 }
 
 
-class Choice(NamedTuple):
+class Schedule(NamedTuple):
     """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
 
-    schedule: str  # score | jacobian | cached | mixed | recompute | recompute-split
+    name: str  # score | jacobian | cached | mixed | recompute | recompute-split
     block: int  # vocabulary rows per block
     token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
     cache_bytes: int  # kept from the forward to the backward
     workspace_bytes: int  # the larger of forward's and backward's, without the cache
     cached_share: float  # of the vocabulary
+
+    @classmethod
+    def of(cls, name: str, sizes: Sequence[int]) -> Schedule:
+        """From what an op is told: the name, and ``sizes`` block, token_chunk and cache_bytes."""
+        return cls(name, *sizes, 0, 0.0)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.block, self.token_chunk, self.cache_bytes]
+
+    @property
+    def keeps_jacobian(self) -> bool:
+        """The cache is d logps / d hidden."""
+        return self.name == "jacobian"
+
+    @property
+    def keeps_exps(self) -> bool:
+        """The cache is the exponentials of some blocks of the vocabulary, or what was made of them."""
+        return self.name in ("cached", "mixed")
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return not (self.keeps_jacobian or self.keeps_exps)
+
+    @property
+    def splits_backward(self) -> bool:
+        """D hidden is made before the head's gradient, from logits of its own."""
+        return self.name == "recompute-split"
+
+    def products(self, to_hidden: bool, to_weight: bool) -> float:
+        """How many of N x H x V each, forward and backward."""
+        n_grads = to_hidden + to_weight
+        if self.keeps_jacobian or not n_grads:
+            return 1.0 + n_grads
+        if self.splits_backward:
+            return 1.0 + 2 * n_grads
+        return 1.0 + n_grads + (1 - self.cached_share)
+
+    def chunks(self, n: int) -> list[slice]:
+        """The n tokens, as many at a time as the schedule takes."""
+        size = self.token_chunk or n
+        return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
 
 def _up(x: int, to: int) -> int:
@@ -189,7 +232,7 @@ def choose(
     entropy: bool = False,
     device: cost.Device = cost.HOST,
     keeps: bool = True,
-) -> Choice:
+) -> Schedule:
     """The schedule for n completion tokens under ``budget`` bytes of workspace.
 
     Each thread's own tiles (about 100 KiB at common sizes) are not counted against the budget, because results must
@@ -223,7 +266,7 @@ def choose(
             if to_hidden and keeps:
                 workspace = max(whole.forward(True), whole.backward(True, False, True, True) if entropy else 0)
                 if workspace + whole.jacobian() <= budget:
-                    return Choice("jacobian", block, 0, whole.jacobian(), workspace + tiles, 0.0)
+                    return Schedule("jacobian", block, 0, whole.jacobian(), workspace + tiles, 0.0)
 
             def chunk_need(tokens, layout=layout):
                 part = layout(tokens)
@@ -231,26 +274,26 @@ def choose(
 
             schedule = "recompute" if to_hidden else "score"
             if chunk_need(n) <= budget:
-                return Choice(schedule, block, 0, 0, chunk_need(n) + tiles, 0.0)
+                return Schedule(schedule, block, 0, 0, chunk_need(n) + tiles, 0.0)
             if block > GROUP_ROWS:  # wide ones are for problems that fit as they are
                 continue
             chunk = _fitting_chunk(n, traits.panel, budget, chunk_need)
             if chunk:
-                return Choice(schedule, block, chunk, 0, chunk_need(chunk) + tiles, 0.0)
+                return Schedule(schedule, block, chunk, 0, chunk_need(chunk) + tiles, 0.0)
             needed = chunk_need(min(n, traits.panel))
             continue
 
         all_cached = max(whole.forward(), whole.backward(to_hidden, True, entropy, entropy))
         per_block = whole.cache_per_block()
         if keeps and all_cached + per_block * whole.blocks <= budget:
-            return Choice("cached", block, 0, per_block * whole.blocks, all_cached + tiles, 1.0)
+            return Schedule("cached", block, 0, per_block * whole.blocks, all_cached + tiles, 1.0)
         if block > GROUP_ROWS:
             continue
         partly = max(whole.forward(), whole.backward(to_hidden, True, True, entropy))
         if partly <= budget:
             cached = (budget - partly) // per_block if keeps else 0
             share = cached / whole.blocks
-            return Choice("mixed" if cached else "recompute", block, 0, cached * per_block, partly + tiles, share)
+            return Schedule("mixed" if cached else "recompute", block, 0, cached * per_block, partly + tiles, share)
 
         # Tokens a window at a time: the same products, of operands packed and widened more than once.
         def window_need(tokens, layout=layout, whole=whole):
@@ -258,7 +301,7 @@ def choose(
 
         chunk = _fitting_chunk(n, traits.panel, budget, window_need)
         if chunk:
-            return Choice("recompute", block, chunk, 0, window_need(chunk) + tiles, 0.0)
+            return Schedule("recompute", block, chunk, 0, window_need(chunk) + tiles, 0.0)
 
         # Not both gradients at once: d hidden by token chunks, then d weight; one product more.
         def split_need(tokens, layout=layout, whole=whole):
@@ -268,7 +311,7 @@ def choose(
 
         chunk = _fitting_chunk(n, traits.panel, budget, split_need)
         if chunk and to_hidden:
-            return Choice("recompute-split", block, chunk, 0, split_need(chunk) + tiles, 0.0)
+            return Schedule("recompute-split", block, chunk, 0, split_need(chunk) + tiles, 0.0)
         needed = split_need(min(n, traits.panel))
     raise ValueError(
         f"memory_budget: {budget} bytes cannot be met for {n} completion tokens, hidden size {h} and vocabulary {v}; "
@@ -311,9 +354,9 @@ def tiled_traits(backend: str, hidden_dtype: torch.dtype, weight_dtype: torch.dt
     )
 
 
-def kept_columns(choice: Choice, n: int, v: int, elem: int) -> tuple[int, int]:
+def cached_columns(choice: Schedule, n: int, v: int, elem: int) -> tuple[int, int]:
     """How many vocabulary columns of g [n, columns] a tiled backend's cache holds, and the stride of its rows."""
-    if choice.schedule not in ("cached", "mixed"):
+    if not choice.keeps_exps:
         return 0, 0
     fit, whole = choice.cache_bytes // (n * elem), _up(v, 8)
     columns = fit // choice.block * choice.block
@@ -360,22 +403,12 @@ def _tile_sizes(n, v, acc, tile_bytes):
             yield chunk, min(v, max(64, size // (acc * chunk) // 64 * 64))
 
 
-def _products(choice: Choice, to_hidden: bool, to_weight: bool) -> float:
-    """How many of N x H x V each, forward and backward."""
-    n_grads = to_hidden + to_weight
-    if choice.schedule in ("score", "jacobian"):
-        return 1.0 + n_grads
-    if choice.schedule == "recompute-split":
-        return 1.0 + 2 * n_grads
-    return 1.0 + n_grads + (1 - choice.cached_share)
-
-
 def _tiled_choices(n, h, v, traits: TiledTraits, budget, to_hidden, to_weight, entropy, keeps, size):
     """For one size of tile: the schedules that fit, those that are never worse than a later one only."""
     need = _TiledNeeds(n, h, v, traits, *size)
 
     def choice(schedule, workspace, cache=0, share=0.0):
-        return Choice(schedule, need.block, need.chunk, cache, workspace, share)
+        return Schedule(schedule, need.block, need.chunk, cache, workspace, share)
 
     if not to_weight:
         jacobian = n * h * traits.acc
@@ -415,11 +448,11 @@ def _choose_tiled(n, h, v, dtypes, traits: TiledTraits, budget, device, to_hidde
     best = None
     for size in dict.fromkeys(_tile_sizes(n, v, traits.acc, min(device.l2_bytes // 2, budget // 8))):
         for choice in _tiled_choices(n, h, v, traits, budget, to_hidden, to_weight, entropy, keeps, size):
-            columns, _ = kept_columns(choice, n, v, traits.elem)
+            columns, _ = cached_columns(choice, n, v, traits.elem)
             moved = cost.traffic(choice, columns, n, h, v, traits, dtypes[1].itemsize, to_hidden, to_weight)
-            flops = _products(choice, to_hidden, to_weight) * 2.0 * n * h * v
+            flops = choice.products(to_hidden, to_weight) * 2.0 * n * h * v
             seconds = cost.seconds(device, moved, flops, dtypes[0], choice.token_chunk * choice.block * traits.acc)
-            rank = choice.schedule not in ("cached", "jacobian"), seconds
+            rank = choice.name not in ("cached", "jacobian"), seconds
             if best is None or rank < best[0]:
                 best = rank, choice
     if best is not None:
@@ -552,7 +585,7 @@ def plan(
         device=gpu or cost.device_of(torch.device("cuda" if on_gpu else "cpu")),
     )  # fmt: skip
     n_grads = train_hidden + train_head
-    gemms = _products(choice, train_hidden, train_head)
+    gemms = choice.products(train_hidden, train_head)
     flops = 2.0 * n_tokens * hidden_size * vocab_size
     size = torch_dtype.itemsize
     predicted = floor = core = kernel = None
@@ -560,14 +593,14 @@ def plan(
         weight_bytes = hidden_size * vocab_size * size
         # W is read in the forward and again in the backward unless it has no products left to do with it; d weight
         # is written once; the cache is written once and read once.
-        reads_of_weight = 1 + (n_grads > 0 and choice.schedule != "jacobian")
+        reads_of_weight = 1 + (n_grads > 0 and not choice.keeps_jacobian)
         bytes_moved = reads_of_weight * weight_bytes + train_head * weight_bytes + 2 * choice.cache_bytes
         bytes_moved += (1 + train_hidden) * n_tokens * hidden_size * size
         core, kernel = _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
         predicted, floor = (products * flops / (threads * kernel) for products in (gemms, 1 + n_grads))
     else:
         traits = tiled_traits(exact, torch_dtype, torch_dtype)
-        columns, _ = kept_columns(choice, n_tokens, vocab_size, traits.elem)
+        columns, _ = cached_columns(choice, n_tokens, vocab_size, traits.elem)
         sizes = (n_tokens, hidden_size, vocab_size)
         moved = cost.traffic(choice, columns, *sizes, traits, size, train_hidden, train_head)
         bytes_moved = moved.total
@@ -576,7 +609,7 @@ def plan(
             predicted = cost.seconds(gpu, moved, gemms * flops, torch_dtype, tile)
             floor = (1 + n_grads) * flops / gpu.product_flops(torch_dtype)
     return Plan(
-        f"cuda on {device}" if gpu else exact, choice.schedule, n_tokens, hidden_size, vocab_size,
+        f"cuda on {device}" if gpu else exact, choice.name, n_tokens, hidden_size, vocab_size,
         str(torch_dtype).removeprefix("torch."), threads,
         choice.block, choice.token_chunk, budget, choice.cache_bytes, choice.workspace_bytes, gemms, 1 + n_grads,
         int(bytes_moved), predicted, floor, core, kernel,

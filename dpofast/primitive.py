@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dpofast import _backend, _ops, cost, distributed
-from dpofast.backends._tensors import flags, wide_dtype
-from dpofast.plan import DTYPE_CODES, choose, chosen, parse_bytes
+from dpofast.backends._tensors import wide_dtype
+from dpofast.contract import DTYPE_CODES, flags
+from dpofast.plan import choose, chosen, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -69,7 +70,7 @@ def _check_labels(labels: Tensor, lead: torch.Size, device: torch.device, of: st
     return labels.long()  # compared in eight bits, a label of 156 would be an ignore_index of -100
 
 
-def _check_transform(temperature: float, logit_scale: float, softcap: float | None) -> tuple[float, float, float]:
+def _check_transform(temperature: float, logit_scale: float, softcap: float | None) -> list[float]:
     for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
         if value is None and name == "softcap":
             continue
@@ -79,7 +80,7 @@ def _check_transform(temperature: float, logit_scale: float, softcap: float | No
             raise ValueError(f"{name}: got {value}, expected a finite number")
         if name != "logit_scale" and value <= 0:
             raise ValueError(f"{name}: got {value}, expected a number > 0")
-    return float(temperature), float(logit_scale), float(softcap or 0.0)
+    return [float(temperature), float(logit_scale), float(softcap or 0.0)]
 
 
 def _check_outputs(outputs) -> tuple[str, ...]:
@@ -233,17 +234,12 @@ def linear_logprob(
             device=cost.device_of(hidden.device),
             keeps=name is None,
         )
-    how = exact_backend, choice.schedule, choice.block, choice.token_chunk
-    if name is None:
-        *results, _ = _ops.call_linear_logprob(
-            hidden, weight, bias, labels, ignore_index, n_tokens, *transform, flags(names), *how, choice.cache_bytes
-        )
-        return _output(results, names)
-    same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
-    bounds = distributed.vocabulary_bounds(labels, weight, str(same), name)
-    results = distributed.sharded_logprob(
-        hidden, weight, bias, labels, bounds, ignore_index, n_tokens, *transform, *how, name, flags(names)
-    )
+    sharded = None, ""
+    if name is not None:
+        same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
+        sharded = distributed.vocabulary_bounds(labels, weight, str(same), name), name
+    how = transform, flags(names), exact_backend, choice.name, choice.sizes, sharded[1]
+    *results, _ = _ops.call_linear_logprob(hidden, weight, bias, labels, sharded[0], ignore_index, n_tokens, *how)
     return _output(results, names)
 
 
@@ -339,4 +335,4 @@ def logprob(
         logits = logits.contiguous()
     op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
     n_tokens = _count(labels, ignore_index)
-    return _output(op(logits, labels, ignore_index, n_tokens, *transform, flags(names), exact_backend), names)
+    return _output(op(logits, labels, ignore_index, n_tokens, transform, flags(names), exact_backend), names)

@@ -2,7 +2,7 @@
 
 The algebra is that of csrc/core/softmax.h and csrc/cuda/: the label's own entry is kept apart, so that a token that is
 certain keeps its relative precision. A `piece` is what some entries of a row amount to, a tuple in the order of
-`dpofast.backends.torch.Stat`. Names of sizes: n tokens, V the vocabulary, H the hidden size.
+`dpofast.contract.Stat`. Names of sizes: n tokens, V the vocabulary, H the hidden size.
 
 `tl.exp` is good enough: its relative error grows with |x|, but exp(x) of a large negative x is as small as that.
 """

@@ -24,6 +24,8 @@ from dpofast.kernels.device import grad_tile, load_row, logits_tile, token_rows,
 from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, grad_factors, on
 from torch import Tensor
 
+from dpofast.backends.base import Saved
+
 
 class Skip(NamedTuple):
     """Which tiles of g to leave out: those without a label's entry whose every p is < cut (1 - p_label)."""
@@ -154,7 +156,7 @@ class _Call(NamedTuple):
     bias: Tensor | None
     labels: Tensor
     transform: tuple[float, float, float]
-    saved: dict[str, Tensor]
+    saved: Saved
     grad_logps: Tensor | None
     grad_entropy: Tensor | None
     skip: Skip | None
@@ -173,16 +175,16 @@ class _Call(NamedTuple):
         """Fills g [n, width]; (d bias of these tokens, which tiles count, dropped mass), each None if not wanted."""
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         tiles, v_tiles = triton.cdiv(n, tile.n), triton.cdiv(width, tile.v)
-        at = {name: x[part] for name, x in self.saved.items()}
+        at = self.saved.chunk(part)
         c, e = (None if x is None else x[part] for x in (self.grad_logps, self.grad_entropy))
-        d_bias = at["logps"].new_empty(tiles, width) if to_bias else None
+        d_bias = at.logps.new_empty(tiles, width) if to_bias else None
         kept = dropped = None
         if self.skip is not None:
             kept = torch.empty(tiles, v_tiles, dtype=torch.int32, device=g.device)
-            dropped = at["logps"].new_empty(v_tiles, n)
+            dropped = at.logps.new_empty(v_tiles, n)
         linear_logprob_grad_kernel[(tiles * v_tiles,)](
             self.hidden, self.offsets[part], self.hidden.stride(-1), self.weight, *self.weight.stride(), self.bias,
-            self.order, self.labels[part], at["logps"], at["lse"], c, None if e is None else at["entropy"], e,
+            self.order, self.labels[part], at.logps, at.lse, c, None if e is None else at.entropy, e,
             g, g.stride(0), d_bias, kept, dropped, n, v0, width, n_hidden,
             0.0 if self.skip is None else self.skip.cut, **grad_factors(self.transform), **self.shared(tile),
             EVEN_H=n_hidden % tile.h == 0, ALIGNED=aligned(self.hidden), BLOCK_H=tile.h,
@@ -222,7 +224,7 @@ class _Call(NamedTuple):
 
 def linear_logprob_backward(
     hidden: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    transform: tuple[float, float, float], parts: list[slice], block: int, saved: dict[str, Tensor],
+    transform: tuple[float, float, float], parts: list[slice], block: int, saved: Saved,
     grad_logps: Tensor | None, grad_entropy: Tensor | None, sums: Tensor | None, grad_weight: Tensor | None,
     grad_bias: Tensor | None, skip: Skip | None = None,
 ) -> Tensor | None:  # fmt: skip
@@ -247,7 +249,7 @@ def linear_logprob_backward(
     d_weight = None
     if grad_weight is not None and len(parts) > 1:
         d_weight = torch.empty(block, n_hidden, dtype=torch.float32, device=hidden.device)
-    dropped = None if skip is None else saved["logps"].new_zeros(parts[-1].stop - start)
+    dropped = None if skip is None else saved.logps.new_zeros(parts[-1].stop - start)
     with on(hidden.device):
         shape, dtype = (longest, block, n_hidden), dot_dtype(hidden, weight)[0]
         tile = choose_tile("backward", hidden.device, dtype, shape, lambda t: call.once(t, parts[0], block))

@@ -15,6 +15,8 @@ from dpofast.kernels.device import grad_tile, load_row, slope, transformed
 from dpofast.kernels.launch import grad_factors, on
 from torch import Tensor
 
+from dpofast.backends.base import Saved
+
 BLOCK = 1024  # columns of a program
 
 
@@ -90,7 +92,7 @@ def logprob_keep(x: Tensor, bias: Tensor | None, transform, reference: Tensor, o
 
 def logprob_grad(
     x: Tensor, offsets: Tensor | None, bias: Tensor | None, labels: Tensor, v0: int,
-    transform: tuple[float, float, float], saved: dict[str, Tensor], grad_logps: Tensor | None,
+    transform: tuple[float, float, float], saved: Saved, grad_logps: Tensor | None,
     grad_entropy: Tensor | None, out: Tensor, out_offsets: Tensor | None = None, cut: float | None = None,
 ) -> Tensor | None:  # fmt: skip
     """``out = d loss / d x`` of logits of columns v0, v0 + 1, ..; ``out`` may be ``x``.
@@ -107,11 +109,11 @@ def logprob_grad(
     """
     n, width = labels.numel(), x.shape[-1]
     grid, block = _grid(n, width)
-    dropped = None if cut is None else saved["logps"].new_empty(grid[0] // n, n)
+    dropped = None if cut is None else saved.logps.new_empty(grid[0] // n, n)
     with on(x.device):
         logprob_grad_kernel[grid](
-            x, offsets, x.stride(0) if offsets is None else 0, bias, labels, saved["logps"], saved["lse"], grad_logps,
-            saved.get("entropy") if grad_entropy is not None else None, grad_entropy, out, out_offsets,
+            x, offsets, x.stride(0) if offsets is None else 0, bias, labels, saved.logps, saved.lse, grad_logps,
+            saved.entropy if grad_entropy is not None else None, grad_entropy, out, out_offsets,
             out.stride(0) if out_offsets is None else 0, dropped, n, width, v0, cut or 0.0, **grad_factors(transform),
             FILTER=cut is not None, BLOCK=block, num_warps=4,
         )  # fmt: skip

@@ -74,7 +74,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == EMULATOR:
         request.getfixturevalue("emulator")
     if request.param in GPU:
-        _backend.added[request.param] = OnDevice(_ops._tiled(ON_GPU[request.param]), "cuda")
+        _backend.added[request.param] = OnDevice(_ops.backend_named(ON_GPU[request.param]), "cuda")
     request.config.stash[_RAN].add(request.param)
     with numerics.threads(torch.get_num_threads() if request.param in CPU else 1):
         yield request.param

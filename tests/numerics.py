@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dpofast
 from dpofast import primitive, reference
-from dpofast.plan import Choice, choose
+from dpofast.plan import Schedule, choose
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -155,7 +155,7 @@ def assert_as_good_as_plain(p: Problem, got: dict[str, Tensor], **kwargs) -> Non
 
 
 @contextlib.contextmanager
-def recorded_choices(replay: Choice | None = None):
+def recorded_choices(replay: Schedule | None = None):
     """The schedules that linear_logprob really runs on; with ``replay``, it is made to run on that one."""
     choices = []
 
@@ -172,22 +172,22 @@ def recorded_choices(replay: Choice | None = None):
 
 # What a schedule's name in the tests means: which inputs train, and what its plan looks like.
 SCHEDULES = {
-    "score": ((), lambda c, n: c.schedule == "score" and not 0 < c.token_chunk < n),
-    "score, chunked": ((), lambda c, n: c.schedule == "score" and 0 < c.token_chunk < n),
-    "jacobian": (("hidden",), lambda c, n: c.schedule == "jacobian"),
+    "score": ((), lambda c, n: c.name == "score" and not 0 < c.token_chunk < n),
+    "score, chunked": ((), lambda c, n: c.name == "score" and 0 < c.token_chunk < n),
+    "jacobian": (("hidden",), lambda c, n: c.name == "jacobian"),
     "recompute, frozen head, chunked": (
         ("hidden",),
-        lambda c, n: c.schedule == "recompute" and 0 < c.token_chunk < n,
+        lambda c, n: c.name == "recompute" and 0 < c.token_chunk < n,
     ),
-    "cached": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "cached"),
+    "cached": (("hidden", "weight", "bias"), lambda c, n: c.name == "cached"),
     "mixed": (
         ("hidden", "weight", "bias"),
-        lambda c, n: c.schedule == "mixed" and 0 < c.cached_share < 1,
+        lambda c, n: c.name == "mixed" and 0 < c.cached_share < 1,
     ),
-    "recompute": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute" and not c.cache_bytes),
-    "recompute-split": (("hidden", "weight", "bias"), lambda c, n: c.schedule == "recompute-split"),
-    "cached, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "cached"),
-    "recompute, frozen hidden": (("weight", "bias"), lambda c, n: c.schedule == "recompute"),
+    "recompute": (("hidden", "weight", "bias"), lambda c, n: c.name == "recompute" and not c.cache_bytes),
+    "recompute-split": (("hidden", "weight", "bias"), lambda c, n: c.name == "recompute-split"),
+    "cached, frozen hidden": (("weight", "bias"), lambda c, n: c.name == "cached"),
+    "recompute, frozen hidden": (("weight", "bias"), lambda c, n: c.name == "recompute"),
 }
 
 

@@ -5,48 +5,59 @@ So that every numeric test of the `backend` fixture runs unchanged on the CUDA a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dpofast.backends.tiled import TiledBackend
+from dpofast.backends.base import Backend, InputGrads, LogitsProblem, OutputGrads, Problem, Saved
+from dpofast.plan import Schedule
 
 
 class OnDevice:
-    """The functions of `dpofast.backends.cpu`, by ``backend`` on ``device``."""
+    """`dpofast.backends.base.Backend` of tensors on the CPU, by ``backend`` on ``device``."""
 
-    def __init__(self, backend: TiledBackend, device: str):
+    def __init__(self, backend: Backend, device: str):
         self.backend, self.device = backend, torch.device(device)
 
-    def cache_tensor(self, n_bytes: int, _device: torch.device) -> Tensor:
+    def cache(self, n_bytes: int, _device: torch.device) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8)
 
-    def grad_weight_tensor(self, weight: Tensor) -> Tensor:
+    def grad_weight(self, weight: Tensor) -> Tensor:
         return weight.new_empty(weight.shape)
 
-    def _there(self, x):
+    def forward(
+        self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...], cache: Tensor
+    ) -> dict[str, Tensor]:
+        there = self._there(cache)
+        results = self.backend.forward(self._there(problem), schedule, outputs, there)
+        cache.copy_(there)
+        return {name: x.cpu() for name, x in results.items()}
+
+    def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:
+        return self.backend.fold(self._there(problem), schedule, outputs).cpu()
+
+    def backward(
+        self, problem: Problem, schedule: Schedule, saved: Saved, incoming: OutputGrads, grads: InputGrads
+    ) -> None:
+        there = self._there(grads)
+        self.backend.backward(self._there(problem), schedule, self._there(saved), self._there(incoming), there)
+        for here, x in zip(grads, there):
+            if here is not None:
+                here.copy_(x)
+
+    def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        return {name: x.cpu() for name, x in self.backend.logits_forward(self._there(problem), outputs).items()}
+
+    def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
+        there = self._there(grad_logits)
+        self.backend.logits_backward(self._there(problem), self._there(saved), self._there(incoming), there)
+        grad_logits.copy_(there)
+
+    def _there(self, x: Any) -> Any:
+        """The same on the device: a tensor with its strides, as kernels must take them, or a tuple with some."""
         if isinstance(x, Tensor):
-            there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device)
-            return there.copy_(x)  # strides and all: kernels must take them as they are
-        if isinstance(x, dict):
-            return {name: self._there(value) for name, value in x.items()}
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device).copy_(x)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*(self._there(value) for value in x))
         return x
-
-    def _call(self, function: str, args: tuple, written: tuple[int, ...]) -> dict[str, Tensor] | None:
-        there = [self._there(x) for x in args]
-        results = getattr(self.backend, function)("", *there)
-        for i in written:
-            if args[i] is not None:
-                args[i].copy_(there[i])
-        return None if results is None else {name: x.cpu() for name, x in results.items()}
-
-    def forward(self, _isa: str, *args) -> dict[str, Tensor]:
-        return self._call("forward", args, (len(args) - 1,))  # the cache
-
-    def backward(self, _isa: str, *args) -> None:
-        self._call("backward", args, (-3, -2, -1))  # the gradients
-
-    def rows_forward(self, _isa: str, *args) -> dict[str, Tensor]:
-        return self._call("rows_forward", args, ())
-
-    def rows_backward(self, _isa: str, *args) -> None:
-        self._call("rows_backward", args, (-1,))

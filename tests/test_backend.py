@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import platform
 
 import pytest
 import torch
 
 import dpofast
-from dpofast import _backend
+from dpofast import _backend, _ops
+from dpofast.backends import cpu
+from dpofast.backends.base import Backend, LogitsProblem
+from dpofast.contract import STATISTICS
 
 ISAS = _backend.cpu_isas()
 
@@ -124,6 +128,14 @@ def test_without_the_compiled_module_torch_runs_and_cpu_says_why(monkeypatch):
     assert [(name, runs) for name, runs, _ in _backend.explain()] == [(b, b == "torch") for b in _backend.BACKENDS]
 
 
+def test_a_backend_has_the_methods_that_the_ops_call(backend):
+    engine, methods = _ops.backend_named(backend), [name for name in vars(Backend) if not name.startswith("_")]
+    assert isinstance(engine, Backend) and len(methods) == 7
+    for name in methods:
+        theirs, ours = (list(inspect.signature(getattr(x, name)).parameters) for x in (type(engine), Backend))
+        assert [x.lstrip("_") for x in theirs] == ours, name
+
+
 def test_explain_has_every_backend_and_the_default_first():
     rows = _backend.explain()
     others = _backend.BACKENDS[1:]
@@ -141,6 +153,12 @@ def test_explain_says_why_one_cannot_run(monkeypatch):
 def test_the_compiled_module_checks_what_it_is_given():
     with pytest.raises(ValueError, match="missing argument n"):
         _backend._C.forward("scalar", {})
+    problem = LogitsProblem(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    args, _alive = cpu._logits_operands(problem)
+    with pytest.raises(ValueError, match="unknown argument colour"):
+        _backend._C.rows_forward("scalar", args | dict.fromkeys((
+            "logps", "lse", *STATISTICS, "grad_logps", "grad_entropy", "grad_logits", "grad_offsets", "colour",
+        )) | {"outputs": 0})  # fmt: skip
     with pytest.raises(ValueError, match="'sse9' is not available"):
         _backend._C.traits("sse9", 0, 0)
     with pytest.raises(ValueError, match="unknown dtype code"):
@@ -153,6 +171,7 @@ def test_a_launch_that_fails_names_the_kernel_and_its_shape():
     """Without a driver every launch fails, which is what this needs."""
     there = 64
     args = {"stats": there, "labels": there, "n": 3, "v": 7, "dtype": 0, "logps": there, "lse": there, "stream": None}
+    args |= dict.fromkeys(("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
     with pytest.raises(RuntimeError, match="CUDA kernel logprob_finish on 3 rows of 1: "):
         _backend._C.cuda_logprob_finish(args)
     _backend._C.cuda_logprob_finish(args | {"n": 0})  # nothing to launch

@@ -12,7 +12,7 @@ import dpofast
 from dpofast import _backend, cost
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
-from dpofast.plan import kept_columns, tiled_traits
+from dpofast.plan import cached_columns, tiled_traits
 
 
 class Counting:
@@ -36,24 +36,24 @@ class Counting:
         self._count(a, b, sums, sums)
         self.inner.accumulate(sums, a, b)
 
-    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference):
-        self._count(x)
-        if keep is not None:
-            self._count(x, keep)
-        self.inner.fold(x, bias, y, v0, transform, stats, outputs, keep, reference)
+    def fold(self, tile, stats, outputs, exps):
+        self._count(tile.x)
+        if exps is not None:
+            self._count(tile.x, exps.e)
+        self.inner.fold(tile, stats, outputs, exps)
 
     def finish(self, *args):
         self._count()
         return self.inner.finish(*args)
 
-    def normalise(self, kept, references, *args):
-        self._count(kept, kept)
-        self.launches += len(references) - 1
-        self.inner.normalise(kept, references, *args)
+    def normalise(self, e, shifts, *args):
+        self._count(e, e)
+        self.launches += len(shifts) - 1
+        self.inner.normalise(e, shifts, *args)
 
-    def grad(self, x, *args):
-        self._count(x, args[-1])
-        self.inner.grad(x, *args)
+    def grad(self, tile, *args):
+        self._count(tile.x, args[-1])
+        self.inner.grad(tile, *args)
 
 
 DTYPES = {"torch": torch.float32, "cuda:emu": torch.bfloat16}
@@ -82,7 +82,7 @@ def test_the_predicted_bytes_are_those_that_the_schedule_moves(counting, schedul
         numerics.run(dpofast.linear_logprob, p, backend="counting", outputs=(), **how)
     traits = tiled_traits("counting", dtype, dtype)
     to_hidden, to_weight = ("hidden" in how["train"], "weight" in how["train"])
-    columns, _ = kept_columns(ran[0], n, v, traits.elem)
+    columns, _ = cached_columns(ran[0], n, v, traits.elem)
     moved = cost.traffic(ran[0], columns, n, h, v, traits, dtype.itemsize, to_hidden, to_weight)
     assert (moved.total, moved.launches) == (passes.bytes, passes.launches), ran[0]
 

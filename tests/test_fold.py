@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from dpofast import _backend, _ops, distributed, reference
-from dpofast.backends._tensors import STATISTICS
+from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved, Transform
 from dpofast.backends.torch import TorchPasses
+from dpofast.contract import STATISTICS
 from dpofast.plan import choose
 
 N, H, V = 21, 40, 331
-TRANSFORM = 0.8, 1.2, 7.0
+TRANSFORM = Transform(0.8, 1.2, 7.0)
 
 
 @pytest.fixture
@@ -50,13 +51,14 @@ def test_slices_of_triton(problem, bounds, monkeypatch):
 
 def check_slices(backend, problem, bounds, outputs):
     hidden, weight, bias, labels = problem
-    module, isa = _ops._module(backend)
+    engine = _ops.backend_named(backend)
     rows, ends = torch.arange(N), torch.tensor(bounds)
-    incoming = torch.randn(N), torch.randn(N) if outputs else None
+    incoming = OutputGrads(torch.randn(N), torch.randn(N) if outputs else None)
 
     exact = [x.double().requires_grad_() for x in (hidden, weight, bias)]
-    names = dict(zip(("temperature", "logit_scale", "softcap"), TRANSFORM))
-    want = reference.linear_logprob(exact[0], exact[1], labels, bias=exact[2], outputs=STATISTICS, **names)
+    want = reference.linear_logprob(
+        exact[0], exact[1], labels, bias=exact[2], outputs=STATISTICS, **TRANSFORM._asdict()
+    )
     loss = (want.logps * incoming[0]).sum() + ((want.entropy * incoming[1]).sum() if outputs else 0)
     d_hidden, d_weight, d_bias = torch.autograd.grad(loss, exact)
 
@@ -68,12 +70,10 @@ def check_slices(backend, problem, bounds, outputs):
 
     def parts():
         for a, b in itertools.pairwise(bounds):
-            yield slice(a, b), distributed._local(labels, a, b - a), choice(b - a)
+            local = distributed._local(labels, a, b - a)
+            yield slice(a, b), Problem(hidden, weight[a:b], bias[a:b], rows, local, TRANSFORM), choice(b - a)
 
-    stats = torch.stack([
-        module.fold(isa, hidden, weight[part], bias[part], rows, local, TRANSFORM, outputs, how)
-        for part, local, how in parts()
-    ])  # fmt: skip
+    stats = torch.stack([engine.fold(case, how, outputs) for _, case, how in parts()])
     owner = torch.searchsorted(ends[1:], labels, right=True)
     results = TorchPasses().finish(distributed._merge(stats, owner), labels, V, outputs)
     for name in ("logps", *outputs):
@@ -82,17 +82,17 @@ def check_slices(backend, problem, bounds, outputs):
         assert results["is_top1"][6] and not results["is_top1"][7]
     assert results["logps"][4] < 0 or want.logps[4] == 0  # not rounded away
 
-    saved = {name: results[name].float() for name in ("logps", "lse", *(("entropy",) if outputs else ()))}
+    saved = Saved(
+        **{name: results[name].float() for name in ("logps", "lse", *(("entropy",) if outputs else ()))},
+        cache=engine.cache(0, hidden.device),
+    )
     sums = torch.zeros(N, H)
-    for part, local, how in parts():
-        share, dw, db = torch.zeros(N, H), torch.empty_like(weight[part]), torch.empty_like(bias[part])
-        module.backward(
-            isa, hidden, weight[part], bias[part], rows, local, TRANSFORM, how, module.cache_tensor(0, hidden.device),
-            saved, *incoming, share, dw, db,
-        )  # fmt: skip
-        sums += share
-        torch.testing.assert_close(dw.double(), d_weight[part], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(db.double(), d_bias[part], rtol=1e-4, atol=1e-4)
+    for part, case, how in parts():
+        grads = InputGrads(torch.zeros(N, H), torch.empty_like(weight[part]), torch.empty_like(bias[part]))
+        engine.backward(case, how, saved, incoming, grads)
+        sums += grads.hidden
+        torch.testing.assert_close(grads.weight.double(), d_weight[part], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(grads.bias.double(), d_bias[part], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(sums.double(), d_hidden, rtol=1e-4, atol=1e-4)
 
 
@@ -101,15 +101,14 @@ def test_a_backend_writes_d_hidden_in_the_dtype_it_is_given(backend):
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, H).bfloat16(), torch.randn(V, H).bfloat16()
     labels, rows = torch.randint(0, V, (N,)), torch.arange(N)
-    module, isa = _ops._module(backend)
+    engine, case = _ops.backend_named(backend), Problem(hidden, weight, None, rows, labels)
     how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
                  to_hidden=True, to_weight=False, keeps=False)  # fmt: skip
-    transform, cache = (1.0, 1.0, 0.0), module.cache_tensor(0, hidden.device)
-    saved = module.forward(isa, hidden, weight, None, rows, labels, transform, (), how, cache)
+    cache = engine.cache(0, hidden.device)
+    saved = Saved(**engine.forward(case, how, (), cache), cache=cache)
     wide, narrow = torch.zeros(N, H), torch.zeros(N, H, dtype=torch.bfloat16)
     for out in (wide, narrow):
-        module.backward(isa, hidden, weight, None, rows, labels, transform, how, cache, saved, torch.ones(N), None,
-                        out, None, None)  # fmt: skip
+        engine.backward(case, how, saved, OutputGrads(torch.ones(N)), InputGrads(out))
     assert torch.equal(wide.bfloat16(), narrow) and not torch.equal(wide, narrow.float())
 
 
@@ -118,11 +117,11 @@ def test_the_largest_entry_of_a_slice_is_exact(backend):
     torch.manual_seed(0)
     hidden, weight = torch.randn(N, H) / 4, torch.randn(V, H)
     largest = (hidden @ weight.T).topk(2).indices
-    module, isa = _ops._module(backend)
+    engine = _ops.backend_named(backend)
     how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
                  to_hidden=False, to_weight=False, outputs=2, keeps=False)._replace(block=2)  # fmt: skip
     for place, labels in enumerate(largest.T.contiguous()):
-        stats = module.fold(isa, hidden, weight, None, torch.arange(N), labels, (1.0, 1.0, 0.0), ("is_top1",), how)
+        stats = engine.fold(Problem(hidden, weight, None, torch.arange(N), labels), how, ("is_top1",))
         merged = distributed._merge(stats.unsqueeze(0), torch.zeros_like(labels))
         top = TorchPasses().finish(merged, labels, V, ("is_top1",))["is_top1"]
         assert top.all() if place == 0 else not top.any()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import dpofast
 from dpofast import functional, losses, reference
-from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss, sequence_logps, wpo_weights
+from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
+from dpofast.sequences import sequence_logps, wpo_weights
 
 V, H, T = 7, 4, 6
 quick = settings(max_examples=20, deadline=None)

@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
 
-from dpofast import functional, losses, primitive
+from dpofast import functional, losses, primitive, sequences
 from dpofast.integrations import models
 
 V, T = 64, 7
@@ -181,7 +181,7 @@ def test_token_weights_reach_the_loss():
     weights = logps.abs().masked_fill(labels[:, 1:] == -100, torch.nan)
     ref_logps = logps - 0.3
     out = models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps, token_weights=weights)
-    sums = [functional.sequence_logps(x, labels[:, 1:], token_weights=weights).chunk(2) for x in (logps, ref_logps)]
+    sums = [sequences.sequence_logps(x, labels[:, 1:], token_weights=weights).chunk(2) for x in (logps, ref_logps)]
     torch.testing.assert_close(out.loss, losses.preference_loss(*sums[0], *sums[1]))
     assert not out.loss.isclose(models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps).loss, rtol=1e-3)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpofast import functional, losses, reference
+from dpofast import functional, losses, reference, sequences
 
 pytest.importorskip("trl", minversion="1.16")
 
@@ -226,7 +226,7 @@ def test_unpaired_losses_equal_those_of_the_kto_trainer(loss_type, kl, labels):
 
     completion_labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     logps, ref_logps = (
-        functional.sequence_logps(head(completion_labels).log_probs, completion_labels[:, 1:]) for head in (policy, ref)
+        sequences.sequence_logps(head(completion_labels).log_probs, completion_labels[:, 1:]) for head in (policy, ref)
     )
     loss = losses.unpaired_preference_loss(
         logps,

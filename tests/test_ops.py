@@ -10,6 +10,7 @@ import dpofast
 from dpofast import _backend, _ops
 from dpofast.plan import choose
 
+TRANSFORM = [0.7, 1.3, 4.0]  # temperature, logit scale, softcap
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -36,12 +37,11 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
     # Whole vectors of tokens, none masked: opcheck compares every byte of the cache, written or not.
     hidden, labels = torch.randn(2, 8, 8, requires_grad=True), torch.arange(16).view(2, 8)
     plan = choice(backend, 1 << 20, train_head, n=16)
-    assert plan.schedule == ("cached" if train_head else "jacobian")
+    assert plan.name == ("cached" if train_head else "jacobian")
     args = (
         hidden, weight if train_head else weight.detach(),
         (bias if train_head else bias.detach()) if with_bias else None,
-        labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend, plan.schedule, plan.block, plan.token_chunk,
-        plan.cache_bytes,
+        labels, None, -100, -1, TRANSFORM, outputs, backend, plan.name, plan.sizes, "",
     )  # fmt: skip
     torch.library.opcheck(_ops.linear_logprob, args, test_utils=OPCHECK)
 
@@ -51,15 +51,11 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
 def test_opcheck_linear_logprob_backward(backend, entropy, needs):
     hidden, weight, bias, labels = inputs(grad=False)
     plan = choice(backend, 1 << 20)
-    options = (-100, -1, 0.7, 1.3, 4.0)
-    schedule = (backend, plan.schedule, plan.block, plan.token_chunk)
-    logps, lse, h, *_, cache = _ops.linear_logprob(
-        hidden, weight, bias, labels, *options, 15, *schedule, plan.cache_bytes
-    )
+    options, how = (-100, -1, TRANSFORM), (backend, plan.name, plan.sizes, "")
+    logps, lse, h, *_, cache = _ops.linear_logprob(hidden, weight, bias, labels, None, *options, 15, *how)
     c = torch.randn(2, 6)
-    args = (
-        c, c if entropy else None, hidden, weight, bias, labels, logps, lse, h, cache, needs, *options, *schedule,
-    )  # fmt: skip
+    operands, saved = [hidden, weight, bias, labels, None], [logps, lse, h, cache]
+    args = ([c, c if entropy else None], operands, saved, needs, *options, *how)
     torch.library.opcheck(_ops.linear_logprob_backward, args, test_utils=OPCHECK)
 
 
@@ -67,16 +63,16 @@ def test_opcheck_linear_logprob_backward(backend, entropy, needs):
 def test_opcheck_logprob(backend, outputs):
     labels = inputs()[3]
     logits = torch.randn(2, 6, 40, requires_grad=True)
-    torch.library.opcheck(_ops.logprob, (logits, labels, -100, -1, 0.7, 1.3, 4.0, outputs, backend), test_utils=OPCHECK)
+    torch.library.opcheck(_ops.logprob, (logits, labels, -100, -1, TRANSFORM, outputs, backend), test_utils=OPCHECK)
 
 
 @pytest.mark.parametrize("entropy", (False, True), ids=("logps", "entropy"))
 def test_opcheck_logprob_backward(backend, entropy):
     labels = inputs()[3]
     logits, c = torch.randn(2, 6, 40), torch.randn(2, 6)
-    options = (-100, -1, 0.7, 1.3, 4.0)
+    options = (-100, -1, TRANSFORM)
     logps, lse, h, *_ = _ops.logprob(logits, labels, *options, 15, backend)
-    args = (c, c if entropy else None, logits, labels, logps, lse, h, *options, backend)
+    args = ([c, c if entropy else None], logits, labels, [logps, lse, h], *options, backend)
     torch.library.opcheck(_ops.logprob_backward, args, test_utils=OPCHECK)
 
 

@@ -11,7 +11,8 @@ import torch
 
 import dpofast
 from dpofast import _backend
-from dpofast.plan import DTYPE_CODES, TRAITS, _Layout, choose, parse_bytes
+from dpofast.contract import DTYPE_CODES
+from dpofast.plan import TRAITS, _Layout, choose, parse_bytes
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ISAS = _backend.cpu_isas()
@@ -26,8 +27,12 @@ def ask(function, isa, hidden, weight, n, h, v, block, threads, as_is, **more) -
         "hidden_col_stride": 1, "weight": there, "weight_dtype": DTYPE_CODES[weight],
         "weight_row_stride": h if as_is else 1, "weight_col_stride": 1 if as_is else v, "bias": None, "labels": there,
         "temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "block": block, "threads": threads,
+        "workspace": None, "workspace_bytes": 0, "logps": there, "lse": there,
     }  # fmt: skip
     return function(isa, args | more)
+
+
+NO_RESULTS = dict.fromkeys(("stats", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "cache"))
 
 
 SIZES = list(itertools.product((1, 17, 64, 130, 1024), (1, 33, 64, 700), (2, 193, 3000)))
@@ -50,21 +55,22 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
         direct = weight.itemsize == traits.acc
         for block in {min(b, v + v % 2) for b in (48, 96, 192, 1536)}:
             layout = {k: _Layout(n, h, v, traits, block, threads, as_is, k, direct) for k in (0, 1, 5)}
-            blocks = -(-v // block)
             here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
             for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 5)), (False, True)):
                 asked = ask(
-                    _backend._C.forward, *here, outputs=flags, cached_blocks=0, jacobian=64 if jacobian else None
-                )
+                    _backend._C.forward, *here, outputs=flags, jacobian=64 if jacobian else None, cache_bytes=1 << 40,
+                    **NO_RESULTS,
+                )  # fmt: skip
                 check(layout[k].forward(jacobian), asked, ("forward", here, flags, jacobian))
             for to_hidden, to_weight, recomputes, entropy in itertools.product((False, True), repeat=4):
                 if not (to_hidden or to_weight) or (entropy and not recomputes):
                     continue
                 for chunk in (0, 60, 700) if to_weight else (0,):
                     asked = ask(
-                        _backend._C.backward, *here, cached_blocks=0 if recomputes else blocks,
-                        grad_entropy=64 if entropy else None, grad_hidden=64 if to_hidden else None,
-                        grad_hidden_dtype=DTYPE_CODES[hidden],
+                        _backend._C.backward, *here, cache=None if recomputes else 64,
+                        cache_bytes=layout[0].cache_per_block() * layout[0].blocks, jacobian=None,
+                        entropy=64 if entropy else None, grad_entropy=64 if entropy else None, grad_logps=64,
+                        grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden], grad_rows=64,
                         grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None, token_chunk=chunk,
                     )  # fmt: skip
                     claimed = layout[0].backward(to_hidden, to_weight, recomputes, entropy, chunk)
@@ -89,27 +95,27 @@ def test_no_plan_exceeds_its_budget_and_more_budget_never_costs_a_product(backen
             assert last is None, "a larger budget is refused where a smaller one was not"
             continue
         assert c.workspace_bytes + c.cache_bytes <= budget and c.block % 2 == 0
-        assert (c.cache_bytes > 0) == (c.schedule in ("cached", "mixed", "jacobian"))
-        assert (c.cached_share == 1) == (c.schedule == "cached") and 0 <= c.cached_share <= 1
+        assert (c.cache_bytes > 0) == (c.name in ("cached", "mixed", "jacobian"))
+        assert (c.cached_share == 1) == (c.name == "cached") and 0 <= c.cached_share <= 1
         if last:
             # A wider block may come at the price of a sliver of cache.
-            assert products[c.schedule] - c.cached_share <= products[last.schedule] - last.cached_share + 0.02
+            assert products[c.name] - c.cached_share <= products[last.name] - last.cached_share + 0.02
         last = c
-    assert last.schedule in ("score", "jacobian", "cached")
+    assert last.name in ("score", "jacobian", "cached")
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
 def test_the_schedules_of_design_section_2(backend):
     choice = functools.partial(choose_for, backend=backend)
-    assert choice(to_hidden=False, to_weight=False).schedule == "score"
-    assert choice(to_weight=False).schedule == "jacobian"
-    assert choice().schedule == "cached"
-    assert choice(to_hidden=False).schedule == "cached"
-    assert choice(budget=64 << 20).schedule == "mixed" and 0 < choice(budget=64 << 20).cached_share < 1
-    assert choice(n=8000, budget=32 << 20).schedule in ("recompute", "recompute-split")
-    assert choice(n=8000, budget=32 << 20, dtype=FP32).schedule in ("recompute", "recompute-split")
+    assert choice(to_hidden=False, to_weight=False).name == "score"
+    assert choice(to_weight=False).name == "jacobian"
+    assert choice().name == "cached"
+    assert choice(to_hidden=False).name == "cached"
+    assert choice(budget=64 << 20).name == "mixed" and 0 < choice(budget=64 << 20).cached_share < 1
+    assert choice(n=8000, budget=32 << 20).name in ("recompute", "recompute-split")
+    assert choice(n=8000, budget=32 << 20, dtype=FP32).name in ("recompute", "recompute-split")
     small = choice(n=8000, budget=4 << 20, to_hidden=False, to_weight=False)
-    assert small.schedule == "score" and 0 < small.token_chunk < 8000
+    assert small.name == "score" and 0 < small.token_chunk < 8000
 
 
 @pytest.mark.parametrize("dtype", (BF16, FP32, torch.float16))
@@ -121,7 +127,7 @@ def test_every_instruction_set_offers_the_same_schedules(dtype):
         }
         shares = [c.cached_share for c in choices.values()]
         assert max(shares) - min(shares) <= 0.2, (n, budget, train, choices)
-        assert len({c.schedule == "jacobian" for c in choices.values()}) == 1, (n, budget, train, choices)
+        assert len({c.name == "jacobian" for c in choices.values()}) == 1, (n, budget, train, choices)
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))

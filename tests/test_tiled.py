@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpofast
 from dpofast import _backend
-from dpofast.backends import tiled
+from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
-from dpofast.plan import Choice
+from dpofast.plan import Schedule
 
 
 class Watching(TorchDispatchMode):
@@ -54,13 +54,13 @@ def test_the_number_of_buffers_does_not_depend_on_the_number_of_tiles(passes, sc
     def buffers(block: int) -> int:
         columns = {"cached": v, "mixed": 512}.get(schedule, 0)
         cache = torch.empty(n * columns * 4 if schedule != "jacobian" else n * h * 4, dtype=torch.uint8)
-        choice = Choice(schedule, block, n if schedule != "recompute-split" else n // 2, cache.numel(), 0, 0.0)
-        shared = (passes, p.hidden, p.weight, None, rows, p.labels, (1.0, 1.0, 0.0))
+        how = Schedule.of(schedule, (block, n if schedule != "recompute-split" else n // 2, cache.numel()))
+        case, engine = Problem(p.hidden, p.weight, None, rows, p.labels), TiledBackend(passes)
         with Watching(size=n) as watching:
-            saved = tiled.forward(*shared, (), choice, cache)
+            saved = engine.forward(case, how, (), cache)
             if schedule != "score":
-                grads = torch.empty(n, h), None if schedule == "jacobian" else torch.empty(v, h), None
-                tiled.backward(*shared, choice, cache, saved, torch.ones(n), None, *grads)
+                grads = InputGrads(torch.empty(n, h), None if schedule == "jacobian" else torch.empty(v, h))
+                engine.backward(case, how, Saved(**saved, cache=cache), OutputGrads(torch.ones(n)), grads)
         assert not watching.waits
         return watching.buffers
 
@@ -84,7 +84,9 @@ def test_a_backend_behind_a_device_is_the_same_backend(budget):
         ]
         logits = torch.randn(9, 30)
         rows = [dpofast.logprob(logits, torch.arange(9), backend=n).logps for n in ("torch:behind", "torch:direct")]
+        case, how = Problem(p.hidden, p.weight, None, torch.arange(90), p.labels), Schedule.of("score", (64, 0, 0))
+        stats = [_backend.added[n].fold(case, how, ()) for n in ("torch:behind", "torch:direct")]
     finally:
         del _backend.added["torch:behind"], _backend.added["torch:direct"]
     assert all(torch.equal(results[0][name], x) for name, x in results[1].items())
-    assert torch.equal(*rows)
+    assert torch.equal(*rows) and torch.equal(*stats)

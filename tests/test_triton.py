@@ -23,8 +23,9 @@ from numerics import EVERYTHING, SCHEDULES, problem, run_forced
 
 import dpofast
 from dpofast import _backend
+from dpofast.backends.base import Problem, Saved
 from dpofast.backends.triton import TritonBackend, TritonPasses
-from dpofast.plan import Choice
+from dpofast.plan import Schedule
 
 NAME = "triton:interpret"
 FP16, FP32, FP64 = torch.float16, torch.float32, torch.float64
@@ -63,7 +64,7 @@ def test_as_good_as_plain_pytorch(schedule, dtype, options):
     p = problem(20, 24, 150, dtype, **options)
     outputs = numerics.STATISTICS if options else ()
     if schedule == "mixed":  # no budget leaves room for some of so small a g: two blocks of 64 of 150 columns
-        with numerics.recorded_choices(Choice("mixed", 64, 0, 20 * 128 * dtype.itemsize, 0, 128 / 150)):
+        with numerics.recorded_choices(Schedule("mixed", 64, 0, 20 * 128 * dtype.itemsize, 0, 128 / 150)):
             got = numerics.run(dpofast.linear_logprob, p, backend=NAME, outputs=outputs)
     else:
         got = run_forced(schedule, p, NAME, outputs)
@@ -78,7 +79,7 @@ def test_fp64_stays_fp64(schedule):
 
 def on(schedule: str, p: numerics.Problem, outputs=(), train=None, block=64, token_chunk=0) -> dict[str, torch.Tensor]:
     """linear_logprob made to run on a schedule that keeps nothing, whatever the budget."""
-    with numerics.recorded_choices(Choice(schedule, block, token_chunk, 0, 0, 0.0)):
+    with numerics.recorded_choices(Schedule(schedule, block, token_chunk, 0, 0, 0.0)):
         train = SCHEDULES[schedule][0] if train is None else train
         return numerics.run(dpofast.linear_logprob, p, backend=NAME, outputs=outputs, train=train)
 
@@ -216,8 +217,8 @@ def test_a_confident_token_keeps_its_relative_precision(schedule, gap):
 def test_a_label_out_of_range_makes_its_row_nan_and_no_other():
     """A device is not asked for its labels beforehand."""
     hidden, weight, y = torch.randn(6, 8), torch.randn(40, 8), torch.tensor([0, 40, -1, 39, 63, 1 << 40])
-    choice, rows = Choice("score", 64, 0, 0, 0, 0.0), torch.arange(6)
-    out = _backend.added[NAME].forward("", hidden, weight, None, rows, y, (1.0, 1.0, 0.0), (), choice, None)
+    case = Problem(hidden, weight, None, torch.arange(6), y)
+    out = _backend.added[NAME].forward(case, Schedule.of("score", (64, 0, 0)), (), None)
     want = (hidden @ weight.T).log_softmax(-1)[[0, 3], [0, 39]]
     assert out["logps"].isnan().tolist() == [False, True, True, False, True, True]
     torch.testing.assert_close(out["logps"][[0, 3]], want)
@@ -325,7 +326,7 @@ def case_of_g(n: int, h: int, v: int, spread: float):
     g.scatter_add_(1, p.labels[:, None], torch.ones(n, 1, dtype=FP64))
     z_max = z.amax(-1)
     lse = torch.stack((z_max, z.logsumexp(-1) - z_max), -1)
-    saved = {"logps": logps.squeeze(1).float(), "lse": lse.float()}
+    saved = Saved(logps.squeeze(1).float(), lse.float())
     return p, saved, z, p.grad_logps[:, None] * g, log_p.exp(), -logps.expm1()
 
 
@@ -403,7 +404,7 @@ def test_a_label_or_a_nan_keeps_its_tile(what):
         kept[32 * tile : 32 * tile + 32] = True
     if what == "NaN":
         p.hidden[5] = math.nan
-    d_hidden, d_weight, _, dropped = backward(p, {"logps": logps.float(), "lse": lse.float()}, Skip(1e-6), block=160)
+    d_hidden, d_weight, _, dropped = backward(p, Saved(logps.float(), lse.float()), Skip(1e-6), block=160)
     if what == "NaN":
         assert d_weight.isnan().all()
         return

@@ -137,30 +137,33 @@ def launches_of(case: Case) -> list[Launch]:
     from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
     from dpofast.kernels.logprob_grad import logprob_grad
 
+    from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
+    from dpofast.backends.tiled import Exps, Tile
     from dpofast.backends.triton import TritonPasses
 
     has = case.flags.__contains__
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[case.dtype]
     wide = torch.float64 if case.dtype == "fp64" else torch.float32
     n, v, h = 64, 8192, 250 if has("odd") else 256  # so long that rows are split
-    transform = (0.7, 1.3, 30.0 if has("softcap") else 0.0)
+    transform = Transform(0.7, 1.3, 30.0 if has("softcap") else 0.0)
     outputs = ("entropy",) if has("extra") or has("entropy") else ()
     labels, offsets = torch.zeros(n, dtype=torch.int64), torch.arange(n)
     bias = torch.zeros(v, dtype=wide) if has("bias") else None
     one = torch.zeros(n, dtype=wide)
-    saved = {"logps": one, "lse": torch.zeros(n, 2, dtype=wide), "entropy": one}
+    saved = Saved(one, torch.zeros(n, 2, dtype=wide), one)
     e = one if has("entropy") else None
     passes = TritonPasses(blocks=2 * n)
     stats = passes.new_stats(n, wide, labels.device)
 
     def passes_over_logits():
         x, g, logits = torch.empty(n, v, dtype=wide), torch.empty(n, v, dtype=dtype), torch.empty(n, v, dtype=dtype)
-        passes.fold(x, bias, labels, 0, transform, stats, outputs, g, torch.empty(n, dtype=wide))
-        passes.fold(x[:, :1024], bias, labels, 0, transform, stats, outputs, None, None)  # too short to be split
-        passes.grad(x, bias, labels, 0, transform, saved, one, e, g)
+        tile, rows = Tile(x, bias, labels, 0, transform), LogitsProblem(logits, offsets, labels, transform)
+        passes.fold(tile, stats, outputs, Exps(g, torch.empty(n, dtype=wide)))
+        passes.fold(tile._replace(x=x[:, :1024]), stats, outputs, None)  # too short to be split
+        passes.grad(tile, saved, OutputGrads(one, e), g)
         logprob_grad(x, None, bias, labels, 0, transform, saved, one, e, g, cut=1e-6)
-        passes.rows_forward(logits, offsets, labels, transform, outputs)
-        passes.rows_backward(logits, offsets, labels, transform, saved, one, e, logits)
+        passes.logits_forward(rows, outputs)
+        passes.logits_backward(rows, saved, OutputGrads(one, e), logits)
 
     def fused():
         hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)

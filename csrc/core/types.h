@@ -19,7 +19,7 @@ constexpr size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32
 // Statistics that a caller may ask for beside the log-probs (bits of `outputs`).
 enum Output : unsigned { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
 
-// Running statistics of rows, [kStats, n] in the accumulator's type (Stat in dpofast/backends/torch.py).
+// Running statistics of rows, [kStats, n] in the accumulator's type (dpofast/contract.py has these numbers, too).
 enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

@@ -26,6 +26,7 @@ struct Backward {
 
   const BackwardArgs& a;
   const Shape<K> s;
+  const int64_t cached_blocks;
   const bool to_weight, to_hidden, recomputes, direct;  // direct: d weight has the accumulator's type
   const int64_t window, windows;                        // tokens in a window, a multiple of a panel's; windows
   const int64_t group, groups;                          // blocks in a group; groups
@@ -41,7 +42,7 @@ struct Backward {
   elem *packed, *columns;
 
   explicit Backward(const BackwardArgs& args)
-      : a(args), s(a.head), to_weight(a.grad_weight || a.grad_bias), to_hidden(a.grad_hidden), recomputes(a.cached_blocks < s.blocks),
+      : a(args), s(a.head), cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)), to_weight(a.grad_weight || a.grad_bias), to_hidden(a.grad_hidden), recomputes(cached_blocks < s.blocks),
         direct(a.head.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
         window(a.token_chunk && a.token_chunk < s.n_padded ? round_up(a.token_chunk, s.P) : s.n_padded),
         windows(ceil_div(s.n, window)),
@@ -159,7 +160,7 @@ struct Backward {
   }
 
   void make_g(int64_t b, const Window& win, int64_t panel, int thread) const {
-    if (b < a.cached_blocks) {
+    if (b < cached_blocks) {
       g.from_cache(CacheBlock<K>(s, const_cast<void*>(a.cache), b), b, win, panel);
     } else {
       acc* const c = tiles + thread * tile_size();
@@ -246,6 +247,7 @@ template <class K>
 static int64_t scale_jacobian(const BackwardArgs& a) {
   using acc = typename K::acc;
   const Shape<K> s(a.head);
+  if (a.cache_bytes < s.jacobian_bytes()) return -1;
   const int threads = s.threads(1.0 / double(s.v));
   Arena arena{static_cast<char*>(a.workspace)};
   acc* rows = arena.take<acc>(threads * s.h_padded);
@@ -259,7 +261,7 @@ static int64_t scale_jacobian(const BackwardArgs& a) {
   return arena.used;
 }
 
-// Bytes of workspace; computes nothing without one.
+// Bytes of workspace, or -1 if the jacobian is too small; computes nothing without a workspace.
 template <class K>
 static int64_t backward(const BackwardArgs& a) {
   if (a.jacobian) return scale_jacobian<K>(a);

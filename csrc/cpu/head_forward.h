@@ -10,6 +10,7 @@ struct Forward {
   const ForwardArgs& a;
   const Shape<K> s;
   const int threads;
+  const int64_t cached_blocks;
   acc* const jacobian;  // sum_v exp(z_v - shift) W_v, transposed: panel after panel of [h, width]
   Arena arena;
   const WeightBlocks<K> w;
@@ -21,7 +22,7 @@ struct Forward {
   acc *tiles, *shift;
 
   explicit Forward(const ForwardArgs& args)
-      : a(args), s(a.head), threads(s.threads(a.jacobian ? 2 : 1)), jacobian(static_cast<acc*>(a.jacobian)),
+      : a(args), s(a.head), threads(s.threads(a.jacobian ? 2 : 1)), cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)), jacobian(static_cast<acc*>(a.jacobian)),
         arena{static_cast<char*>(a.workspace)}, w(s, true, jacobian != nullptr, arena),
         span(panels_together(s.panels, threads)), spans(ceil_div(s.panels, span)) {
     if (!w.any() && kGroupRows % s.block == 0) {
@@ -119,7 +120,7 @@ struct Forward {
     fold.prepare(c, width, n_rows, v0, t0, tokens);
     if (jacobian) {
       add_to_jacobian(fold, c, b, r0, n_rows, panel, thread);
-    } else if (b < a.cached_blocks) {
+    } else if (b < cached_blocks) {
       const CacheBlock<K> cache(s, a.cache, b);
       fold(c, width, n_rows, v0, t0, tokens,
            ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.m + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
@@ -162,10 +163,11 @@ struct Forward {
   }
 };
 
-// Bytes of workspace; computes nothing without one.
+// Bytes of workspace, or -1 if the jacobian has no room; computes nothing without a workspace.
 template <class K>
 static int64_t forward(const ForwardArgs& a) {
   Forward<K> call(a);
+  if (a.jacobian && a.cache_bytes < call.s.jacobian_bytes()) return -1;
   if (a.workspace) call.run();
   return call.arena.used;
 }

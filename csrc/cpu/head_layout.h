@@ -73,6 +73,12 @@ struct Shape {
 
   int64_t cache_elems() const { return block * n_padded; }
   int64_t folds() const { return ceil_div(block, kFoldRows); }
+  int64_t jacobian_bytes() const { return h * n_padded * int64_t(sizeof(typename K::acc)); }
+  // Blocks, from the first on, whose exponentials a cache of so many bytes holds.
+  int64_t cached_blocks(const void* cache, int64_t n_bytes) const {
+    const int64_t fit = cache ? n_bytes / cache_per_block() : 0;
+    return fit < blocks ? fit : blocks;
+  }
   int64_t cache_per_block() const {
     return round_up(cache_elems() * int64_t(sizeof(typename K::cached)), 64) +
            round_up(folds() * n_padded * int64_t(sizeof(typename K::acc)), 64);

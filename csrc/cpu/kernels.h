@@ -31,9 +31,9 @@ struct ForwardArgs {
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
   uint8_t* is_top1;
   void* stats;            // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
-  void* cache;            // exp(z - m) of the first `cached_blocks` blocks, for the backward
-  int64_t cached_blocks;
+  void* cache;            // exp(z - m) of as many blocks as fit, for the backward; or null
   void* jacobian;         // d logps / d hidden, in panels; or null
+  int64_t cache_bytes;    // of either
   void* workspace;
 };
 
@@ -41,9 +41,9 @@ struct BackwardArgs {
   Head head;
   const void *logps, *lse, *entropy;        // from the forward; entropy only with grad_entropy
   const void *grad_logps, *grad_entropy;    // [n]; grad_entropy may be null
-  const void* cache;
-  int64_t cached_blocks;
+  const void* cache;                        // what the forward left there, or null
   const void* jacobian;                     // not null: grad_hidden is a row scaling of it
+  int64_t cache_bytes;                      // of either
   void* grad_hidden;                        // contiguous rows; or null
   DType grad_hidden_dtype;
   const int64_t* grad_rows;                 // [n] row numbers in grad_hidden
@@ -83,8 +83,8 @@ constexpr int64_t kPeakBytes = 1 << 20;  // of memory that `peak` works in, zero
 
 struct Table {
   const char* name;
-  int64_t (*forward)(const ForwardArgs&);    // bytes of workspace
-  int64_t (*backward)(const BackwardArgs&);  // bytes of workspace
+  int64_t (*forward)(const ForwardArgs&);    // bytes of workspace; -1: the jacobian is larger than cache_bytes
+  int64_t (*backward)(const BackwardArgs&);  // likewise
   void (*rows_forward)(const RowsArgs&);
   void (*rows_backward)(const RowsArgs&);
   Traits (*traits)(DType hidden, DType weight);

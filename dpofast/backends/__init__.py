@@ -1,1 +1,1 @@
-"""Backends: each module has ``forward`` and ``backward`` of linear_logprob and of logprob on packed rows."""
+"""Backends: what one is (`base`), and those that there are."""

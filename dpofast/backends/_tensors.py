@@ -1,17 +1,9 @@
-"""What every backend needs to know of its tensors: accumulators, addresses, the optional statistics and their bits."""
+"""What every backend does with its tensors: accumulators' dtypes, addresses, room for results."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-"""In the order of the bits of csrc/core/types.h, Output."""
-
-
-def flags(names: tuple[str, ...]) -> int:
-    """The bit mask of the statistics among ``names``."""
-    return sum(1 << i for i, name in enumerate(STATISTICS) if name in names)
 
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -36,10 +28,15 @@ def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
     return offsets
 
 
-def empty_results(n: int, names: tuple[str, ...], like: Tensor) -> dict[str, Tensor]:
-    """Room for what a forward of n rows returns, in ``like``'s dtype and on its device.
+def empty_results(n: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Room for what a forward of n tokens returns; ``lse`` is in two parts, the largest z and log sum exp(z - it)."""
+    out = {"logps": torch.empty(n, dtype=dtype, device=device), "lse": torch.empty(n, 2, dtype=dtype, device=device)}
+    for name in names:
+        out[name] = torch.empty(n, dtype=torch.bool if name == "is_top1" else dtype, device=device)
+    return out
 
-    ``lse`` is in two parts, the largest z and log sum exp(z - it).
-    """
-    out = {"logps": like.new_empty(n), "lse": like.new_empty(n, 2)}
-    return out | {name: like.new_empty(n, dtype=torch.bool if name == "is_top1" else like.dtype) for name in names}
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Vectors of ``x`` [*, H] by number, whatever its strides."""
+    x = x.unsqueeze(0) if x.ndim == 1 else x
+    return x[torch.unravel_index(positions, x.shape[:-1])]

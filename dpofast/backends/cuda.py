@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.backends._tensors import empty_results, flags, pointer
+from dpofast.backends._tensors import empty_results, pointer
+from dpofast.backends.base import OutputGrads, Saved
 from dpofast.backends.gpu import GpuPasses
-from dpofast.backends.torch import Stat
-from dpofast.plan import DTYPE_CODES
+from dpofast.backends.tiled import Exps, Tile
+from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
 
 _PART = 4096  # columns of a row that one block reads at least, where rows are split
 
@@ -52,25 +53,25 @@ class CudaPasses(GpuPasses):
     def _launch(self, function: str, device: torch.device, args: dict[str, Any]) -> None:
         launch(self._library, function, device, args)
 
-    def _tile(self, x: Tensor, bias: Tensor | None, y: Tensor | None, v0: int, transform, offsets) -> dict[str, Any]:
-        temperature, logit_scale, softcap = transform
+    def _tile(self, tile: Tile) -> dict[str, Any]:
+        x, offsets = tile.x, tile.offsets
         n, width = (len(offsets), x.shape[-1]) if offsets is not None else x.shape
         splits, part = self._splits(n, width, x.device)
         return {
             "x": x.data_ptr(), "dtype": DTYPE_CODES[x.dtype], "row_offsets": pointer(offsets),
-            "ld": x.stride(0) if offsets is None else 0, "n": n, "width": width, "v0": v0, "bias": pointer(bias),
-            "labels": pointer(y), "temperature": temperature, "logit_scale": logit_scale, "softcap": softcap,
+            "ld": x.stride(0) if offsets is None else 0, "n": n, "width": width, "v0": tile.v0,
+            "bias": pointer(tile.bias), "labels": pointer(tile.labels), **tile.transform._asdict(),
             "splits": splits, "part": part,
         }  # fmt: skip
 
-    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
-        args = self._tile(x, bias, y, v0, transform, offsets)
+    def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
+        args = self._tile(tile)
         more = {"outputs": flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
-        self._launch("logprob_fold", x.device, args | more)
-        if keep is not None:
-            reference.copy_(stats[Stat.M])
-            lse = {"z_max": reference.data_ptr(), "log_sum": None, "lse_stride": 1}
-            self._grad(args | lse | {"labels": None, "grad_logps_value": -1.0}, x.device, keep)
+        self._launch("logprob_fold", tile.x.device, args | more)
+        if exps is not None:
+            exps.shift.copy_(stats[Stat.M])
+            lse = {"z_max": exps.shift.data_ptr(), "log_sum": None, "lse_stride": 1}
+            self._grad(args | lse | {"labels": None, "grad_logps_value": -1.0}, tile.x.device, exps.e)
 
     def _grad(self, args: dict[str, Any], device: torch.device, out: Tensor, out_offsets: Tensor | None = None) -> None:
         defaults = {
@@ -80,21 +81,21 @@ class CudaPasses(GpuPasses):
         }  # fmt: skip
         self._launch("logprob_grad", device, defaults | args)
 
-    def finish(self, stats, y, n_vocab, outputs) -> dict[str, Tensor]:
+    def finish(self, stats: Tensor, labels: Tensor, n_vocab: int, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         n = stats.shape[1]
-        results = empty_results(n, outputs, stats)
-        args = {"stats": stats.data_ptr(), "labels": y.data_ptr(), "n": n, "v": n_vocab,
+        results = empty_results(n, outputs, stats.dtype, stats.device)
+        args = {"stats": stats.data_ptr(), "labels": labels.data_ptr(), "n": n, "v": n_vocab,
                 "dtype": DTYPE_CODES[stats.dtype]}  # fmt: skip
-        self._launch("logprob_finish", stats.device, args | {name: x.data_ptr() for name, x in results.items()})
+        args |= {name: pointer(results.get(name)) for name in ("logps", "lse", *STATISTICS)}
+        self._launch("logprob_finish", stats.device, args)
         return results
 
     def grad(
-        self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out, offsets=None, out_offsets=None
-    ) -> None:  # fmt: skip
-        lse = saved["lse"]
-        args = self._tile(x, bias, y, v0, transform, offsets) | {
-            "z_max": lse.data_ptr(), "log_sum": lse[:, 1].data_ptr(), "lse_stride": 2,
-            "logps": saved["logps"].data_ptr(), "grad_logps": pointer(grad_logps),
-            "entropy": pointer(saved.get("entropy")), "grad_entropy": pointer(grad_entropy),
+        self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None
+    ) -> None:
+        args = self._tile(tile) | {
+            "z_max": saved.lse.data_ptr(), "log_sum": saved.lse[:, 1].data_ptr(), "lse_stride": 2,
+            "logps": saved.logps.data_ptr(), "grad_logps": pointer(incoming.logps),
+            "entropy": pointer(saved.entropy), "grad_entropy": pointer(incoming.entropy),
         }  # fmt: skip
-        self._grad(args, x.device, out, out_offsets)
+        self._grad(args, tile.x.device, out, out_offsets)

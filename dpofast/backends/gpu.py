@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from dpofast import _backend
-from dpofast.backends._tensors import element_offsets, wide_dtype
+from dpofast.backends._tensors import element_offsets
+from dpofast.backends.base import LogitsProblem, OutputGrads, Saved
+from dpofast.backends.tiled import Tile
 from dpofast.backends.torch import TorchPasses
 
 
 class GpuPasses(TorchPasses):
     """`dpofast.backends.tiled.Passes` whose products keep 16-bit operands and write fp32.
 
-    `fold` and `grad` of a subclass also take rows of ``x`` that start at any ``offsets`` (elements), and `grad` rows of
-    ``out`` that do: so whole rows of logits are tiles, wherever they start.
+    `fold` and `grad` of a subclass also take a `Tile` with ``offsets``, and `grad` rows of ``out`` that start at any
+    ``out_offsets`` (elements): so whole rows of logits are tiles, wherever they start.
 
     Args:
         blocks: thread blocks that keep the GPU busy; rows are split when there are fewer. None: four for each of the
@@ -46,11 +48,17 @@ class GpuPasses(TorchPasses):
         else:
             sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
 
-    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
-        stats = self.new_stats(rows.numel(), wide_dtype(logits.dtype), logits.device)
-        self.fold(logits, None, y, 0, transform, stats, outputs, None, None, element_offsets(logits, rows))
-        return self.finish(stats, y, logits.shape[-1], outputs)
+    def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        stats = self.new_stats(problem.n_tokens, problem.wide, problem.logits.device)
+        self.fold(_rows(problem), stats, outputs, None)
+        return self.finish(stats, problem.labels, problem.n_vocab, outputs)
 
-    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
-        offsets = element_offsets(logits, rows), element_offsets(grad_logits, rows)
-        self.grad(logits, None, y, 0, transform, saved, grad_logps, grad_entropy, grad_logits, *offsets)
+    def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
+        out_offsets = element_offsets(grad_logits, problem.positions)
+        self.grad(_rows(problem), saved, incoming, grad_logits, out_offsets)
+
+
+def _rows(problem: LogitsProblem) -> Tile:
+    """Whole rows of logits as one tile, where they lie."""
+    offsets = element_offsets(problem.logits, problem.positions)
+    return Tile(problem.logits, None, problem.labels, 0, problem.transform, offsets)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpofast import losses
 from dpofast.backends._tensors import pointer
 from dpofast.backends.cuda import launch
-from dpofast.plan import DTYPE_CODES
+from dpofast.contract import DTYPE_CODES
 
 _NUMBERS = (
     "label_smoothing", "discopop_tau", "simpo_gamma", "alphapo_alpha", "dpop_lambda", "f_alpha_divergence_coef",

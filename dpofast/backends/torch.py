@@ -11,35 +11,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dpofast.backends import tiled
-from dpofast.backends._tensors import wide_dtype
-from dpofast.backends.tiled import take
+from dpofast.backends._tensors import take, wide_dtype
+from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
+from dpofast.backends.tiled import Exps, Tile
+from dpofast.contract import Stat
 
 _TINY = -1e30  # stands for a logit of -inf where exp(it) = 0 is a factor: 0 * -inf would be NaN
 
 
-class Stat:
-    """Rows of the tensor of running statistics, over all entries but the label's (RowStats in csrc/core/softmax.h)."""
-
-    M, SUM, SUM_X, SUM_SQ, SUM_Z, TOP_BEFORE, Z_LABEL, COUNT = range(8)
-
-
-def _label_place(y: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
+def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
     """Whether each label lies in this tile, [n], and the column it has there (any, if not), [n, 1]."""
-    local = y - v0
+    local = labels - v0
     return (local >= 0) & (local < width), local.clamp(0, width - 1).unsqueeze(-1)
 
 
-def _transform(x: Tensor, transform: tiled.Transform) -> None:
-    """z in the place of x."""
-    temperature, logit_scale, softcap = transform
+def _transformed(tile: Tile) -> Tensor:
+    """z [n, width], in the place of x."""
+    temperature, logit_scale, softcap = tile.transform
+    if tile.bias is not None:
+        tile.x.add_(tile.bias)
     if softcap:
-        x.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
-    else:
-        x.mul_(logit_scale / temperature)
+        return tile.x.mul_(logit_scale / softcap).tanh_().mul_(softcap / temperature)
+    return tile.x.mul_(logit_scale / temperature)
 
 
-def _slope(z: Tensor, transform: tiled.Transform) -> Tensor | float:
+def _slope(z: Tensor, transform: Transform) -> Tensor | float:
     """dz / dx."""
     temperature, logit_scale, softcap = transform
     if not softcap:
@@ -67,18 +63,16 @@ class TorchPasses:
         stats[[Stat.M, Stat.TOP_BEFORE, Stat.Z_LABEL]] = -torch.inf
         return stats
 
-    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference) -> None:
-        if bias is not None:
-            x += bias
-        _transform(x, transform)
-        z, S = x, Stat
-        inside, index = _label_place(y, v0, x.shape[1])
+    def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
+        z, S = _transformed(tile), Stat
+        inside, index = _label_place(tile.labels, tile.v0, z.shape[1])
         own = z.gather(1, index)
         stats[S.Z_LABEL] = torch.where(inside, own.squeeze(-1), stats[S.Z_LABEL])
         if "mean_logits" in outputs:
             stats[S.SUM_Z] += z.sum(-1)
         if "is_top1" in outputs:
-            before = torch.arange(v0, v0 + x.shape[1], device=x.device) < y.unsqueeze(-1)
+            columns = torch.arange(tile.v0, tile.v0 + z.shape[1], device=z.device)
+            before = columns < tile.labels.unsqueeze(-1)
             stats[S.TOP_BEFORE] = torch.maximum(stats[S.TOP_BEFORE], torch.where(before, z, -torch.inf).amax(-1))
         z.scatter_(1, index, torch.where(inside.unsqueeze(-1), -torch.inf, own))
 
@@ -86,11 +80,11 @@ class TorchPasses:
         safe = torch.where(m == -torch.inf, 0.0, m)
         shift = torch.where(stats[S.M] == -torch.inf, 0.0, stats[S.M] - safe)
         factor = (stats[S.M] - safe).exp()
-        slope = _slope(z, transform) if keep is not None else 1.0
+        slope = 1.0 if exps is None else _slope(z, tile.transform)
         e = (z - safe.unsqueeze(-1)).exp_()
-        if keep is not None:
-            torch.mul(e, slope, out=keep)
-            reference.copy_(safe)
+        if exps is not None:
+            torch.mul(e, slope, out=exps.e)
+            exps.shift.copy_(safe)
         if "entropy" in outputs:
             z.sub_(safe.unsqueeze(-1)).clamp_(min=_TINY).mul_(e)
             stats[S.SUM_X] = (stats[S.SUM_X] + shift * stats[S.SUM]) * factor + z.sum(-1)
@@ -99,9 +93,9 @@ class TorchPasses:
             stats[S.SUM_SQ] = stats[S.SUM_SQ] * factor * factor + e.square_().sum(-1)
         stats[S.M] = m
 
-    def finish(self, stats, y, n_vocab, outputs) -> dict[str, Tensor]:
+    def finish(self, stats: Tensor, labels: Tensor, n_vocab: int, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         m, total, sum_x, sum_sq, sum_z, top_before, z_label = stats.unbind()
-        valid = (y >= 0) & (y < n_vocab)
+        valid = (labels >= 0) & (labels < n_vocab)
         z_label = torch.where(valid, z_label, torch.nan)
         none = total == 0
         d = torch.where(none, -torch.inf - z_label, m - z_label + total.log())
@@ -125,44 +119,45 @@ class TorchPasses:
         }
         return {name: results[name] for name in ("logps", "lse", *outputs)}
 
-    def normalise(self, kept, references, block, y, transform, stats, results) -> None:
+    def normalise(
+        self, e: Tensor, shifts: Tensor, block: int, labels: Tensor, transform: Transform, stats: Tensor,
+        results: dict[str, Tensor],
+    ) -> None:  # fmt: skip
         z_max, log_sum = results["lse"].unbind(-1)
-        factors = ((references - z_max) - log_sum).exp().neg_().unsqueeze(-1)
-        for factor, v0 in zip(factors, range(0, kept.shape[1], block)):
-            kept[:, v0 : v0 + block] *= factor
-        inside, index = _label_place(y, 0, kept.shape[1])
-        own = (-torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)).to(kept.dtype)
-        kept.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.unsqueeze(-1), kept.gather(1, index)))
+        factors = ((shifts - z_max) - log_sum).exp().neg_().unsqueeze(-1)
+        for factor, v0 in zip(factors, range(0, e.shape[1], block)):
+            e[:, v0 : v0 + block] *= factor
+        inside, index = _label_place(labels, 0, e.shape[1])
+        own = (-torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)).to(e.dtype)
+        e.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.unsqueeze(-1), e.gather(1, index)))
 
-    def grad(self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out) -> None:
-        if bias is not None:
-            x += bias
-        _transform(x, transform)
-        slope = _slope(x, transform)
-        z_max, log_sum = saved["lse"].unsqueeze(-2).unbind(-1)
-        log_p = x.sub_(z_max).sub_(log_sum)
+    def grad(self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor) -> None:
+        z = _transformed(tile)
+        slope = _slope(z, tile.transform)
+        z_max, log_sum = saved.lse.unsqueeze(-2).unbind(-1)
+        log_p = z.sub_(z_max).sub_(log_sum)
         p = log_p.exp()
-        inside, index = _label_place(y, v0, x.shape[1])
-        c = torch.zeros_like(saved["logps"]) if grad_logps is None else grad_logps
-        if grad_entropy is None:
+        inside, index = _label_place(tile.labels, tile.v0, z.shape[1])
+        c = torch.zeros_like(saved.logps) if incoming.logps is None else incoming.logps
+        if incoming.entropy is None:
             g = p.mul_(c.unsqueeze(-1)).neg_()
             own = torch.zeros_like(c)
         else:  # d logps: -p c; d entropy: -p (log p + entropy) e
-            g = log_p.clamp_(min=_TINY).add_(saved["entropy"].unsqueeze(-1)).mul_(grad_entropy.unsqueeze(-1))
+            g = log_p.clamp_(min=_TINY).add_(saved.entropy.unsqueeze(-1)).mul_(incoming.entropy.unsqueeze(-1))
             own = -(p.gather(1, index) * g.gather(1, index)).squeeze(-1)
             g.add_(c.unsqueeze(-1)).mul_(p).neg_()
-        own = (own - torch.expm1(saved["logps"]) * c).unsqueeze(-1)
+        own = (own - torch.expm1(saved.logps) * c).unsqueeze(-1)
         g.scatter_(1, index, torch.where(inside.unsqueeze(-1), own, g.gather(1, index)))
         torch.mul(g, slope, out=out)
 
-    def rows_forward(self, logits, rows, y, transform, outputs) -> dict[str, Tensor]:
-        x = take(logits, rows).to(wide_dtype(logits.dtype))
-        stats = self.new_stats(rows.numel(), x.dtype, x.device)
-        self.fold(x, None, y, 0, transform, stats, outputs, None, None)
-        return self.finish(stats, y, logits.shape[-1], outputs)
+    def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
+        x = take(problem.logits, problem.positions).to(problem.wide)
+        stats = self.new_stats(problem.n_tokens, x.dtype, x.device)
+        self.fold(Tile(x, None, problem.labels, 0, problem.transform), stats, outputs, None)
+        return self.finish(stats, problem.labels, problem.n_vocab, outputs)
 
-    def rows_backward(self, logits, rows, y, transform, saved, grad_logps, grad_entropy, grad_logits) -> None:
-        x = take(logits, rows).to(wide_dtype(logits.dtype))
-        self.grad(x, None, y, 0, transform, saved, grad_logps, grad_entropy, x)
+    def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
+        x = take(problem.logits, problem.positions).to(problem.wide)
+        self.grad(Tile(x, None, problem.labels, 0, problem.transform), saved, incoming, x)
         out = grad_logits.unsqueeze(0) if grad_logits.ndim == 1 else grad_logits
-        out[torch.unravel_index(rows, out.shape[:-1])] = x.to(grad_logits.dtype)
+        out[torch.unravel_index(problem.positions, out.shape[:-1])] = x.to(grad_logits.dtype)

@@ -10,31 +10,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast.backends._tensors import element_offsets, wide_dtype
+from dpofast.backends._tensors import element_offsets
+from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved
 from dpofast.backends.gpu import GpuPasses
-from dpofast.backends.tiled import TiledBackend, chunks
-from dpofast.backends.torch import Stat
+from dpofast.backends.tiled import Exps, Tile, TiledBackend
+from dpofast.contract import Stat
 from dpofast.kernels.linear_logprob_backward import linear_logprob_backward
 from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
 from dpofast.kernels.logprob_fold import logprob_fold
 from dpofast.kernels.logprob_grad import logprob_grad, logprob_keep
-
-_UNKEPT = ("score", "recompute", "recompute-split")  # schedules that keep nothing
+from dpofast.plan import Schedule
 
 
 class TritonPasses(GpuPasses):
     """`dpofast.backends.tiled.Passes` by Triton kernels."""
 
-    def fold(self, x, bias, y, v0, transform, stats, outputs, keep, reference, offsets=None) -> None:
-        logprob_fold(x, offsets, bias, y, v0, transform, stats, bool(outputs), self.blocks(x.device))
-        if keep is not None:
-            reference.copy_(stats[Stat.M]).masked_fill_(reference == -torch.inf, 0.0)
-            logprob_keep(x, bias, transform, reference, keep)
+    def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
+        x, transform = tile.x, tile.transform
+        blocks = self.blocks(x.device)
+        logprob_fold(x, tile.offsets, tile.bias, tile.labels, tile.v0, transform, stats, bool(outputs), blocks)
+        if exps is not None:
+            exps.shift.copy_(stats[Stat.M]).masked_fill_(exps.shift == -torch.inf, 0.0)
+            logprob_keep(x, tile.bias, transform, exps.shift, exps.e)
 
     def grad(
-        self, x, bias, y, v0, transform, saved, grad_logps, grad_entropy, out, offsets=None, out_offsets=None
-    ) -> None:  # fmt: skip
-        logprob_grad(x, offsets, bias, y, v0, transform, saved, grad_logps, grad_entropy, out, out_offsets)
+        self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None
+    ) -> None:
+        logprob_grad(
+            tile.x, tile.offsets, tile.bias, tile.labels, tile.v0, tile.transform, saved, *incoming, out, out_offsets
+        )
 
 
 class TritonBackend(TiledBackend):
@@ -42,60 +46,57 @@ class TritonBackend(TiledBackend):
 
     passes: TritonPasses
 
-    def forward(self, isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache) -> dict[str, Tensor]:
-        if choice.schedule not in _UNKEPT or wide_dtype(hidden.dtype, weight.dtype) == torch.float64:
-            return super().forward(isa, hidden, weight, bias, rows, y, transform, outputs, choice, cache)
-        stats = self._fold(hidden, weight, bias, rows, y, transform, outputs)
-        return self.passes.finish(stats, y, weight.shape[0], outputs)
+    def forward(
+        self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...], cache: Tensor
+    ) -> dict[str, Tensor]:
+        if not _is_fused(problem, schedule):
+            return super().forward(problem, schedule, outputs, cache)
+        stats = self.fold(problem, schedule, outputs)
+        return self.passes.finish(stats, problem.labels, problem.n_vocab, outputs)
 
-    def fold(self, isa, hidden, weight, bias, rows, y, transform, outputs, choice) -> Tensor:
-        if wide_dtype(hidden.dtype, weight.dtype) == torch.float64:
-            return super().fold(isa, hidden, weight, bias, rows, y, transform, outputs, choice)
-        return self._fold(hidden, weight, bias, rows, y, transform, outputs)
-
-    def _fold(self, hidden, weight, bias, rows, y, transform, outputs) -> Tensor:
-        wide = wide_dtype(hidden.dtype, weight.dtype)
-        stats = self.passes.new_stats(rows.numel(), wide, hidden.device)
-        linear_logprob_forward(
-            hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform, stats, bool(outputs),
-            self.passes.blocks(hidden.device),
-        )  # fmt: skip
+    def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:
+        if problem.wide == torch.float64:
+            return super().fold(problem, schedule, outputs)
+        device = problem.hidden.device
+        stats = self.passes.new_stats(problem.n_tokens, problem.wide, device)
+        linear_logprob_forward(*_operands(problem), stats, bool(outputs), self.passes.blocks(device))
         return stats
 
     def backward(
-        self, isa, hidden, weight, bias, rows, y, transform, choice, cache, saved, grad_logps, grad_entropy,
-        grad_hidden, grad_weight, grad_bias,
-    ) -> None:  # fmt: skip
-        wide = wide_dtype(hidden.dtype, weight.dtype)
-        if choice.schedule not in _UNKEPT or wide == torch.float64:
-            super().backward(
-                isa, hidden, weight, bias, rows, y, transform, choice, cache, saved, grad_logps, grad_entropy,
-                grad_hidden, grad_weight, grad_bias,
-            )  # fmt: skip
+        self, problem: Problem, schedule: Schedule, saved: Saved, incoming: OutputGrads, grads: InputGrads
+    ) -> None:
+        if not _is_fused(problem, schedule):
+            super().backward(problem, schedule, saved, incoming, grads)
             return
-        operands = hidden, element_offsets(hidden, rows), weight, _in(wide, bias), y, transform
+        operands = _operands(problem)
 
-        def run(parts: list[slice], to_hidden: bool, to_rest: bool) -> None:
+        def run(parts: list[slice], to_hidden: bool, to_head: bool) -> None:
             n = parts[-1].stop - parts[0].start
-            sums = torch.empty(n, hidden.shape[-1], dtype=wide, device=hidden.device) if to_hidden else None
+            shape = n, problem.n_hidden
+            sums = torch.empty(shape, dtype=problem.wide, device=problem.hidden.device) if to_hidden else None
             linear_logprob_backward(
-                *operands, parts, choice.block, saved, grad_logps, grad_entropy, sums,
-                *((grad_weight, grad_bias) if to_rest else (None, None)),
+                *operands, parts, schedule.block, saved, *incoming, sums,
+                *((grads.weight, grads.bias) if to_head else (None, None)),
             )  # fmt: skip
             if sums is not None:
-                at = rows[parts[0].start : parts[-1].stop]
-                grad_hidden.view(-1, hidden.shape[-1])[at] = sums.to(grad_hidden.dtype)
+                at = problem.positions[parts[0].start : parts[-1].stop]
+                grads.hidden.view(-1, problem.n_hidden)[at] = sums.to(grads.hidden.dtype)
 
-        parts = chunks(rows.numel(), choice.token_chunk)
-        to_hidden, to_rest = grad_hidden is not None, grad_weight is not None or grad_bias is not None
-        if to_rest and choice.schedule != "recompute-split":
-            run(parts, to_hidden, True)
+        chunks, to_hidden = schedule.chunks(problem.n_tokens), grads.hidden is not None
+        if grads.of_head and not schedule.splits_backward:
+            run(chunks, to_hidden, True)
             return
-        for part in parts if to_hidden else ():
+        for part in chunks if to_hidden else ():
             run([part], True, False)
-        if to_rest:
-            run(parts, False, True)
+        if grads.of_head:
+            run(chunks, False, True)
 
 
-def _in(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(dtype).contiguous()
+def _is_fused(problem: Problem, schedule: Schedule) -> bool:
+    return schedule.keeps_nothing and problem.wide != torch.float64
+
+
+def _operands(problem: Problem) -> tuple:
+    """What the fused kernels are told of a problem."""
+    offsets = element_offsets(problem.hidden, problem.positions)
+    return problem.hidden, offsets, problem.weight, problem.wide_bias(), problem.labels, problem.transform

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from dpofast._memory import peak_growth
 from dpofast.demo.data import EncodedPair
 from dpofast.demo.model import IGNORE, Batch, Opening, Upper, collate, lower_states, split_model
-from dpofast.functional import linear_dpo_loss, sequence_logps
+from dpofast.functional import linear_dpo_loss
 from dpofast.primitive import linear_logprob
+from dpofast.sequences import sequence_logps
 
 SCORE_ROWS = 16  # pairs scored at a time, without gradient: what a layer makes of more of them leaves the caches
 

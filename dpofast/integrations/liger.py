@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from dpofast import losses
-from dpofast.functional import make_objective, sequence_logps
+from dpofast.functional import make_objective
 from dpofast.primitive import linear_logprob
+from dpofast.sequences import sequence_logps
 
 __all__ = [
     "LigerFusedLinearCPOLoss",

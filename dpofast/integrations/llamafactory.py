@@ -27,9 +27,9 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import get_batch_logps
 from torch import Tensor, nn
 
-from dpofast.functional import sequence_logps
 from dpofast.integrations.models import HeadInputs, head_inputs
 from dpofast.primitive import linear_logprob
+from dpofast.sequences import sequence_logps
 
 __all__ = ["patch", "patched", "unpatch"]
 

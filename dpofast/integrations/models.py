@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 from dpofast import distributed, losses
 from dpofast.functional import DPOLossOutput, head_options, linear_dpo_loss, make_objective
 from dpofast.primitive import linear_logprob
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dpofast.options import LinearLossOptions
 
 __all__ = ["HeadInputs", "ModelLogprobOutput", "find_head", "head_inputs", "model_dpo_loss", "model_logprob"]
 
@@ -682,7 +687,15 @@ def model_dpo_loss(
     ref_model: nn.Module | None = None,
     ref_logps: Tensor | None = None,
     router_aux_loss_coef: float | None = None,
-    **options: Any,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float | Tensor | Mapping[str, Any] = 0.1,
+    label_smoothing: float | Mapping[str, Any] = 0.0,
+    reduction: str = "mean",
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    group: Any = None,
+    sequence_group: Any = None,
+    **options: Unpack[LinearLossOptions],
 ) -> DPOLossOutput:
     """A preference loss of a model and a batch ``[chosen; rejected]``.
 
@@ -700,7 +713,8 @@ def model_dpo_loss(
         ref_model: the reference, run without gradient. None for a PEFT model: itself with its adapters disabled. Or
         ref_logps: of the reference, ``[2B, T - 1]`` as `model_logprob` returns them, or summed ``[2B]``.
         router_aux_loss_coef: of the routers' loss; None for the model's own coefficient, 0 for none of that loss.
-        options: as in `linear_dpo_loss`, but for the head's own: bias, logit_scale, softcap.
+        loss_type, beta, label_smoothing, reduction, memory_budget, backend, group, sequence_group, options: as in
+            `linear_dpo_loss`, but for the head's own: bias, logit_scale, softcap.
 
     Both models are run as they are: dropout, if they have any, is yours to turn off.
 
@@ -714,6 +728,10 @@ def model_dpo_loss(
     _refuse_transform(options)
     if ref_model is not None and ref_logps is not None:
         raise ValueError("ref_logps and ref_model are both given; pass one of them")
+    options |= {
+        "loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction,
+        "memory_budget": memory_budget, "backend": backend, "group": group,
+    }  # fmt: skip
     names = head_options(linear_logprob)
     terms = make_objective(**{name: value for name, value in options.items() if name not in names}).terms
     disabled = nullcontext()
@@ -730,7 +748,7 @@ def model_dpo_loss(
     def compute(head: HeadInputs, targets: Tensor) -> DPOLossOutput:
         return linear_dpo_loss(
             head.hidden, head.weight, targets, bias=head.bias, ref_logps=ref_logps, logit_scale=head.logit_scale,
-            softcap=head.softcap, **options,
+            softcap=head.softcap, sequence_group=sequence_group, **options,
         )  # fmt: skip
 
     out = _results(model, inputs, labels, compute)

@@ -248,8 +248,9 @@ void check_linear_logprob(const Table& table, const Case& c) {
     f.entropy = entropy.data(), f.log_sum_sq_probs = log_sum_sq_probs.data(), f.mean_logits = mean_logits.data();
     f.is_top1 = is_top1.data();
   }
-  f.cache = cached ? cache.data.get() : nullptr, f.cached_blocks = cached;
+  f.cache = cached ? cache.data.get() : nullptr;
   f.jacobian = c.schedule == kJacobian ? jacobian.data.get() : nullptr;
+  f.cache_bytes = int64_t(f.jacobian ? jacobian.bytes : cache.bytes);
   Buffer forward_workspace(table.forward(f));
   f.workspace = forward_workspace.data.get();
   table.forward(f);
@@ -274,8 +275,9 @@ void check_linear_logprob(const Table& table, const Case& c) {
   b.head = head;
   b.logps = logps.data(), b.lse = lse.data(), b.grad_logps = grad_logps.data();
   if (c.entropy) b.entropy = entropy.data(), b.grad_entropy = grad_entropy.data();
-  else b.cache = f.cache, b.cached_blocks = cached;
+  else b.cache = f.cache;
   b.jacobian = with_jacobian ? f.jacobian : nullptr;
+  b.cache_bytes = f.cache_bytes;
   b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_rows = grad_rows.data();
   b.grad_weight = head_trains ? d_weight.data() : nullptr;
   b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
@@ -328,8 +330,9 @@ void check_equal_bits(const Table& table, DType type) {
     f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
     f.logps = at, f.entropy = at + size, f.log_sum_sq_probs = at + 2 * size, f.mean_logits = at + 3 * size, f.lse = at + 4 * size;
     f.is_top1 = is_top1.data();
-    f.cache = cached ? cache.data.get() : nullptr, f.cached_blocks = cached ? blocks : 0;
+    f.cache = cached ? cache.data.get() : nullptr;
     f.jacobian = jacobian ? sums.data.get() : nullptr;
+    f.cache_bytes = int64_t(jacobian ? sums.bytes : cache.bytes);
     Buffer workspace(table.forward(f));
     f.workspace = workspace.data.get();
     table.forward(f);

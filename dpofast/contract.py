@@ -1,0 +1,30 @@
+"""The numbers by which Python, C++, CUDA and Triton name the same things: the mirror of ``csrc/core/types.h``.
+
+A test holds the two equal (tests/test_contract.py).
+"""
+
+from __future__ import annotations
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+"""``enum class DType``."""
+
+STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+"""The optional outputs, in the order of the bits of ``enum Output``."""
+
+
+class Stat:
+    """Rows of the tensor of running statistics, over all entries but the label's: ``enum Stat``."""
+
+    M, SUM, SUM_X, SUM_SQ, SUM_Z, TOP_BEFORE, Z_LABEL, COUNT = range(8)
+
+
+def flags(names: tuple[str, ...]) -> int:
+    """The bit mask of the statistics among ``names``."""
+    return sum(1 << i for i, name in enumerate(STATISTICS) if name in names)
+
+
+def wanted(outputs: int) -> tuple[str, ...]:
+    """The statistics that a bit mask asks for."""
+    return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
