@@ -76,8 +76,10 @@ cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own t
 gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark
 	bench/gpu.sh
 
-lint: $(VENV)/.installed-test ## ruff
+lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean: ## removes what was built, and the environment
 	rm -rf build dist *.egg-info $(VENV)

@@ -464,6 +464,7 @@ if __name__ == "__main__":
         # Here, for no form of it in pyproject.toml is read by setuptools before 77 and without a warning after.
         license="Apache-2.0",
         # The Triton kernels lie at the top, but a package named "kernels" would be somebody else's.
+        package_data={"dpofast": ["py.typed"]},
         packages=[*find_packages(include=["dpofast", "dpofast.*"]), "dpofast.kernels"],
         package_dir={"dpofast.kernels": "kernels"},
         ext_modules=[Extension("dpofast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])],

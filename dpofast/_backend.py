@@ -9,10 +9,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
 from dpofast.env_info import left_out
+
+if TYPE_CHECKING:
+    from dpofast.backends.base import Backend
 
 _LEFT_OUT = left_out()  # read once: torch.compile cannot look into files
 
@@ -25,9 +29,19 @@ except ImportError as error:  # the package also works as plain Python, on backe
         _why_no_C = f"the compiled module dpofast._C was not built: {_LEFT_OUT['cpu']}"
 
 BACKENDS = ("cpu", "cuda", "triton", "torch")
-added: dict[str, object] = {}
-"""Backends beside these, by exact name: objects with the functions of `dpofast.backends.cpu`."""
+added: dict[str, Backend] = {}
+"""Backends beside these, by exact name."""
 _ISAS = tuple(_C.cpu_isas()) if _C is not None else ()  # asked once: torch.compile cannot look into _C
+
+
+def register(name: str, backend: Backend) -> None:
+    """Makes ``backend=name`` run on an object of yours, on every device; see `dpofast.backends.base.Backend`.
+
+    It is never taken by "auto". Its schedules are those of the backends whose products are `torch.mm`.
+    """
+    if not name or name == "auto" or name.partition(":")[0] in BACKENDS:
+        raise ValueError(f"name: got {name!r}, expected one that is not among 'auto', {', '.join(map(repr, BACKENDS))}")
+    added[name] = backend
 
 
 def cpu_isas() -> tuple[str, ...]:

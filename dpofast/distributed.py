@@ -182,7 +182,7 @@ def local_head(
     replicated = [Replicate()] * mesh.ndim
 
     def whole(name: str, x: Tensor | None) -> Tensor | None:
-        if not is_dtensor(x):
+        if x is None or not is_dtensor(x):
             return x
         if list(x.placements) != replicated or x.device_mesh != mesh:
             raise ValueError(

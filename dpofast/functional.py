@@ -359,18 +359,24 @@ def _preference(
         policy = score(objective.outputs)
     if group is not None:
         _agree(group, sequences, objective, ref_logps, has_reference)
-    weights = {"token_weights": objective.token_weights, "ld_alpha": objective.ld_alpha}
-    logps = sequences.logps(policy.logps, **weights)
+
+    def weighted(logps: Tensor) -> Tensor:
+        return sequences.logps(logps, token_weights=objective.token_weights, ld_alpha=objective.ld_alpha)
+
+    logps = weighted(policy.logps)
     given = dict(zip(_SIDES, logps.chunk(2), strict=True))
     given |= dict(zip(("chosen_lengths", "rejected_lengths"), sequences.lengths().chunk(2), strict=True))
-    if has_reference:
+    reference = None if ref_logps is None else ref_logps.detach()
+    if score_reference is not None:
         with torch.no_grad():
-            reference = score_reference() if ref_logps is None else ref_logps.detach()
+            reference = score_reference()
+    if reference is not None:
         if reference.shape == sequences.labels.shape:  # with a graph: token_weights may be learned, and weigh these too
-            reference = sequences.logps(reference, **weights)
+            reference = weighted(reference)
         given |= dict(zip(_REFERENCE_SIDES, reference.chunk(2), strict=True))
     if "chosen_nll" in losses.needed(objective.terms):
-        plain = sequences.logps(policy.logps) if any(x is not None for x in weights.values()) else logps
+        is_weighted = objective.token_weights is not None or objective.ld_alpha is not None
+        plain = sequences.logps(policy.logps) if is_weighted else logps
         given["chosen_nll"] = -plain.chunk(2)[0]
 
     weight = objective.pair_weight

@@ -126,10 +126,28 @@ UNPAIRED_LOSSES: dict[str, Loss] = {}
 """Losses of single completions marked good or bad, by ``loss_type``."""
 
 
-def _loss(paper: str, equation: str, *, table: dict[str, Loss] = LOSSES, sorts: bool = False, **fields: Any):
-    """Enter a function into ``table``; a loss that ``sorts`` its batch has no per-pair options."""
+def register(paper: str, equation: str, *, table: dict[str, Loss] = LOSSES, sorts: bool = False, **fields: Any):
+    """Enter a function into ``table``, under its name without a leading underscore: a new ``loss_type`` everywhere.
 
-    def register(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    Its positional parameters are the tensors it takes, [B], by the names in this module's docstring; its keywords are
+    its options, among `OPTIONS`. So nothing else has to be told of it.
+
+    Args:
+        paper, equation: where the loss is from, and what it is.
+        table: `LOSSES`, or `UNPAIRED_LOSSES`.
+        sorts: it sorts its batch, and so has no options for single pairs.
+        fields: ``compares`` and ``reward``, as in `Loss`.
+
+    >>> @register("Huber's, of the margin by which DPO's is missed", "huber(1 - beta D)")
+    ... def _huber_margin(delta, *, beta):
+    ...     return F.huber_loss(beta * delta, torch.ones_like(delta), reduction="none")
+    >>> logps = torch.tensor([-10.0])
+    >>> preference_loss(logps, logps, logps, logps, loss_type="huber_margin")
+    tensor(0.5000)
+    >>> del LOSSES["huber_margin"]
+    """
+
+    def enter(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
         parameters = inspect.signature(fn).parameters.values()
         inputs = tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -143,13 +161,13 @@ def _loss(paper: str, equation: str, *, table: dict[str, Loss] = LOSSES, sorts: 
             options["weight"] = None
         if table is UNPAIRED_LOSSES:
             options |= {"desirable_weight": 1.0, "undesirable_weight": 1.0}
-        needs = dict.fromkeys(need for name in inputs for need in _NEEDS.get(name, (name,)))
-        needs = tuple(name for name in needs if name not in _ALWAYS)
+        wanted = dict.fromkeys(need for name in inputs for need in _NEEDS.get(name, (name,)))
+        needs = tuple(name for name in wanted if name not in _ALWAYS)
         name = fn.__name__.removeprefix("_")
         table[name] = Loss(name, fn, paper, equation, inputs, keywords, options, needs, **fields)
         return fn
 
-    return register
+    return enter
 
 
 def _logistic(x: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -175,23 +193,23 @@ def log_odds(average: Tensor) -> Tensor:
 # The 15 losses of TRL 1.16
 
 
-@_loss("DPO, arXiv:2305.18290 eq. 7; cDPO, ericmitchell.ai/cdpo.pdf; margin: ODPO, arXiv:2402.10571",
+@register("DPO, arXiv:2305.18290 eq. 7; cDPO, ericmitchell.ai/cdpo.pdf; margin: ODPO, arXiv:2402.10571",
        "-(1 - eps) log sigmoid(x) - eps log sigmoid(-x), x = beta D - margin")  # fmt: skip
 def _sigmoid(delta, *, beta, label_smoothing=0.0, margin=0.0):
     return _logistic(beta * delta - margin, label_smoothing)
 
 
-@_loss("RSO, arXiv:2309.06657; SLiC-HF, arXiv:2305.10425", "max(0, 1 + margin - beta D)")
+@register("RSO, arXiv:2309.06657; SLiC-HF, arXiv:2305.10425", "max(0, 1 + margin - beta D)")
 def _hinge(delta, *, beta, margin=0.0):
     return torch.relu(1 + margin - beta * delta)
 
 
-@_loss("IPO, arXiv:2310.12036 eq. 17, averaged over tokens", "(s_w / |y_w| - s_l / |y_l| - 1 / (2 beta))^2")
+@register("IPO, arXiv:2310.12036 eq. 17, averaged over tokens", "(s_w / |y_w| - s_l / |y_l| - 1 / (2 beta))^2")
 def _ipo(normalized_delta, *, beta):
     return (normalized_delta - 1 / (2 * beta)) ** 2
 
 
-@_loss("EXO, arXiv:2402.00856 eq. 16", "KL(q || (1 - eps, eps)), q = softmax(beta s_w, beta s_l)")
+@register("EXO, arXiv:2402.00856 eq. 16", "KL(q || (1 - eps, eps)), q = softmax(beta s_w, beta s_l)")
 def _exo_pair(delta, *, beta, label_smoothing):
     x = beta * delta
     chosen = F.logsigmoid(x) - math.log1p(-label_smoothing)
@@ -199,55 +217,55 @@ def _exo_pair(delta, *, beta, label_smoothing):
     return torch.sigmoid(x) * chosen + torch.sigmoid(-x) * rejected
 
 
-@_loss("NCA, arXiv:2402.05369",
+@register("NCA, arXiv:2402.05369",
        "-log sigmoid(beta r_w) - (log sigmoid(-beta r_w) + log sigmoid(-beta r_l)) / 2")  # fmt: skip
 def _nca_pair(chosen_logratios, rejected_logratios, *, beta):
     chosen, rejected = beta * chosen_logratios, beta * rejected_logratios
     return -F.logsigmoid(chosen) - 0.5 * (F.logsigmoid(-chosen) + F.logsigmoid(-rejected))
 
 
-@_loss("Robust DPO, arXiv:2403.00409",
+@register("Robust DPO, arXiv:2403.00409",
        "(-(1 - eps) log sigmoid(beta D) + eps log sigmoid(-beta D)) / (1 - 2 eps)")  # fmt: skip
 def _robust(delta, *, beta, label_smoothing=0.0):
     clean, flipped = -F.logsigmoid(beta * delta), -F.logsigmoid(-beta * delta)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
 
 
-@_loss("BCO, arXiv:2404.04656, on pairs", "-log sigmoid(beta r_w) - log sigmoid(-beta r_l)")
+@register("BCO, arXiv:2404.04656, on pairs", "-log sigmoid(beta r_w) - log sigmoid(-beta r_l)")
 def _bco_pair(chosen_logratios, rejected_logratios, *, beta):
     return -F.logsigmoid(beta * chosen_logratios) - F.logsigmoid(-beta * rejected_logratios)
 
 
-@_loss("SPPO, arXiv:2405.00675 eq. 4.7, hard", "(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2")
+@register("SPPO, arXiv:2405.00675 eq. 4.7, hard", "(r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2")
 def _sppo_hard(chosen_logratios, rejected_logratios, *, beta):
     return (chosen_logratios - 0.5 / beta) ** 2 + (rejected_logratios + 0.5 / beta) ** 2
 
 
-@_loss("AOT, arXiv:2406.05882, paired",
+@register("AOT, arXiv:2406.05882, paired",
        "cDPO of sort(log pi(y_w) - log pi(y_l)) - sort(same of pi_ref)", sorts=True)  # fmt: skip
 def _aot(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, *, beta, label_smoothing=0.0):
     policy, reference = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
     return _logistic(beta * (policy.sort().values - reference.sort().values), label_smoothing)
 
 
-@_loss("AOT, arXiv:2406.05882, unpaired", "cDPO of sort(r_w) - sort(r_l)", sorts=True)
+@register("AOT, arXiv:2406.05882, unpaired", "cDPO of sort(r_w) - sort(r_l)", sorts=True)
 def _aot_unpaired(chosen_logratios, rejected_logratios, *, beta, label_smoothing=0.0):
     delta = chosen_logratios.sort().values - rejected_logratios.sort().values
     return _logistic(beta * delta, label_smoothing)
 
 
-@_loss("APO, arXiv:2408.06266 eq. 7", "sigmoid(-beta r_w) + sigmoid(beta r_l)")
+@register("APO, arXiv:2408.06266 eq. 7", "sigmoid(-beta r_w) + sigmoid(beta r_l)")
 def _apo_zero(chosen_logratios, rejected_logratios, *, beta):
     return torch.sigmoid(-beta * chosen_logratios) + torch.sigmoid(beta * rejected_logratios)
 
 
-@_loss("APO, arXiv:2408.06266 eq. 8", "sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l))")
+@register("APO, arXiv:2408.06266 eq. 8", "sigmoid(beta r_w) + sigmoid(-beta (r_w - r_l))")
 def _apo_down(chosen_logratios, rejected_logratios, *, beta):
     delta = chosen_logratios - rejected_logratios
     return torch.sigmoid(beta * chosen_logratios) + torch.sigmoid(-beta * delta)
 
 
-@_loss("DiscoPOP, arXiv:2406.08414 eq. 5",
+@register("DiscoPOP, arXiv:2406.08414 eq. 5",
        "(1 - m) -log sigmoid(x) + m exp(-x), x = beta D, m = sigmoid(x / tau)")  # fmt: skip
 def _discopop(delta, *, beta, discopop_tau=0.05):
     x = beta * delta
@@ -255,13 +273,13 @@ def _discopop(delta, *, beta, discopop_tau=0.05):
     return -F.logsigmoid(x) * torch.sigmoid(-x / discopop_tau) + torch.exp(F.logsigmoid(x / discopop_tau) - x)
 
 
-@_loss("supervised term of MPO, arXiv:2411.10442",
+@register("supervised term of MPO, arXiv:2411.10442",
        "-log pi(y_w), mean over the tokens of the batch", compares=False)  # fmt: skip
 def _sft(chosen_nll, chosen_lengths):
     return _token_mean(chosen_nll, chosen_lengths)
 
 
-@_loss("length-normalized DPO, Tulu 3, arXiv:2411.15124 eq. 6", "as sigmoid, of s_w / |y_w| - s_l / |y_l|")
+@register("length-normalized DPO, Tulu 3, arXiv:2411.15124 eq. 6", "as sigmoid, of s_w / |y_w| - s_l / |y_l|")
 def _sigmoid_norm(normalized_delta, *, beta, label_smoothing=0.0, margin=0.0):
     return _logistic(beta * normalized_delta - margin, label_smoothing)
 
@@ -269,23 +287,23 @@ def _sigmoid_norm(normalized_delta, *, beta, label_smoothing=0.0, margin=0.0):
 # Beyond DPOTrainer
 
 
-@_loss("supervised term of RPO, arXiv:2404.19733 eq. 1",
+@register("supervised term of RPO, arXiv:2404.19733 eq. 1",
        "-log pi(y_w) / |y_w|, mean over pairs", compares=False)  # fmt: skip
 def _sft_norm(chosen_nll, chosen_lengths):
     return chosen_nll / chosen_lengths.clamp(min=1)
 
 
-@_loss("SimPO, arXiv:2405.14734 eq. 6", "cDPO of beta (a_w - a_l) - gamma - margin", reward="averages")
+@register("SimPO, arXiv:2405.14734 eq. 6", "cDPO of beta (a_w - a_l) - gamma - margin", reward="averages")
 def _simpo(chosen_averages, rejected_averages, *, beta, simpo_gamma=0.5, label_smoothing=0.0, margin=0.0):
     return _logistic(beta * (chosen_averages - rejected_averages) - simpo_gamma - margin, label_smoothing)
 
 
-@_loss("AlphaPO, arXiv:2501.03884", "as simpo, of rewards (1 - exp(-alpha a)) / alpha", reward="rewards")
+@register("AlphaPO, arXiv:2501.03884", "as simpo, of rewards (1 - exp(-alpha a)) / alpha", reward="rewards")
 def _alphapo(chosen_rewards, rejected_rewards, *, beta, simpo_gamma=0.5, label_smoothing=0.0, margin=0.0):
     return _logistic(beta * (chosen_rewards - rejected_rewards) - simpo_gamma - margin, label_smoothing)
 
 
-@_loss("CPO, arXiv:2401.08417 eq. 3 and 4",
+@register("CPO, arXiv:2401.08417 eq. 3 and 4",
        "cDPO of beta (log pi(y_w) - log pi(y_l)) - margin, + cpo_alpha sft")  # fmt: skip
 def _cpo(chosen_logps, rejected_logps, chosen_nll, chosen_lengths,
          *, beta, cpo_alpha=1.0, label_smoothing=0.0, margin=0.0):  # fmt: skip
@@ -293,20 +311,20 @@ def _cpo(chosen_logps, rejected_logps, chosen_nll, chosen_lengths,
     return preference + cpo_alpha * _token_mean(chosen_nll, chosen_lengths)
 
 
-@_loss("ORPO, arXiv:2403.07691 eq. 6 and 7",
+@register("ORPO, arXiv:2403.07691 eq. 6 and 7",
        "sft - beta log sigmoid(logit(exp(a_w)) - logit(exp(a_l)))", reward="averages")  # fmt: skip
 def _orpo(chosen_averages, rejected_averages, chosen_nll, chosen_lengths, *, beta):
     ratio = F.logsigmoid(log_odds(chosen_averages) - log_odds(rejected_averages))
     return _token_mean(chosen_nll, chosen_lengths) - beta * ratio
 
 
-@_loss("DPOP, Smaug, arXiv:2402.13228 eq. 3", "-log sigmoid(beta (r_w - r_l - lambda max(0, -r_w)))")
+@register("DPOP, Smaug, arXiv:2402.13228 eq. 3", "-log sigmoid(beta (r_w - r_l - lambda max(0, -r_w)))")
 def _dpop(chosen_logratios, rejected_logratios, *, beta, dpop_lambda=50.0):
     penalty = torch.relu(-chosen_logratios)
     return _logistic(beta * (chosen_logratios - rejected_logratios - dpop_lambda * penalty))
 
 
-@_loss("Cal-DPO, arXiv:2412.14516",
+@register("Cal-DPO, arXiv:2412.14516",
        "-log sigmoid(r_w - r_l) + (r_w - 1 / (2 beta))^2 + (r_l + 1 / (2 beta))^2")  # fmt: skip
 def _cal_dpo(chosen_logratios, rejected_logratios, *, beta):
     calibration = _sppo_hard(chosen_logratios, rejected_logratios, beta=beta)
@@ -316,17 +334,17 @@ def _cal_dpo(chosen_logratios, rejected_logratios, *, beta):
 # Single completions: sign is +1 for a good one and -1 for a bad one
 
 
-@_loss("KTO, arXiv:2402.01306 eq. 7", "sigmoid(-sign beta (r - kl))", table=UNPAIRED_LOSSES)
+@register("KTO, arXiv:2402.01306 eq. 7", "sigmoid(-sign beta (r - kl))", table=UNPAIRED_LOSSES)
 def _kto(logratios, sign, kl, *, beta):
     return torch.sigmoid(-sign * beta * (logratios - kl))
 
 
-@_loss("APO, arXiv:2408.06266 eq. 7, unpaired", "sigmoid(-sign beta r)", table=UNPAIRED_LOSSES)
+@register("APO, arXiv:2408.06266 eq. 7, unpaired", "sigmoid(-sign beta r)", table=UNPAIRED_LOSSES)
 def _apo_zero_unpaired(logratios, sign, *, beta):
     return torch.sigmoid(-sign * beta * logratios)
 
 
-@_loss("BCO, arXiv:2404.04656", "-log sigmoid(sign (beta r - shift))", table=UNPAIRED_LOSSES)
+@register("BCO, arXiv:2404.04656", "-log sigmoid(sign (beta r - shift))", table=UNPAIRED_LOSSES)
 def _bco(logratios, sign, reward_shift, *, beta):
     return -F.logsigmoid(sign * (beta * logratios - reward_shift))
 
@@ -371,7 +389,7 @@ def resolve(
         if not _is_number(factor) or not math.isfinite(factor):
             raise ValueError(f"loss_weights holds {factor!r}; every entry must be a finite number")
     losses = [table[name] for name in names]
-    given = [{} for _ in losses]
+    given: list[dict[str, Any]] = [{} for _ in losses]
     for option, value in options.items():
         if option not in OPTIONS:
             known = sorted({name for loss in losses for name in loss.options})
@@ -479,11 +497,12 @@ def _check_tensors(tensors: Mapping[str, Tensor | None], like: str, required: Se
     """Every tensor there is must be a vector as long as ``tensors[like]``, and on its device."""
     for name in required:
         check_dense(name, tensors[name])
-    length = tensors[like].shape
+    pattern: Any = tensors[like]
+    length = pattern.shape
     for name, value in tensors.items():
         if value is None:
             continue
-        check_dense(name, value, **{like: tensors[like]})
+        check_dense(name, value, **{like: pattern})
         if value.dim() != 1 or value.shape != length:
             raise ValueError(f"{name} has shape {list(value.shape)}; expected [B], as long as {like}")
         if name.endswith(("logps", "nll")) and not value.is_floating_point():
@@ -537,7 +556,7 @@ def _derive(term: Term, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _evaluate(terms: Sequence[Term], values: Sequence[Mapping[str, Tensor]], reduction: str) -> Tensor:
-    total = 0.0
+    total: Any = 0.0
     for term, tensors in zip(terms, values, strict=True):
         loss = term.loss.fn(
             *(tensors[name] for name in term.loss.inputs),
@@ -563,21 +582,23 @@ def check_reduction(reduction: str) -> None:
 def implicit_rewards(terms: Sequence[Term], given: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """``beta`` times the log-ratios, or, without a reference, what the first loss compares; no gradient."""
     term = next((term for term in terms if term.loss.compares), terms[0])
-    given = {name: value.detach() for name, value in given.items() if value is not None}
+    present = {name: value.detach() for name, value in given.items() if value is not None}
     beta = term.options["beta"]
-    if _REFERENCE[0] in given:
-        return tuple(beta * (given[f"{side}_logps"] - given[f"ref_{side}_logps"]) for side in _BOTH)
-    values = _derive(term, given)
-    return tuple(beta * values[f"{side}_{term.loss.reward}"] for side in _BOTH)
+    if _REFERENCE[0] in present:
+        chosen, rejected = (present[f"{side}_logps"] - present[f"ref_{side}_logps"] for side in _BOTH)
+    else:
+        values = _derive(term, present)
+        chosen, rejected = (values[f"{side}_{term.loss.reward}"] for side in _BOTH)
+    return beta * chosen, beta * rejected
 
 
 def _upcast(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """All in one dtype, the widest there is and at least fp32; tensors that are None are left out."""
-    tensors = {name: value for name, value in tensors.items() if value is not None}
+    present = {name: value for name, value in tensors.items() if value is not None}
     dtype = torch.float32
-    for value in tensors.values():
+    for value in present.values():
         dtype = torch.promote_types(dtype, value.dtype)
-    return {name: value.to(dtype) for name, value in tensors.items()}
+    return {name: value.to(dtype) for name, value in present.items()}
 
 
 def preference_loss(

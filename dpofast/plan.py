@@ -70,7 +70,8 @@ class Schedule(NamedTuple):
     @classmethod
     def of(cls, name: str, sizes: Sequence[int]) -> Schedule:
         """From what an op is told: the name, and ``sizes`` block, token_chunk and cache_bytes."""
-        return cls(name, *sizes, 0, 0.0)
+        block, token_chunk, cache_bytes = sizes
+        return cls(name, block, token_chunk, cache_bytes, 0, 0.0)
 
     @property
     def sizes(self) -> list[int]:
@@ -501,20 +502,21 @@ class Plan(NamedTuple):
              f"budget {self.memory_budget / mib:.1f} MiB"),
             ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),
         ]  # fmt: skip
-        if self.predicted_seconds is not None:
+        if self.predicted_seconds is not None and self.floor_seconds is not None:
             source = "from the data sheet" if "cuda" in self.backend else "at this machine's measured peak"
             lines.append(
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
                  f"(products alone, {source})")
             )  # fmt: skip
-        if self.core_flops is not None:
+        if self.core_flops is not None and self.kernel_flops is not None:
             share = self.kernel_flops / self.core_flops
             lines.append(
                 ("a core", f"{self.core_flops / 1e9:.0f} GFLOP/s of multiply-adds; the micro-kernel "
                  f"{self.kernel_flops / 1e9:.0f} ({share:.0%})")
             )  # fmt: skip
-        if self.backend.startswith("cpu") and self.dtype == "bfloat16" and amx_note():
-            lines.append(("amx", amx_note()))
+        amx = amx_note() if self.backend.startswith("cpu") and self.dtype == "bfloat16" else None
+        if amx:
+            lines.append(("amx", amx))
         return "\n".join(f"{name:<12} {text}" for name, text in lines)
 
 

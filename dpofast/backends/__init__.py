@@ -1,1 +1,5 @@
-"""Backends: what one is (`base`), and those that there are."""
+"""Backends: what one is (`dpofast.backends.base`), those that there are, and a door for more."""
+
+from dpofast._backend import register
+
+__all__ = ["register"]
