@@ -76,10 +76,11 @@ cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own t
 gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark
 	bench/gpu.sh
 
-lint: $(VENV)/.installed-test ## ruff and mypy
+lint: $(VENV)/.installed-test ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc tests/sanitize tests/emu -name '*.h' -o -name '*.cpp' -o -name '*.cu*')
 
 clean: ## removes what was built, and the environment
 	rm -rf build dist *.egg-info $(VENV)

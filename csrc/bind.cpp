@@ -220,7 +220,8 @@ PYBIND11_MODULE(_C, m) {
         const Peak peak = table(isa).peak(dtype(hidden), dtype(weight), work.data());
         return py::make_tuple(peak.hardware, peak.micro_kernel);
       },
-      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"), "flop/s of one thread: (of a loop of independent multiply-adds, of the micro-kernel)");
+      py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"),
+      "flop/s of one thread: (of a loop of independent multiply-adds, of the micro-kernel)");
   m.def("contract", &contract, "the codes of dtypes, the bits of outputs and the rows of statistics");
   m.def("cpu_isas", &cpu_isas, "instruction sets that are compiled in and that this machine has, best first");
   m.def("cpu_features", &cpu_features, "CPU features that decide among them");

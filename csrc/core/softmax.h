@@ -14,13 +14,13 @@ namespace dpofast {
 // Over entries v != label.
 template <class T>
 struct RowStats {
-  T m;        // a number near max z_v, that sums are relative to
-  T sum;      // sum exp(z_v - m)
-  T sum_x;    // sum exp(z_v - m) (z_v - m), for the entropy
-  T sum_sq;   // sum exp(z_v - m)^2
-  T sum_z;    // sum z_v over every v, the label included, for the mean
-  T top;      // max z_v
-  T top_before; // max z_v over v < label
+  T m;           // a number near max z_v, that sums are relative to
+  T sum;         // sum exp(z_v - m)
+  T sum_x;       // sum exp(z_v - m) (z_v - m), for the entropy
+  T sum_sq;      // sum exp(z_v - m)^2
+  T sum_z;       // sum z_v over every v, the label included, for the mean
+  T top;         // max z_v
+  T top_before;  // max z_v over v < label
 };
 
 // What one row amounts to once every entry is folded in.

@@ -16,8 +16,8 @@ void finish(const Stats<T>& s, int64_t n, int64_t v, const RowOutputs& out) {
     RowStats<double> row = empty_row<double>();
     for (int64_t piece = 0; piece < s.pieces; ++piece) {
       const int64_t i = piece * s.stride + t;
-      merge_rows(row, RowStats<T>{s.m[i], s.sum[i], at(s.sum_x, i), at(s.sum_sq, i), at(s.sum_z, i),
-                                  low(s.top, i), low(s.top_before, i)});
+      merge_rows(row, RowStats<T>{s.m[i], s.sum[i], at(s.sum_x, i), at(s.sum_sq, i), at(s.sum_z, i), low(s.top, i),
+                                  low(s.top_before, i)});
     }
     if (out.stats) {
       // m is only near the largest z; what is merged with others' says exactly which is the largest, where that is asked.

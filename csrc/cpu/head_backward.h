@@ -35,25 +35,35 @@ struct Backward {
   const WeightBlocks<K> w;
   GradTiles<K> g;
   const Transform<V> transform;
-  const int64_t depth, column_panel;  // hidden as the B operand of d weight: panels of P columns, [window / unit][P][unit]
-  const int64_t weight_ld;            // of the sums of d weight
+  const int64_t depth, column_panel;       // hidden as the B operand of d weight: panels of P columns, [window / unit][P][unit]
+  const int64_t weight_ld;                 // of the sums of d weight
   const int64_t weight_span, hidden_span;  // panels in a task of d weight, of d hidden
   acc *tiles, *rows, *sums, *weight_sums;  // d hidden's sums: panel after panel of [h, tokens]
   elem *packed, *columns;
 
   explicit Backward(const BackwardArgs& args)
-      : a(args), s(a.head), cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)), to_weight(a.grad_weight || a.grad_bias), to_hidden(a.grad_hidden), recomputes(cached_blocks < s.blocks),
+      : a(args),
+        s(a.head),
+        cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)),
+        to_weight(a.grad_weight || a.grad_bias),
+        to_hidden(a.grad_hidden),
+        recomputes(cached_blocks < s.blocks),
         direct(a.head.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
         window(a.token_chunk && a.token_chunk < s.n_padded ? round_up(a.token_chunk, s.P) : s.n_padded),
         windows(ceil_div(s.n, window)),
         // As many rows of the head as there are tokens in a window: then neither is packed often.
         group(windows == 1 || direct || !a.grad_weight || window / s.block >= s.blocks ? s.blocks
-                                                                                      : window > s.block ? window / s.block : 1),
-        groups(ceil_div(s.blocks, group)), threads(s.threads(recomputes + to_weight + to_hidden)),
-        arena{static_cast<char*>(a.workspace)}, w(s, recomputes, to_hidden, arena),
+              : window > s.block                                                       ? window / s.block
+                                                                                       : 1),
+        groups(ceil_div(s.blocks, group)),
+        threads(s.threads(recomputes + to_weight + to_hidden)),
+        arena{static_cast<char*>(a.workspace)},
+        w(s, recomputes, to_hidden, arena),
         g(s, window, to_weight, to_hidden, a.grad_entropy != nullptr, arena),
         transform(a.head.temperature, a.head.logit_scale, a.head.softcap),
-        depth(round_up(window < s.n ? window : s.n, K::unit)), column_panel(depth * s.P), weight_ld(s.h_panels() * s.P),
+        depth(round_up(window < s.n ? window : s.n, K::unit)),
+        column_panel(depth * s.P),
+        weight_ld(s.h_panels() * s.P),
         weight_span(direct || windows > 1 ? panels_together(s.h_panels(), threads) : 1),
         hidden_span(panels_together(ceil_div(window, s.P), threads)) {
     tiles = arena.take<acc>(threads * tile_size());
@@ -104,9 +114,7 @@ struct Backward {
   // Rows of d hidden^T are cut in pieces where there are fewer panels than keep the threads busy.
   static constexpr int64_t kHiddenRows = 128 * K::MR;
   int64_t hidden_chunks() const { return ceil_div(s.h, kHiddenRows); }
-  int64_t hidden_tasks(const Window& win) const {
-    return to_hidden ? ceil_div(win.panels, hidden_span) * hidden_chunks() : 0;
-  }
+  int64_t hidden_tasks(const Window& win) const { return to_hidden ? ceil_div(win.panels, hidden_span) * hidden_chunks() : 0; }
 
   int64_t n_tasks(const At& x) const {
     if (x.group == groups) return to_hidden ? s.panels : 0;
@@ -134,7 +142,8 @@ struct Backward {
       i -= weight_tasks();
       if (i < bias_tasks()) return bias_grad(first + using_b, win);
       i -= bias_tasks();
-      if (i < hidden_tasks(win)) return hidden_grad(first + using_b, win, i / hidden_chunks() * hidden_span, i % hidden_chunks());
+      if (i < hidden_tasks(win))
+        return hidden_grad(first + using_b, win, i / hidden_chunks() * hidden_span, i % hidden_chunks());
       i -= hidden_tasks(win);
     }
     if (making >= 0 && making < blocks) {
@@ -152,7 +161,8 @@ struct Backward {
     const int64_t to = panel + 1 < win.panels ? from + s.P : round_up(tokens, K::unit);
     for (int64_t t = from; t < to; ++t) {
       if (t < tokens)
-        read_row<K>(s.head.hidden, s.head.hidden_dtype, s.head.row_offsets[win.t0 + t], s.head.hidden_col_stride, s.h, s.h_padded, row);
+        read_row<K>(s.head.hidden, s.head.hidden_dtype, s.head.row_offsets[win.t0 + t], s.head.hidden_col_stride, s.h,
+                    s.h_padded, row);
       else
         for (int64_t k = 0; k < s.h; ++k) row[k] = elem(0);
       put_row<K>(columns, s.P, column_panel, t, row, s.h);
@@ -180,14 +190,16 @@ struct Backward {
     const int64_t last = first + weight_span < s.h_panels() ? first + weight_span : s.h_panels();
     const int64_t k = round_up(win.t1 - win.t0, K::unit);
     auto slice = [&](int64_t r0, int64_t n_rows, int64_t panel, int64_t k0, int64_t k_depth, acc* c, int64_t ldc, bool add) {
-      gemm_slice<K>(g.rows_of(b) + r0 * g.ld, g.ld, n_rows, columns + panel * column_panel, s.P, K::NV, k0, k_depth, c, ldc, add);
+      gemm_slice<K>(g.rows_of(b) + r0 * g.ld, g.ld, n_rows, columns + panel * column_panel, s.P, K::NV, k0, k_depth, c, ldc,
+                    add);
     };
     for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
       const int64_t v0 = b * s.block + r0;
       for_depths<K>(k, [&](int64_t k0, int64_t k_depth) {
         for (int64_t panel = first; panel < last; ++panel) {
           if (weight_sums)
-            slice(r0, n_rows, panel, k0, k_depth, weight_sums + (in_group * s.block + r0) * weight_ld + panel * s.P, weight_ld, win.t0 > 0);
+            slice(r0, n_rows, panel, k0, k_depth, weight_sums + (in_group * s.block + r0) * weight_ld + panel * s.P, weight_ld,
+                  win.t0 > 0);
           else if (direct && whole(panel))
             slice(r0, n_rows, panel, k0, k_depth, static_cast<acc*>(a.grad_weight) + v0 * s.h + panel * s.P, s.h, win.t0 > 0);
         }
@@ -214,7 +226,8 @@ struct Backward {
   }
   void write_weight(int64_t b, int64_t in_group) const {
     for (int64_t r = 0; r < s.rows(b); ++r)
-      write_row<K>(a.grad_weight, a.head.weight_dtype, (b * s.block + r) * s.h, weight_sums + (in_group * s.block + r) * weight_ld, s.h);
+      write_row<K>(a.grad_weight, a.head.weight_dtype, (b * s.block + r) * s.h,
+                   weight_sums + (in_group * s.block + r) * weight_ld, s.h);
   }
 
   void bias_grad(int64_t b, const Window& win) const {

@@ -35,7 +35,9 @@ struct ToProduct {
   reg scale;
 
   void start(int64_t, int64_t t, reg m_now) { scale = V::exp(V::sub(m_now, V::finite_max(V::load(shift + t)))); }
-  void put(int64_t r, int64_t t, reg e0, reg e1) { K::store_pair(e + r * width, width, t, V::mul(e0, scale), V::mul(e1, scale)); }
+  void put(int64_t r, int64_t t, reg e0, reg e1) {
+    K::store_pair(e + r * width, width, t, V::mul(e0, scale), V::mul(e1, scale));
+  }
 };
 
 template <class K>
@@ -80,10 +82,8 @@ struct Fold {
         const reg m_old = V::load(stats.m + at + t), m_new = V::raise(m_old, top, kSlack), m = V::finite_max(m_new);
         V::store(stats.m + at + t, m_new);
         if constexpr (Sink::kWanted) sink.start(r0 / kFoldRows, t, m);
-        if (stats.sum_x || stats.sum_sq)
-          exponentials<true>(c, width, r0, r1, m_old, m, at + t, t, sink);
-        else
-          exponentials<false>(c, width, r0, r1, m_old, m, at + t, t, sink);
+        if (stats.sum_x || stats.sum_sq) exponentials<true>(c, width, r0, r1, m_old, m, at + t, t, sink);
+        else exponentials<false>(c, width, r0, r1, m_old, m, at + t, t, sink);
       }
   }
 

@@ -22,9 +22,15 @@ struct Forward {
   acc *tiles, *shift;
 
   explicit Forward(const ForwardArgs& args)
-      : a(args), s(a.head), threads(s.threads(a.jacobian ? 2 : 1)), cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)), jacobian(static_cast<acc*>(a.jacobian)),
-        arena{static_cast<char*>(a.workspace)}, w(s, true, jacobian != nullptr, arena),
-        span(panels_together(s.panels, threads)), spans(ceil_div(s.panels, span)) {
+      : a(args),
+        s(a.head),
+        threads(s.threads(a.jacobian ? 2 : 1)),
+        cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)),
+        jacobian(static_cast<acc*>(a.jacobian)),
+        arena{static_cast<char*>(a.workspace)},
+        w(s, true, jacobian != nullptr, arena),
+        span(panels_together(s.panels, threads)),
+        spans(ceil_div(s.panels, span)) {
     if (!w.any() && kGroupRows % s.block == 0) {
       together = kPieces;
       apart = kGroupRows / s.block;
@@ -80,9 +86,7 @@ struct Forward {
   }
 
   // Step 0 packs hidden and prepares block 0. Step k works on the k-th `together` blocks, and prepares block k.
-  int64_t block_of(int64_t step, int64_t i) const {
-    return ((step - 1) / apart * together + i) * apart + (step - 1) % apart;
-  }
+  int64_t block_of(int64_t step, int64_t i) const { return ((step - 1) / apart * together + i) * apart + (step - 1) % apart; }
   int64_t n_tasks(int64_t step) const {
     if (step == 0) return s.panels + w.tasks();
     int64_t blocks = 0;
@@ -95,7 +99,8 @@ struct Forward {
       return pack_tokens<K>(s, packed_of(i), rows + thread * s.h_padded, i);
     }
     const int64_t block = i / spans;
-    if (block < together && block_of(step, block) < s.blocks) return fold_block(block_of(step, block), i % spans * span, thread);
+    if (block < together && block_of(step, block) < s.blocks)
+      return fold_block(block_of(step, block), i % spans * span, thread);
     w.prepare(step, i - spans);  // where anything is prepared, a step has one block
   }
 
@@ -107,7 +112,8 @@ struct Forward {
       auto tile_of = [&](int64_t panel) { return tiles + thread * tile_size() + (panel - first) * tile_rows() * s.P; };
       for_slabs<K>(n_rows, [&](int64_t slab, int64_t slab_rows) {
         for (int64_t panel = first; panel < last; ++panel)
-          logits_tile<K>(s, w, packed_of(panel), b, r0 + slab, slab_rows, s.width(panel), tile_of(panel) + slab * s.width(panel));
+          logits_tile<K>(s, w, packed_of(panel), b, r0 + slab, slab_rows, s.width(panel),
+                         tile_of(panel) + slab * s.width(panel));
       });
       for (int64_t panel = first; panel < last; ++panel) fold_tile(b, r0, n_rows, panel, tile_of(panel), thread);
     });
@@ -155,10 +161,9 @@ struct Forward {
       const acc* lse = static_cast<const acc*>(a.lse) + 2 * token;
       const acc logp = static_cast<const acc*>(a.logps)[token], others = -std::exp(shift[token] - lse[0] - lse[1]);
       const acc own = -std::expm1(logp) * transform.bend(stats.z_label[token]);
-      read_row<K>(a.head.weight, a.head.weight_dtype, a.head.labels[token] * a.head.weight_row_stride,
-                  a.head.weight_col_stride, s.h, s.h_padded, row);
-      for (int64_t k = 0; k < s.h; ++k)
-        sums[k * width + t] = others * sums[k * width + t] + own * K::to_acc(row[k]);
+      read_row<K>(a.head.weight, a.head.weight_dtype, a.head.labels[token] * a.head.weight_row_stride, a.head.weight_col_stride,
+                  s.h, s.h_padded, row);
+      for (int64_t k = 0; k < s.h; ++k) sums[k * width + t] = others * sums[k * width + t] + own * K::to_acc(row[k]);
     }
   }
 };

@@ -19,8 +19,8 @@
 #pragma once
 
 constexpr int64_t kFoldRows = 48;
-constexpr int64_t kGroupRows = 192;  // deep enough that accumulators are loaded and stored rarely
-constexpr int64_t kPieces = 8;       // so that few tokens still occupy many threads
+constexpr int64_t kGroupRows = 192;        // deep enough that accumulators are loaded and stored rarely
+constexpr int64_t kPieces = 8;             // so that few tokens still occupy many threads
 constexpr int64_t kTileRows = kGroupRows;  // logits that a thread has at a time: they stay in an L1 or L2 cache
 
 // Panels that one task takes against the same rows, which then come from the L3 cache or memory once for all of them; fewer
@@ -53,8 +53,15 @@ struct Shape {
   int64_t n, h, v, block, h_padded, n_padded, panels, blocks;
 
   explicit Shape(const Head& a)
-      : head(a), n(a.n), h(a.h), v(a.v), block(a.block), h_padded(round_up(a.h, K::unit)),
-        n_padded(round_up(a.n, K::Vec::W)), panels(ceil_div(a.n, P)), blocks(ceil_div(a.v, a.block)) {}
+      : head(a),
+        n(a.n),
+        h(a.h),
+        v(a.v),
+        block(a.block),
+        h_padded(round_up(a.h, K::unit)),
+        n_padded(round_up(a.n, K::Vec::W)),
+        panels(ceil_div(a.n, P)),
+        blocks(ceil_div(a.v, a.block)) {}
 
   int64_t width(int64_t panel) const { return panel + 1 < panels ? P : n_padded - panel * P; }
   int64_t tokens(int64_t panel) const { return panel + 1 < panels ? P : n - panel * P; }
@@ -62,9 +69,7 @@ struct Shape {
   int64_t tile_rows() const { return block < kTileRows ? block : kTileRows; }
   int64_t h_panels() const { return ceil_div(h, P); }
   // W's rows can be the A operand as they lie, if their elements are the product's.
-  bool weight_as_is() const {
-    return head.weight_dtype == K::kElemType && head.weight_col_stride == 1 && h_padded == h;
-  }
+  bool weight_as_is() const { return head.weight_dtype == K::kElemType && head.weight_col_stride == 1 && h_padded == h; }
   // Threads that `products` of n x h x v are worth.
   int threads(double products) const {
     const double useful = 2.0 * double(n) * double(h + 16) * double(v) * products / kThreadFlops;
@@ -127,8 +132,8 @@ struct WeightBlocks {
     const int64_t r0 = task * kRows, rows = s.rows(b), r1 = r0 + kRows < rows ? r0 + kRows : rows;
     if (!as_is)
       for (int64_t r = r0; r < r1; ++r)
-        read_row<K>(s.head.weight, s.head.weight_dtype, (b * s.block + r) * s.head.weight_row_stride,
-                    s.head.weight_col_stride, s.h, s.h_padded, converted[b % kBuffers] + r * s.h_padded);
+        read_row<K>(s.head.weight, s.head.weight_dtype, (b * s.block + r) * s.head.weight_row_stride, s.head.weight_col_stride,
+                    s.h, s.h_padded, converted[b % kBuffers] + r * s.h_padded);
     if (!need_transposed) return;
     if (r1 > r0) transpose<K>(rows_of(b) + r0 * ld_rows(), ld_rows(), r1 - r0, s.h, transposed[b % kBuffers] + r0, s.block);
     for (int64_t r = rows; r < round_up(rows, 2) && r / kRows == task; ++r)  // the last block's odd row
@@ -156,8 +161,8 @@ static void pack_tokens(const Shape<K>& s, typename K::elem* out, typename K::el
 template <class K>
 static void logits_tile(const Shape<K>& s, const WeightBlocks<K>& w, const typename K::elem* packed, int64_t b, int64_t r0,
                         int64_t rows, int64_t width, typename K::acc* c) {
-  gemm_panel<K>(w.rows_of(b) + r0 * w.ld_rows(), w.ld_rows(), rows, packed, width, int(width / K::Vec::W), s.h_padded, c,
-                width, false);
+  gemm_panel<K>(w.rows_of(b) + r0 * w.ld_rows(), w.ld_rows(), rows, packed, width, int(width / K::Vec::W), s.h_padded, c, width,
+                false);
 }
 
 // Calls f(first, rows) for slabs of rows.

@@ -73,10 +73,10 @@ struct WideKind {
         for (int64_t r = 0; r < 16; r += 8) V::transpose(in + r * ld_in + c, ld_in, out + c * ld_out + r, ld_out);
     } else if constexpr (V::W == 16) {
       reg r[16];
-DPOFAST_UNROLL
+      DPOFAST_UNROLL
       for (int i = 0; i < 16; ++i) r[i] = V::load(in + i * ld_in);
       V::transpose(r);
-DPOFAST_UNROLL
+      DPOFAST_UNROLL
       for (int i = 0; i < 16; ++i) V::store(out + i * ld_out, r[i]);
     } else {
       for (int c = 0; c < 16; ++c)
@@ -87,7 +87,9 @@ DPOFAST_UNROLL
   struct Tiles {
     using Pointer = void (*)(const elem*, int64_t, const elem*, int64_t, int64_t, acc*, int64_t, bool);
     template <int R, int J>
-    static constexpr Pointer get() { return &gemm_tile<V, R, J>; }
+    static constexpr Pointer get() {
+      return &gemm_tile<V, R, J>;
+    }
   };
   static void tile(int r, int j, const elem* a, int64_t lda, const elem* b, int64_t ldb, int64_t k, acc* c, int64_t ldc,
                    bool accumulate) {
@@ -119,14 +121,14 @@ struct Bf16Kind {
   static constexpr int64_t kTransposed = 32;
   static void transpose_tile(const elem* in, int64_t ld_in, elem* out, int64_t ld_out) {
     reg r[16];
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 16; ++i) {
       const __m256i even = _mm256_loadu_si256((const __m256i*)(in + 2 * i * ld_in));
       const __m256i odd = _mm256_loadu_si256((const __m256i*)(in + (2 * i + 1) * ld_in));
       r[i] = _mm512_castsi512_ps(interleave(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1)));
     }
     Vec::transpose(r);
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 16; ++i) _mm512_storeu_ps(out + i * ld_out, r[i]);
   }
 
@@ -149,7 +151,9 @@ DPOFAST_UNROLL
   struct Tiles {
     using Pointer = void (*)(const elem*, int64_t, const uint32_t*, int64_t, int64_t, acc*, int64_t, bool);
     template <int R, int J>
-    static constexpr Pointer get() { return &gemm_tile_bf16<R, J>; }
+    static constexpr Pointer get() {
+      return &gemm_tile_bf16<R, J>;
+    }
   };
   static void tile(int r, int j, const elem* a, int64_t lda, const elem* b, int64_t ldb, int64_t k, acc* c, int64_t ldc,
                    bool accumulate) {
@@ -194,7 +198,11 @@ static int64_t table_backward(const BackwardArgs& a) {
 static Traits table_traits(DType hidden, DType weight) {
   return with_kind(hidden, weight, [](auto kind) {
     using K = decltype(kind);
-    return Traits{K::Vec::W, Shape<K>::P, K::unit, int64_t(sizeof(typename K::elem)), int64_t(sizeof(typename K::acc)),
+    return Traits{K::Vec::W,
+                  Shape<K>::P,
+                  K::unit,
+                  int64_t(sizeof(typename K::elem)),
+                  int64_t(sizeof(typename K::acc)),
                   int64_t(sizeof(typename K::cached))};
   });
 }
@@ -221,12 +229,13 @@ template <class K>
 DPOFAST_NOINLINE static typename K::acc multiply_adds(int64_t n, typename K::acc x) {
   using V = typename K::Vec;
   typename V::reg sums[12];
-DPOFAST_UNROLL
+  DPOFAST_UNROLL
   for (int i = 0; i < 12; ++i) sums[i] = V::set1(typename K::acc(i));
   const typename V::reg a = V::set1(x), b = V::set1(1 - x);
-  for (int64_t k = 0; k < n; ++k)
-DPOFAST_UNROLL
+  for (int64_t k = 0; k < n; ++k) {
+    DPOFAST_UNROLL
     for (int i = 0; i < 12; ++i) sums[i] = K::multiply_add(a, b, sums[i]);
+  }
   typename V::reg all = sums[0];
   for (int i = 1; i < 12; ++i) all = V::add(all, sums[i]);
   return V::reduce_add(all);

@@ -30,26 +30,26 @@ struct ForwardArgs {
   unsigned outputs;
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
   uint8_t* is_top1;
-  void* stats;            // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
-  void* cache;            // exp(z - m) of as many blocks as fit, for the backward; or null
-  void* jacobian;         // d logps / d hidden, in panels; or null
-  int64_t cache_bytes;    // of either
+  void* stats;          // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
+  void* cache;          // exp(z - m) of as many blocks as fit, for the backward; or null
+  void* jacobian;       // d logps / d hidden, in panels; or null
+  int64_t cache_bytes;  // of either
   void* workspace;
 };
 
 struct BackwardArgs {
   Head head;
-  const void *logps, *lse, *entropy;        // from the forward; entropy only with grad_entropy
-  const void *grad_logps, *grad_entropy;    // [n]; grad_entropy may be null
-  const void* cache;                        // what the forward left there, or null
-  const void* jacobian;                     // not null: grad_hidden is a row scaling of it
-  int64_t cache_bytes;                      // of either
-  void* grad_hidden;                        // contiguous rows; or null
+  const void *logps, *lse, *entropy;      // from the forward; entropy only with grad_entropy
+  const void *grad_logps, *grad_entropy;  // [n]; grad_entropy may be null
+  const void* cache;                      // what the forward left there, or null
+  const void* jacobian;                   // not null: grad_hidden is a row scaling of it
+  int64_t cache_bytes;                    // of either
+  void* grad_hidden;                      // contiguous rows; or null
   DType grad_hidden_dtype;
-  const int64_t* grad_rows;                 // [n] row numbers in grad_hidden
-  void* grad_weight;                        // weight's dtype, [v, h] contiguous; or null
-  void* grad_bias;                          // accumulator's type, [v]; or null
-  int64_t token_chunk;                      // with grad_weight or grad_bias: tokens packed at a time; 0: all
+  const int64_t* grad_rows;  // [n] row numbers in grad_hidden
+  void* grad_weight;         // weight's dtype, [v, h] contiguous; or null
+  void* grad_bias;           // accumulator's type, [v]; or null
+  int64_t token_chunk;       // with grad_weight or grad_bias: tokens packed at a time; 0: all
   void* workspace;
 };
 

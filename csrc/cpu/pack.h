@@ -8,8 +8,7 @@ static void read_row(const void* src, DType dtype, int64_t offset, int64_t strid
   using E = typename K::elem;
   if (dtype == K::kElemType) {
     const E* p = static_cast<const E*>(src) + offset;
-    if (stride == 1)
-      std::memcpy(out, p, size_t(n) * sizeof(E));
+    if (stride == 1) std::memcpy(out, p, size_t(n) * sizeof(E));
     else
       for (int64_t i = 0; i < n; ++i) out[i] = p[i * stride];
   } else if constexpr (K::unit == 1) {  // the bf16 product is chosen only where both sides are bf16
@@ -78,15 +77,16 @@ DPOFAST_NOINLINE static void write_row(void* dst, DType dtype, int64_t offset, c
 
 // Row `t` of a matrix becomes column `t` of a B panel: b[k / unit][t][k % unit] = row[k].
 template <class K>
-DPOFAST_NOINLINE static void put_column(typename K::elem* b, int64_t ldb, int64_t t, const typename K::elem* row, int64_t k_padded) {
+DPOFAST_NOINLINE static void put_column(typename K::elem* b, int64_t ldb, int64_t t, const typename K::elem* row,
+                                        int64_t k_padded) {
   for (int64_t k = 0; k < k_padded; k += K::unit)
     for (int u = 0; u < K::unit; ++u) b[k * ldb + t * K::unit + u] = row[k + u];
 }
 
 // Row `k` of a matrix becomes row `k` of B panels of `width` columns each: the panels stand `panel_size` apart.
 template <class K>
-DPOFAST_NOINLINE static void put_row(typename K::elem* b, int64_t width, int64_t panel_size, int64_t k, const typename K::elem* row,
-                    int64_t n) {
+DPOFAST_NOINLINE static void put_row(typename K::elem* b, int64_t width, int64_t panel_size, int64_t k,
+                                     const typename K::elem* row, int64_t n) {
   for (int64_t c0 = 0; c0 < n; c0 += width, b += panel_size) {
     const int64_t m = n - c0 < width ? n - c0 : width;
     typename K::elem* to = b + (k - k % K::unit) * width + k % K::unit;

@@ -103,9 +103,7 @@ void run_on_threads(int threads, const Work& work) {
   static const OpenMp openmp = find_openmp();
   if (threads == 1) return work(0, 1);
   if (!openmp || is_forked.load()) return run_on_new_threads(threads, work);
-  const auto run = [](void* data) {
-    (*static_cast<const Work*>(data))(openmp.thread(), openmp.team_size());
-  };
+  const auto run = [](void* data) { (*static_cast<const Work*>(data))(openmp.thread(), openmp.team_size()); };
   openmp.parallel(run, const_cast<Work*>(&work), unsigned(threads), 0);
 }
 
@@ -124,8 +122,7 @@ void run_steps(int threads, const Steps& steps) {
   run_on_threads(threads, [&](int thread, int team_size) {
     for (int64_t s = 0; s < steps.n_steps; ++s) {
       const int64_t n = steps.n_tasks(steps.ctx, s);
-      for (int64_t i; (i = next[s & 1].fetch_add(1, std::memory_order_relaxed)) < n;)
-        steps.task(steps.ctx, s, i, thread);
+      for (int64_t i; (i = next[s & 1].fetch_add(1, std::memory_order_relaxed)) < n;) steps.task(steps.ctx, s, i, thread);
       if (s + 1 < steps.n_steps) barrier.arrive(team_size, [&] { next[s & 1].store(0, std::memory_order_relaxed); });
     }
   });

@@ -26,8 +26,7 @@ inline void for_steps(int threads, int64_t n_steps, const Count& n_tasks, const 
     const Task* task;
   } ctx{&n_tasks, &task};
   run_steps(threads, {n_steps, [](const void* c, int64_t s) { return (*static_cast<const Ctx*>(c)->n_tasks)(s); },
-                      [](const void* c, int64_t s, int64_t i, int t) { (*static_cast<const Ctx*>(c)->task)(s, i, t); },
-                      &ctx});
+                      [](const void* c, int64_t s, int64_t i, int t) { (*static_cast<const Ctx*>(c)->task)(s, i, t); }, &ctx});
 }
 
 template <class Task>

@@ -99,7 +99,8 @@ struct Rows {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
       const acc c = transform.scale * value(a.grad_logps, row), e = transform.scale * value(a.grad_entropy, row);
-      const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row), h = value(a.entropy, row);
+      const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row),
+                h = value(a.entropy, row);
       acc z[kChunk];
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
         const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(transform, x + v0, n, z);
@@ -110,8 +111,7 @@ struct Rows {
           const reg zi = V::load(z + i), log_p = V::sub(V::sub(zi, V::set1(z_max)), V::set1(log_sum));
           const reg p = V::exp(log_p);
           reg f = V::set1(-c);
-          if (a.grad_entropy)
-            f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));
+          if (a.grad_entropy) f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));
           reg g = V::mul(p, f);
           if (transform.has_cap) g = V::mul(g, transform.bend(zi));
           if (i + V::W <= n) store(out + v0 + i, g);

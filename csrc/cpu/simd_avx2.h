@@ -51,21 +51,21 @@ struct Avx2Vec {
   // out[8][8] = in[8][8] transposed
   static void transpose(const float* in, int64_t ld_in, float* out, int64_t ld_out) {
     reg r[8], q[8];
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 8; ++i) r[i] = load(in + i * ld_in);
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 8; i += 2) {
       q[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
       q[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
     }
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 8; i += 4) {
       r[i] = _mm256_shuffle_ps(q[i], q[i + 2], 0x44);
       r[i + 1] = _mm256_shuffle_ps(q[i], q[i + 2], 0xee);
       r[i + 2] = _mm256_shuffle_ps(q[i + 1], q[i + 3], 0x44);
       r[i + 3] = _mm256_shuffle_ps(q[i + 1], q[i + 3], 0xee);
     }
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 4; ++i) {
       store(out + i * ld_out, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
       store(out + (i + 4) * ld_out, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
@@ -76,9 +76,7 @@ DPOFAST_UNROLL
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static reg load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-  static void store_f16(uint16_t* p, reg a) {
-    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
-  }
+  static void store_f16(uint16_t* p, reg a) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
   static void store_bf16(uint16_t* p, reg a) {
     const __m256i u = _mm256_castps_si256(a);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));

@@ -43,19 +43,19 @@ struct Avx512Vec {
   // r[i][j] <-> r[j][i], 32 bits each: within 128-bit lanes first, then the lanes.
   static void transpose(reg (&r)[16]) {
     reg t[16];
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 16; i += 2) {
       t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
       t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
     }
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 16; i += 4) {  // r[i + j]: column 4 * lane + j of rows i .. i + 3
       r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
       r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
       r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
       r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
     }
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int j = 0; j < 4; ++j) {
       const reg a = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), b = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
       const reg c = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd), d = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
@@ -64,7 +64,7 @@ DPOFAST_UNROLL
       t[4 + j] = _mm512_shuffle_f32x4(c, d, 0x88);
       t[12 + j] = _mm512_shuffle_f32x4(c, d, 0xdd);
     }
-DPOFAST_UNROLL
+    DPOFAST_UNROLL
     for (int i = 0; i < 16; ++i) r[i] = t[i];
   }
 

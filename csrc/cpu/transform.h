@@ -12,8 +12,10 @@ struct Transform {
 
   // softcap 0: none
   Transform(double temperature, double logit_scale, double softcap)
-      : has_cap(softcap != 0), scale(acc(logit_scale / temperature)),
-        inner(has_cap ? acc(logit_scale / softcap) : acc(0)), cap(acc(softcap / temperature)),
+      : has_cap(softcap != 0),
+        scale(acc(logit_scale / temperature)),
+        inner(has_cap ? acc(logit_scale / softcap) : acc(0)),
+        cap(acc(softcap / temperature)),
         inv_cap(has_cap ? acc(temperature / softcap) : acc(0)) {}
 
   bool is_identity() const { return !has_cap && scale == acc(1); }

@@ -76,9 +76,9 @@ __device__ __forceinline__ double expm1_of(double x) { return expm1(x); }
 // z and dz/dx of core/transform: softcap * tanh(logit_scale * x / softcap) / temperature, each part optional.
 template <class A>
 struct Transform {
-  A scale;  // logit_scale / temperature
+  A scale;   // logit_scale / temperature
   A before;  // logit_scale / softcap
-  A after;  // softcap / temperature; 0: no softcap
+  A after;   // softcap / temperature; 0: no softcap
 
   __device__ __forceinline__ A operator()(A x) const { return after != 0 ? after * tanh_of(before * x) : scale * x; }
   __device__ __forceinline__ A slope(A z) const {

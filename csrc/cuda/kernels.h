@@ -13,11 +13,11 @@ struct TileArgs {
   const void* x;               // [n, width]: row i starts at x + (row_offsets ? row_offsets[i] : i * ld)
   const int64_t* row_offsets;  // [n] or null, in elements
   int64_t ld, n, width;
-  int64_t v0;                  // vocabulary number of the first column
-  const void* bias;            // [width] of acc, or null
-  const int64_t* labels;       // [n]; logprob_grad: or null, and no entry is a label's
+  int64_t v0;                                // vocabulary number of the first column
+  const void* bias;                          // [width] of acc, or null
+  const int64_t* labels;                     // [n]; logprob_grad: or null, and no entry is a label's
   double temperature, logit_scale, softcap;  // softcap 0: none
-  int64_t splits, part;        // a row is cut into `splits` parts of `part` columns, a block each
+  int64_t splits, part;                      // a row is cut into `splits` parts of `part` columns, a block each
 };
 
 struct FoldArgs : TileArgs {
@@ -28,19 +28,19 @@ struct FoldArgs : TileArgs {
 
 struct GradArgs : TileArgs {
   // Per row, of acc; null: see each.
-  const void* z_max;         // -inf counts as 0
-  const void* log_sum;       // null: 0
-  int64_t lse_stride;        // of both, from row to row
-  const void* logps;         // needed with labels
-  const void* grad_logps;    // null: grad_logps_value for every row
+  const void* z_max;       // -inf counts as 0
+  const void* log_sum;     // null: 0
+  int64_t lse_stride;      // of both, from row to row
+  const void* logps;       // needed with labels
+  const void* grad_logps;  // null: grad_logps_value for every row
   double grad_logps_value;
   const void* entropy;       // needed with grad_entropy
   const void* grad_entropy;  // null: none
   void* out;                 // as x, of x's type or of a 16-bit one; may be x
   const int64_t* out_offsets;
   int64_t out_ld;
-  double cut;                // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
-  void* dropped;             // kFilter: [splits, n], sum of p over entries that became 0, per part of a row
+  double cut;     // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
+  void* dropped;  // kFilter: [splits, n], sum of p over entries that became 0, per part of a row
 };
 
 struct FinishArgs {
@@ -54,12 +54,28 @@ struct FinishArgs {
 
 // The losses that a pair decides alone, and their names in dpofast/losses.py.
 enum class PairLoss : int {
-  sigmoid, hinge, ipo, exo_pair, nca_pair, robust, bco_pair, sppo_hard, apo_zero, apo_down, discopop, sigmoid_norm,
-  sft_norm, simpo, alphapo, cpo, dpop, cal_dpo,
+  sigmoid,
+  hinge,
+  ipo,
+  exo_pair,
+  nca_pair,
+  robust,
+  bco_pair,
+  sppo_hard,
+  apo_zero,
+  apo_down,
+  discopop,
+  sigmoid_norm,
+  sft_norm,
+  simpo,
+  alphapo,
+  cpo,
+  dpop,
+  cal_dpo,
 };
 constexpr const char* kPairLosses[] = {
-  "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down",
-  "discopop", "sigmoid_norm", "sft_norm", "simpo", "alphapo", "cpo", "dpop", "cal_dpo",
+    "sigmoid",  "hinge",    "ipo",          "exo_pair", "nca_pair", "robust",  "bco_pair", "sppo_hard", "apo_zero",
+    "apo_down", "discopop", "sigmoid_norm", "sft_norm", "simpo",    "alphapo", "cpo",      "dpop",      "cal_dpo",
 };
 static_assert(sizeof kPairLosses / sizeof *kPairLosses == size_t(PairLoss::cal_dpo) + 1, "one name a loss");
 
@@ -80,14 +96,14 @@ struct SequenceDpoArgs {
   const int64_t* labels;      // as logps; tokens with ignore_index do not count. Null: mask says so
   const uint8_t* mask;        // as logps; 0 where a token does not count
   int64_t ignore_index, pairs, width;
-  const void* ref_logps;      // [2 pairs] of acc, or null where the loss has no reference
+  const void* ref_logps;  // [2 pairs] of acc, or null where the loss has no reference
   PairLoss loss;
   PairOptions options;
   // [pairs] of acc, or null: `options` has it for all pairs, and the weight is 1.
   const void *beta, *margin, *weight;
-  void *losses, *sums;        // [pairs], times the weight, and [2 pairs], of acc
-  int64_t* lengths;           // [2 pairs], tokens that count
-  void* coefficients;         // as logps, of acc: d mean(losses) / d logps, 0 for tokens that do not count
+  void *losses, *sums;  // [pairs], times the weight, and [2 pairs], of acc
+  int64_t* lengths;     // [2 pairs], tokens that count
+  void* coefficients;   // as logps, of acc: d mean(losses) / d logps, 0 for tokens that do not count
 };
 
 // `x`, `out`: types of logits and of what is written in their stead. `stream` is a cudaStream_t.

@@ -137,8 +137,7 @@ __device__ __forceinline__ PairGrad dpop_loss(double w, double l, const PairOpti
 // -log sigmoid(w - l) + sppo_hard
 __device__ __forceinline__ PairGrad cal_dpo_loss(double w, double l, const PairOptions& o) {
   const PairGrad ranking = logistic(w - l, 1, 0), calibration = sppo_hard_loss(w, l, o);
-  return {ranking.loss + calibration.loss, ranking.chosen + calibration.chosen,
-          ranking.rejected + calibration.rejected};
+  return {ranking.loss + calibration.loss, ranking.chosen + calibration.chosen, ranking.rejected + calibration.rejected};
 }
 
 __device__ __forceinline__ PairGrad pair_loss(PairLoss loss, double w, double l, const PairOptions& o) {
@@ -176,13 +175,10 @@ __device__ __forceinline__ Compared score(double r, const PairOptions& o) {
   return {expm1(exponent) / power, exp(exponent)};
 }
 
-__device__ __forceinline__ Compared per_token(const Compared& x, double length) {
-  return {x.value / length, x.slope / length};
-}
+__device__ __forceinline__ Compared per_token(const Compared& x, double length) { return {x.value / length, x.slope / length}; }
 
 // What `loss` compares of a completion with `tokens` tokens, and ref = 0 where there is no reference.
-__device__ __forceinline__ Compared compared(PairLoss loss, double logp, double ref, int64_t tokens,
-                                             const PairOptions& o) {
+__device__ __forceinline__ Compared compared(PairLoss loss, double logp, double ref, int64_t tokens, const PairOptions& o) {
   const double length = tokens > 1 ? double(tokens) : 1;
   switch (loss) {
     case PairLoss::sigmoid:
@@ -297,9 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2) sequence_dpo_kernel(const Sequenc
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const T coefficient = coefficients[side];
-    for_tokens(a, pair + side * a.pairs, [&](int64_t token) {
-      static_cast<T*>(a.coefficients)[token] = counts(a, token) ? coefficient : T(0);
-    });
+    for_tokens(a, pair + side * a.pairs,
+               [&](int64_t token) { static_cast<T*>(a.coefficients)[token] = counts(a, token) ? coefficient : T(0); });
   }
 }
 

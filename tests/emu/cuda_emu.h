@@ -158,8 +158,8 @@ inline void fiber() {
 inline void make_fibers(Machine& m) {
   m.fibers.resize(kMaxThreads);
   m.scheduler.entered = true;
-  void* stacks = mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* stacks =
+      mmap(nullptr, kMaxThreads * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) fail("no memory for stacks", __LINE__);
   for (int i = 0; i < kMaxThreads; ++i) {
     Context& c = m.fibers[size_t(i)];

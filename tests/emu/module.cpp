@@ -7,6 +7,7 @@
 PYBIND11_MODULE(_emu, m) {
   m.doc() = "csrc/cuda on the CPU";
   dpofast::bind_cuda(m);
-  m.def("set_seed", [](uint64_t seed) { emu::seed = seed; }, pybind11::arg("seed"),
-        "of the order in which threads and blocks run");
+  m.def(
+      "set_seed", [](uint64_t seed) { emu::seed = seed; }, pybind11::arg("seed"),
+      "of the order in which threads and blocks run");
 }

@@ -82,8 +82,8 @@ bool race_is_caught() {
   };
   const int wrong[4] = {wrong_seeds(run(&reverse<true>, 128), reversed), wrong_seeds(run(&reverse<false>, 128), reversed),
                         wrong_seeds(run(&sum_rows<true>, 64), sums), wrong_seeds(run(&sum_rows<false>, 64), sums)};
-  std::printf("wrong seeds of 10: reverse %d, without its barrier %d; sum_rows %d, without its second barrier %d\n",
-              wrong[0], wrong[1], wrong[2], wrong[3]);
+  std::printf("wrong seeds of 10: reverse %d, without its barrier %d; sum_rows %d, without its second barrier %d\n", wrong[0],
+              wrong[1], wrong[2], wrong[3]);
   return wrong[0] == 0 && wrong[1] > 0 && wrong[2] == 0 && wrong[3] > 0;
 }
 
@@ -121,20 +121,15 @@ bool planted(const std::string& name) {
     });
   if (name == "two barriers")
     emu::launch(1, 64, [&] {
-      if (threadIdx.x < 32)
-        __syncthreads();
-      else
-        __syncthreads();
+      if (threadIdx.x < 32) __syncthreads();
+      else __syncthreads();
     });
   if (name == "a barrier and a shuffle")
     emu::launch(1, 64, [&] {
-      if (threadIdx.x == 0)
-        __syncthreads();
-      else
-        x[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
+      if (threadIdx.x == 0) __syncthreads();
+      else x[threadIdx.x] = __shfl_xor_sync(kAll, 1.0f, 1);
     });
-  if (name == "part of a warp")
-    emu::launch(1, 32, [&] { x[threadIdx.x] = __shfl_sync(0xffffu, 1.0f, 0); });
+  if (name == "part of a warp") emu::launch(1, 32, [&] { x[threadIdx.x] = __shfl_sync(0xffffu, 1.0f, 0); });
   if (name == "out of bounds") emu::launch(1, 96, [&] { x[threadIdx.x] += 1; });
   if (name == "out of shared bounds")
     emu::launch(1, 64, [&] {
@@ -222,9 +217,7 @@ struct Rows {
       : all(t, offset + (n - 1) * ld + width), n(n), width(width), ld(ld), offset(offset) {
     for (int64_t i = 0; i < n; ++i) starts.push_back((n - 1 - i) * ld);
   }
-  int64_t at(bool scattered, int64_t row, int64_t v) const {
-    return offset + (scattered ? starts[size_t(row)] : row * ld) + v;
-  }
+  int64_t at(bool scattered, int64_t row, int64_t v) const { return offset + (scattered ? starts[size_t(row)] : row * ld) + v; }
 };
 
 enum class Special { none, first_minus_inf, all_minus_inf, plus_inf, nan, label_minus_inf, label_nan, bad_label };
@@ -235,7 +228,7 @@ struct Case {
   int64_t ld_more = 0, offset = 0;
   bool scattered = false, bias = false, outputs = true, entropy = false;
   double temperature = 1, scale = 1, softcap = 0;
-  int64_t part = 0;  // 0: rows are not split
+  int64_t part = 0;                 // 0: rows are not split
   Special special = Special::none;  // of row 1
   double cut = -1;                  // negative: no filter
 };
@@ -245,17 +238,15 @@ std::string describe(const Case& c) {
   std::snprintf(text, sizeof text,
                 "n %d v %d tile %d dtypes %d %d ld +%d offset %d scattered %d bias %d outputs %d entropy %d softcap %g "
                 "part %d special %d cut %g seed %d",
-                int(c.n), int(c.v), int(c.tile), int(c.x), int(c.out), int(c.ld_more), int(c.offset), c.scattered,
-                c.bias, c.outputs, c.entropy, c.softcap, int(c.part), int(c.special), c.cut, int(emu::seed));
+                int(c.n), int(c.v), int(c.tile), int(c.x), int(c.out), int(c.ld_more), int(c.offset), c.scattered, c.bias,
+                c.outputs, c.entropy, c.softcap, int(c.part), int(c.special), c.cut, int(emu::seed));
   return text;
 }
 
 int failures = 0;
 
 void expect(double got, double want, double tolerance, const char* what, int64_t row, int64_t v, const Case& c) {
-  const bool same = std::isnan(want)   ? std::isnan(got)
-                    : std::isinf(want) ? got == want
-                                       : std::fabs(got - want) <= tolerance;
+  const bool same = std::isnan(want) ? std::isnan(got) : std::isinf(want) ? got == want : std::fabs(got - want) <= tolerance;
   if (same || ++failures > 20) return;
   std::printf("%s [%d, %d]: got %.9g, expected %.9g (%s)\n", what, int(row), int(v), got, want, describe(c).c_str());
 }
@@ -328,8 +319,7 @@ void check(const Case& c) {
   std::vector<Naive> want;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> logits;
-    for (int64_t i = 0; i < v; ++i)
-      logits.push_back(x.all[x.at(c.scattered, row, i)] + (c.bias ? bias[i] : 0));
+    for (int64_t i = 0; i < v; ++i) logits.push_back(x.all[x.at(c.scattered, row, i)] + (c.bias ? bias[i] : 0));
     want.emplace_back(logits, labels[size_t(row)], c, grad_logps[row], grad_entropy[row]);
   }
 
@@ -415,8 +405,8 @@ void check(const Case& c) {
       expect(got, filtered ? 0 : g, eps + round * std::fabs(g) + 1e-7 * (round != 0), "grad", row, i, c);
       if (filtered && got != 0) expect(got, 0, 0, "a dropped entry", row, i, c);
     }
-    if (c.cut >= 0) expect(dropped[size_t(row)], std::isnan(w.lse) ? dropped[size_t(row)] : mass, eps + doubtful,
-                           "dropped", row, 0, c);
+    if (c.cut >= 0)
+      expect(dropped[size_t(row)], std::isnan(w.lse) ? dropped[size_t(row)] : mass, eps + doubtful, "dropped", row, 0, c);
   }
   // Nothing between the rows was written.
   for (int64_t row = 0; row + 1 < n; ++row)
@@ -448,8 +438,7 @@ void check_unnormalised(DType t) {
   launch_logprob_grad(t, t, false, a, nullptr);
   const double round = t == DType::bf16 ? 1 / 256.0 : t == DType::f16 ? 1 / 2048.0 : 1e-5;
   for (int64_t i = 0; i < n * v; ++i)
-    expect(x.all[x.at(false, i / v, i % v)], want[size_t(i)], round * want[size_t(i)] + 1e-7, "unnormalised", i / v,
-           i % v, c);
+    expect(x.all[x.at(false, i / v, i % v)], want[size_t(i)], round * want[size_t(i)] + 1e-7, "unnormalised", i / v, i % v, c);
 }
 
 // Two blocks for nine rows: each takes several, and shared memory is used again for the next.

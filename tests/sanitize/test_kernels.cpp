@@ -69,7 +69,9 @@ struct Tensor {
   void* data() { return buffer.data.get(); }
   int64_t size() const { return int64_t(buffer.bytes / size_of(dtype)); }
   template <class T>
-  T* as() { return reinterpret_cast<T*>(buffer.data.get()); }
+  T* as() {
+    return reinterpret_cast<T*>(buffer.data.get());
+  }
 
   double get(int64_t i) {
     switch (dtype) {
@@ -107,7 +109,8 @@ constexpr int kRecompute = 0, kMixed = 1, kCached = 3, kJacobian = 4, kScore = 5
 
 std::string describe(const Case& c) {
   char text[200];
-  std::snprintf(text, sizeof text, "n %d h %d v %d block %d dtypes %d %d bias %d softcap %d entropy %d schedule %d ld %d threads %d chunk %d",
+  std::snprintf(text, sizeof text,
+                "n %d h %d v %d block %d dtypes %d %d bias %d softcap %d entropy %d schedule %d ld %d threads %d chunk %d",
                 int(c.n), int(c.h), int(c.v), int(c.block), int(c.hidden), int(c.weight), c.bias, c.softcap, c.entropy,
                 c.schedule, c.transposed_weight, c.threads, int(c.token_chunk));
   return text;
@@ -199,7 +202,8 @@ void check_linear_logprob(const Table& table, const Case& c) {
 
   // The truth.
   Results want;
-  const std::vector<double> dc = values(grad_logps), de = c.entropy ? values(grad_entropy) : std::vector<double>(size_t(c.n), 0);
+  const std::vector<double> dc = values(grad_logps),
+                            de = c.entropy ? values(grad_entropy) : std::vector<double>(size_t(c.n), 0);
   const int64_t row_stride = c.transposed_weight ? 1 : c.h, col_stride = c.transposed_weight ? c.v : 1;
   std::vector<double> x(size_t(c.n * c.v), 0);
   for (int64_t t = 0; t < c.n; ++t)
@@ -225,8 +229,8 @@ void check_linear_logprob(const Table& table, const Case& c) {
   // The kernels.
   const int64_t n_padded = round_up(c.n, traits.vector), blocks = ceil_div(c.v, c.block);
   const int64_t cached = c.schedule <= kCached ? blocks * c.schedule / 3 : 0;
-  const int64_t per_block = round_up(c.block * n_padded * traits.cached_size, 64) +
-                            round_up(ceil_div(c.block, 48) * n_padded * traits.acc_size, 64);
+  const int64_t per_block =
+      round_up(c.block * n_padded * traits.cached_size, 64) + round_up(ceil_div(c.block, 48) * n_padded * traits.acc_size, 64);
   Buffer cache(cached * per_block), jacobian(c.schedule == kJacobian ? c.h * n_padded * traits.acc_size : 0);
   Tensor logps(acc, c.n), lse(acc, 2 * c.n), entropy(acc, c.n), log_sum_sq_probs(acc, c.n), mean_logits(acc, c.n);
   std::vector<uint8_t> is_top1(size_t(c.n), 255);
@@ -317,18 +321,36 @@ void check_equal_bits(const Table& table, DType type) {
 
   auto run = [&](int64_t first, int64_t count, int64_t block, bool cached, bool jacobian, int threads) {
     ForwardArgs f{};
-    f.head = Head{count, h, v, hidden.data(), type, offsets.data() + first, 1, weight.data(), type, h, 1, bias.data(),
-                  labels.data() + first, 0.7, 1.3, 0.0, block, threads};
+    f.head = Head{count,
+                  h,
+                  v,
+                  hidden.data(),
+                  type,
+                  offsets.data() + first,
+                  1,
+                  weight.data(),
+                  type,
+                  h,
+                  1,
+                  bias.data(),
+                  labels.data() + first,
+                  0.7,
+                  1.3,
+                  0.0,
+                  block,
+                  threads};
     const int64_t n_padded = round_up(count, traits.vector), blocks = ceil_div(v, block);
     Buffer cache(cached ? blocks * (round_up(block * n_padded * traits.cached_size, 64) +
-                                    round_up(ceil_div(block, 48) * n_padded * traits.acc_size, 64)) : 0);
+                                    round_up(ceil_div(block, 48) * n_padded * traits.acc_size, 64))
+                        : 0);
     Buffer sums(jacobian ? h * n_padded * traits.acc_size : 0);
     Tensor out(acc, 6 * count);
     std::vector<uint8_t> is_top1(static_cast<size_t>(count), 255);
     char* const at = static_cast<char*>(out.data());
     const int64_t size = count * int64_t(size_of(acc));
     f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
-    f.logps = at, f.entropy = at + size, f.log_sum_sq_probs = at + 2 * size, f.mean_logits = at + 3 * size, f.lse = at + 4 * size;
+    f.logps = at, f.entropy = at + size, f.log_sum_sq_probs = at + 2 * size, f.mean_logits = at + 3 * size,
+    f.lse = at + 4 * size;
     f.is_top1 = is_top1.data();
     f.cache = cached ? cache.data.get() : nullptr;
     f.jacobian = jacobian ? sums.data.get() : nullptr;
@@ -339,12 +361,13 @@ void check_equal_bits(const Table& table, DType type) {
     return std::string(at, size_t(4 * size));
   };
   const std::string want = run(0, n, 192, false, false, 1);
-  auto check = [&](const std::string& got, int64_t first, int64_t count, int64_t block, bool cached, bool jacobian, int threads) {
+  auto check = [&](const std::string& got, int64_t first, int64_t count, int64_t block, bool cached, bool jacobian,
+                   int threads) {
     for (int64_t i = 0; i < 4; ++i) {
       const size_t size = size_of(acc), from = size_t(i * n + first) * size;
       if (got.compare(size_t(i * count) * size, size_t(count) * size, want, from, size_t(count) * size) == 0) continue;
-      std::printf("%s: bits of result %d differ (dtype %d first %d count %d block %d cached %d jacobian %d threads %d)\n", table.name,
-                  int(i), int(type), int(first), int(count), int(block), cached, jacobian, threads);
+      std::printf("%s: bits of result %d differ (dtype %d first %d count %d block %d cached %d jacobian %d threads %d)\n",
+                  table.name, int(i), int(type), int(first), int(count), int(block), cached, jacobian, threads);
       ++failures;
       return;
     }
@@ -431,7 +454,7 @@ int main(int argc, char** argv) {
   constexpr DType kTypes[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
 
   // Odd sizes around a vector (4 to 16 tokens), a panel (8 to 64), a tile (4 to 6 rows) and a block.
-  constexpr int64_t kShapes[][4] = {{1, 1, 1, 2},   {1, 7, 5, 2},    {3, 5, 7, 4},    {2, 3, 64, 64},  {17, 9, 33, 16},
+  constexpr int64_t kShapes[][4] = {{1, 1, 1, 2},      {1, 7, 5, 2},     {3, 5, 7, 4},    {2, 3, 64, 64}, {17, 9, 33, 16},
                                     {67, 21, 101, 48}, {64, 16, 96, 32}, {129, 2, 19, 6}, {5, 67, 40, 14}};
   for (const auto& s : kShapes)
     for (DType t : {DType::f32, DType::bf16, DType::f64})
@@ -473,8 +496,7 @@ int main(int argc, char** argv) {
         check_rows(*table, 3, v, t, options & 1, options & 2, options & 4, options & 1 ? 3 : 1);
 
   std::vector<char> work(kPeakBytes);
-  for (DType t : kTypes)
-  {
+  for (DType t : kTypes) {
     const Peak peak = table->peak(t, t, work.data());
     if (!(peak.hardware > 0 && peak.micro_kernel > 0)) std::printf("peak: not positive\n"), ++failures;
   }

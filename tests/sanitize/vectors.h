@@ -71,8 +71,8 @@ static void check_exp_and_tanh() {
 }
 
 // Where a comparison, a slack of 8, a sign or a NaN decides.
-static constexpr float kValues[] = {0.f, -0.f, 1.f, 9.f, 9.000001f, -7.f, -7.000001f, 1e-40f, -1e-40f, 3e38f, -3e38f,
-                                    INFINITY, -INFINITY, NAN, -NAN};
+static constexpr float kValues[] = {0.f,     -0.f,  1.f,    9.f,      9.000001f, -7.f, -7.000001f, 1e-40f,
+                                    -1e-40f, 3e38f, -3e38f, INFINITY, -INFINITY, NAN,  -NAN};
 constexpr int kCount = sizeof kValues / sizeof *kValues;
 
 static void check_selections() {
