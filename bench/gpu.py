@@ -26,7 +26,8 @@ from peers import PEERS
 from torch import Tensor
 
 import dpofast
-from dpofast import _backend, cost
+from dpofast import _backend
+from dpofast.plan import cost
 
 RESULTS = Path(__file__).parent / "results"
 

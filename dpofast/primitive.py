@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dpofast import _backend, _ops, cost, distributed
+from dpofast import _backend, _ops, distributed
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import DTYPE_CODES, flags
-from dpofast.plan import choose, chosen, parse_bytes
+from dpofast.plan import Request, choose, chosen, cost, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -217,28 +217,19 @@ def linear_logprob(
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
-        # a compiled graph cannot look into the memory of `chosen`
-        choice = (choose if torch.compiler.is_compiling() else chosen)(
-            n,
-            weight.shape[1],
-            max(1, weight.shape[0]),
-            backend=exact_backend,
-            hidden_dtype=hidden.dtype,
-            weight_dtype=weight.dtype,
-            budget=budget,
-            to_hidden=to_hidden,
-            to_weight=to_weight,
-            as_is=weight.stride(1) == 1,
+        request = Request(
+            n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers
-            entropy="entropy" in names,
-            device=cost.device_of(hidden.device),
-            keeps=name is None,
-        )
+            entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=name is None,
+        )  # fmt: skip
+        # a compiled graph cannot look into the memory of `chosen`
+        ask = choose if torch.compiler.is_compiling() else chosen
+        schedule = ask(request, exact_backend, device=cost.device_of(hidden.device))
     sharded = None, ""
     if name is not None:
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
         sharded = distributed.vocabulary_bounds(labels, weight, str(same), name), name
-    how = transform, flags(names), exact_backend, choice.name, choice.sizes, sharded[1]
+    how = transform, flags(names), exact_backend, schedule.name, schedule.sizes, sharded[1]
     *results, _ = _ops.call_linear_logprob(hidden, weight, bias, labels, sharded[0], ignore_index, n_tokens, *how)
     return _output(results, names)
 

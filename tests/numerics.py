@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dpofast
 from dpofast import primitive, reference
-from dpofast.plan import Schedule, choose
+from dpofast.plan import Request, Schedule, choose
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -199,7 +199,7 @@ def _budget(schedule: str, n: int, backend: str, **shape) -> int:
         budget = 1 << 26
         while budget > 1 << 8:
             with contextlib.suppress(ValueError):
-                if is_it(choose(n, backend=backend, budget=budget, **shape), n):
+                if is_it(choose(Request(n, budget=budget, **shape), backend), n):
                     return budget
             budget = int(budget / step)
     raise AssertionError(f"no budget gives {schedule!r} on {backend}")
@@ -209,9 +209,9 @@ def forced(schedule: str, p: Problem, backend: str, outputs=STATISTICS) -> dict:
     """``train`` and ``memory_budget`` under which ``p`` gets this schedule."""
     train = SCHEDULES[schedule][0]
     budget = _budget(
-        schedule, int((p.labels != -100).sum()), backend, h=p.weight.shape[1], v=p.weight.shape[0],
+        schedule, int((p.labels != -100).sum()), backend, n_hidden=p.weight.shape[1], n_vocab=p.weight.shape[0],
         hidden_dtype=p.hidden.dtype, weight_dtype=p.weight.dtype, to_hidden="hidden" in train,
-        to_weight="weight" in train, threads=torch.get_num_threads(),
+        to_weight="weight" in train,
         as_is=p.weight.stride(1) == 1, outputs=len(outputs),
         entropy="entropy" in outputs,
     )  # fmt: skip

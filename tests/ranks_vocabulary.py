@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import dpofast
 from dpofast import _backend, reference
-from dpofast.plan import choose
+from dpofast.plan import Request, choose
 
 H, V = 24, 203
 STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -156,11 +156,9 @@ def a_budget_that_needs_token_chunks():
         def chunk(budget: int, backend=backend, train=train) -> int:
             """How many tokens at a time; 0: all, or the budget is too small."""
             with suppress(ValueError):
-                return choose(
-                    n, H, parts[0].stop, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype,
-                    budget=budget - packed, to_hidden=train[0], to_weight=train[1], outputs=5, entropy=True,
-                    keeps=False,
-                ).token_chunk % n  # fmt: skip
+                sizes = n, H, parts[0].stop, hidden.dtype, weight.dtype, budget - packed
+                request = Request(*sizes, *train, outputs=5, entropy=True, keeps=False)
+                return choose(request, backend).token_chunk % n
             return 0
 
         budget = next(b for b in range(packed + 1024, 1 << 20, 1024) if chunk(b))

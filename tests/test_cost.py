@@ -9,10 +9,11 @@ from emu import build
 from numerics import SCHEDULES, problem, recorded_choices
 
 import dpofast
-from dpofast import _backend, cost
+from dpofast import _backend
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
-from dpofast.plan import cached_columns, tiled_traits
+from dpofast.plan import Request, cached_columns, cost
+from dpofast.plan.tiled import tiled_traits
 
 
 class Counting:
@@ -81,9 +82,9 @@ def test_the_predicted_bytes_are_those_that_the_schedule_moves(counting, schedul
     with recorded_choices() as ran:
         numerics.run(dpofast.linear_logprob, p, backend="counting", outputs=(), **how)
     traits = tiled_traits("counting", dtype, dtype)
-    to_hidden, to_weight = ("hidden" in how["train"], "weight" in how["train"])
+    wanted = ("hidden" in how["train"], "weight" in how["train"])
     columns, _ = cached_columns(ran[0], n, v, traits.elem)
-    moved = cost.traffic(ran[0], columns, n, h, v, traits, dtype.itemsize, to_hidden, to_weight)
+    moved = cost.traffic(ran[0], columns, Request(n, h, v, dtype, dtype, 1 << 30, *wanted), traits)
     assert (moved.total, moved.launches) == (passes.bytes, passes.launches), ran[0]
 
 

@@ -11,7 +11,7 @@ from dpofast import _backend, _ops, distributed, reference
 from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved, Transform
 from dpofast.backends.torch import TorchPasses
 from dpofast.contract import STATISTICS
-from dpofast.plan import choose
+from dpofast.plan import Request, choose
 
 N, H, V = 21, 40, 331
 TRANSFORM = Transform(0.8, 1.2, 7.0)
@@ -63,10 +63,8 @@ def check_slices(backend, problem, bounds, outputs):
     d_hidden, d_weight, d_bias = torch.autograd.grad(loss, exact)
 
     def choice(size: int):
-        return choose(
-            N, H, size, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
-            to_hidden=True, to_weight=True, outputs=5, entropy=True, keeps=False,
-        )  # fmt: skip
+        sizes = N, H, size, hidden.dtype, weight.dtype
+        return choose(Request(*sizes, budget=1 << 20, outputs=5, entropy=True, keeps=False), backend)
 
     def parts():
         for a, b in itertools.pairwise(bounds):
@@ -102,8 +100,7 @@ def test_a_backend_writes_d_hidden_in_the_dtype_it_is_given(backend):
     hidden, weight = torch.randn(N, H).bfloat16(), torch.randn(V, H).bfloat16()
     labels, rows = torch.randint(0, V, (N,)), torch.arange(N)
     engine, case = _ops.backend_named(backend), Problem(hidden, weight, None, rows, labels)
-    how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
-                 to_hidden=True, to_weight=False, keeps=False)  # fmt: skip
+    how = choose(Request(N, H, V, hidden.dtype, weight.dtype, 1 << 20, to_weight=False, keeps=False), backend)
     cache = engine.cache(0, hidden.device)
     saved = Saved(**engine.forward(case, how, (), cache), cache=cache)
     wide, narrow = torch.zeros(N, H), torch.zeros(N, H, dtype=torch.bfloat16)
@@ -118,8 +115,8 @@ def test_the_largest_entry_of_a_slice_is_exact(backend):
     hidden, weight = torch.randn(N, H) / 4, torch.randn(V, H)
     largest = (hidden @ weight.T).topk(2).indices
     engine = _ops.backend_named(backend)
-    how = choose(N, H, V, backend=backend, hidden_dtype=hidden.dtype, weight_dtype=weight.dtype, budget=1 << 20,
-                 to_hidden=False, to_weight=False, outputs=2, keeps=False)._replace(block=2)  # fmt: skip
+    request = Request(N, H, V, hidden.dtype, weight.dtype, 1 << 20, False, False, outputs=2, keeps=False)
+    how = choose(request, backend)._replace(block=2)
     for place, labels in enumerate(largest.T.contiguous()):
         stats = engine.fold(Problem(hidden, weight, None, torch.arange(N), labels), how, ("is_top1",))
         merged = distributed._merge(stats.unsqueeze(0), torch.zeros_like(labels))

@@ -753,7 +753,7 @@ def test_an_example_in_mixed_precision_multiplies_both_heads_in_bf16(how, exampl
     choose, dtypes = primitive.chosen, []
 
     def noted(*args, **kwargs):
-        dtypes.append((kwargs["hidden_dtype"], kwargs["weight_dtype"]))
+        dtypes.append((args[0].hidden_dtype, args[0].weight_dtype))
         return choose(*args, **kwargs)
 
     monkeypatch.setattr(primitive, "chosen", noted)

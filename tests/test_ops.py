@@ -8,7 +8,7 @@ from numerics import STATISTICS
 
 import dpofast
 from dpofast import _backend, _ops
-from dpofast.plan import choose
+from dpofast.plan import Request, choose
 
 TRANSFORM = [0.7, 1.3, 4.0]  # temperature, logit scale, softcap
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -23,10 +23,8 @@ def inputs(dtype=torch.float32, grad: bool = True):
 
 
 def choice(backend: str, budget: int, train_head: bool = True, n: int = 12):
-    return choose(
-        n, 8, 40, backend=backend, hidden_dtype=torch.float32, weight_dtype=torch.float32, budget=budget,
-        to_hidden=True, to_weight=train_head, threads=1, outputs=4, entropy=True,
-    )  # fmt: skip
+    sizes = n, 8, 40, torch.float32, torch.float32, budget
+    return choose(Request(*sizes, to_weight=train_head, outputs=4, entropy=True), backend)
 
 
 @pytest.mark.parametrize("with_bias", (False, True), ids=("", "bias"))

@@ -12,7 +12,8 @@ import torch
 import dpofast
 from dpofast import _backend
 from dpofast.contract import DTYPE_CODES
-from dpofast.plan import TRAITS, _Layout, choose, parse_bytes
+from dpofast.plan import Request, choose, parse_bytes
+from dpofast.plan.cpu import TRAITS, Layout
 
 BF16, FP32 = torch.bfloat16, torch.float32
 ISAS = _backend.cpu_isas()
@@ -54,7 +55,7 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
         as_is = contiguous and traits.elem == weight.itemsize and h % traits.unit == 0
         direct = weight.itemsize == traits.acc
         for block in {min(b, v + v % 2) for b in (48, 96, 192, 1536)}:
-            layout = {k: _Layout(n, h, v, traits, block, threads, as_is, k, direct) for k in (0, 1, 5)}
+            layout = {k: Layout(n, h, v, traits, block, threads, as_is, k, direct) for k in (0, 1, 5)}
             here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
             for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 5)), (False, True)):
                 asked = ask(
@@ -77,9 +78,8 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                     check(claimed, asked, ("backward", here, to_hidden, to_weight, recomputes, entropy, chunk))
 
 
-def choose_for(n=1000, h=576, v=49152, budget=1 << 30, dtype=BF16, backend=f"cpu:{ISAS[0]}", **kwargs):
-    arguments = {"to_hidden": True, "to_weight": True} | kwargs
-    return choose(n, h, v, backend=backend, hidden_dtype=dtype, weight_dtype=dtype, budget=budget, **arguments)
+def choose_for(n=1000, h=576, v=49152, budget=1 << 30, dtype=BF16, backend=f"cpu:{ISAS[0]}", threads=0, **wanted):
+    return choose(Request(n, h, v, dtype, dtype, budget, **wanted), backend, threads)
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))

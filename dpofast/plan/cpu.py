@@ -1,0 +1,228 @@
+"""Schedules of the compiled CPU kernels, by the bytes of their own layout (``csrc/cpu/head_*.h``).
+
+A test holds the two layouts to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from dpofast import _backend
+from dpofast.contract import DTYPE_CODES
+from dpofast.plan.schedule import Request, Schedule, too_little, up
+
+GROUP_ROWS, FOLD_ROWS = 192, 48  # kGroupRows, kFoldRows of csrc/cpu/head_layout.h
+BLOCKS = (GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4)
+"""Vocabulary rows per block, the first that the budget allows. 192 are deep enough that accumulators are loaded and
+stored rarely, and few enough that a block of W stays in an L2 cache at common hidden sizes. Log-probs have the same
+bits with each."""
+
+WIDEST_BLOCK = 8 * GROUP_ROWS
+"""For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
+BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stays in an L2 cache
+
+PIECES, PANELS_TOGETHER = 8, 4  # kPieces, kPanelsTogether of csrc/cpu/head_layout.h
+BUFFERS = 3  # WeightBlocks::kBuffers
+
+
+class Traits(NamedTuple):
+    """Of the product that two dtypes get on an instruction set (csrc/cpu/kernels.h)."""
+
+    vector: int  # tokens in a vector
+    panel: int  # tokens in a panel
+    unit: int  # k in one dot-product step
+    elem: int  # bytes of a product's element
+    acc: int  # bytes of an accumulator
+    cached: int  # bytes of an exponential that is kept for the backward
+
+
+TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
+    (isa, hidden, weight): Traits(*_backend._C.traits(isa, DTYPE_CODES[hidden], DTYPE_CODES[weight]))
+    for isa in _backend.cpu_isas()
+    for hidden in DTYPE_CODES
+    for weight in DTYPE_CODES
+}
+
+
+class Layout:
+    """Bytes of each buffer of csrc/cpu/head_*.h, for n tokens and one block size.
+
+    ``direct`` says that d weight has the accumulator's type, and is its own sum.
+    """
+
+    def __init__(self, n, h, v, traits: Traits, block, threads, as_is, outputs, direct):
+        self.n, self.h, self.v, self.t, self.block, self.threads, self.as_is = n, h, v, traits, block, threads, as_is
+        self.n_pad = up(n, traits.vector)
+        self.h_pad = up(h, traits.unit)
+        self.blocks = (v + block - 1) // block
+        self.outputs, self.direct = outputs, direct
+        self.tile_rows = min(block, GROUP_ROWS)
+
+    def cache_per_block(self):
+        folds = -(-self.block // FOLD_ROWS)
+        return up(self.block * self.n_pad * self.t.cached, 64) + up(folds * self.n_pad * self.t.acc, 64)
+
+    def jacobian(self):
+        return self.h * self.n_pad * self.t.acc
+
+    def _weight_blocks(self, rows, columns):
+        t = self.t
+        converted = BUFFERS * up(self.block * self.h_pad * t.elem, 64) if rows and not self.as_is else 0
+        return converted + (BUFFERS * up(self.block * self.h * t.elem, 64) if columns else 0)
+
+    def tiles(self):
+        """What the threads have of their own: at most the sum over forward's and backward's buffers."""
+        t = self.t
+        per_thread = (
+            PANELS_TOGETHER * (self.tile_rows + 2) * t.panel * t.acc
+            + self.tile_rows * t.panel * t.elem
+            + max(self.h_pad, t.panel) * t.acc
+        )
+        return up(self.threads * per_thread, 64) + 128
+
+    def forward(self, jacobian=False):
+        t = self.t
+        pieces = min(-(-self.v // GROUP_ROWS), PIECES)
+        stats = (2 + self.outputs) * up(pieces * self.n_pad * t.acc, 64) + up(self.n_pad * t.acc, 64)
+        span = PANELS_TOGETHER  # at most: the kernels may start fewer threads, with more panels each
+        if self.threads <= 1:
+            span = max(1, min(span, -(-self.n // t.panel) // 2))
+        scratch = up(self.threads * span * (self.tile_rows + 2) * t.panel * t.acc, 64) + up(
+            self.threads * self.h_pad * t.elem, 64
+        )
+        if jacobian:
+            scratch += up(self.threads * self.tile_rows * t.panel * t.elem, 64) + up(self.n_pad * t.acc, 64)
+        packed = up(self.h_pad * self.n_pad * t.elem, 64)
+        return self._weight_blocks(True, jacobian) + packed + stats + scratch
+
+    def backward(self, to_hidden, to_weight, recomputes, entropy, chunk=0):
+        """``chunk``: tokens packed at a time, 0: all."""
+        t = self.t
+        window = up(chunk, t.panel) if 0 < chunk < self.n_pad else self.n_pad
+        windows = -(-self.n // window)
+        row = max(self.h_pad, t.panel)
+        total = up(self.threads * (self.tile_rows + 1) * t.panel * t.acc, 64) + up(self.threads * row * t.acc, 64)
+        total += self._weight_blocks(recomputes or to_hidden, to_hidden)
+        ld = window + (64 // t.elem if window * t.elem % 4096 == 0 else 0)
+        total += 2 * up(self.block * ld * t.elem, 64) if to_weight else 0
+        total += 2 * up(self.block * window * t.elem, 64) if to_hidden else 0
+        total += (5 if entropy else 3) * up(self.n_pad * t.acc, 64)
+        total += up(self.h_pad * window * t.elem, 64) if recomputes else 0
+        total += up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0
+        if to_weight:
+            columns = up(self.h, t.panel)
+            total += up(columns * up(min(window, self.n), t.unit) * t.elem, 64)
+            if windows > 1 and not self.direct:
+                group = min(self.blocks, max(1, window // self.block))
+                total += up(group * self.block * columns * t.acc, 64)
+        return total
+
+
+def _block_sizes(n, h, v, elem):
+    """Blocks to consider for n tokens, the preferred first: wide ones where nothing is lost by it."""
+    wide = GROUP_ROWS
+    while 2 * wide <= WIDEST_BLOCK and 2 * wide * max(n, h) * elem <= BLOCK_BYTES:
+        wide *= 2
+    return [min(block, up(v, 2)) for block in dict.fromkeys((wide, *BLOCKS))]
+
+
+class _Sizes:
+    """One size of blocks, and the schedules that fit with it."""
+
+    def __init__(self, request: Request, traits: Traits, block: int, threads: int):
+        self.request, self.traits, self.block = request, traits, block
+        self.whole = self._layout(request.n_tokens)
+        self.tiles = self._layout(request.n_tokens, threads).tiles()
+
+    def _layout(self, tokens: int, threads: int = 0) -> Layout:
+        r, t = self.request, self.traits
+        # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
+        as_is = r.as_is and t.elem == r.weight_dtype.itemsize and r.n_hidden % t.unit == 0
+        direct = r.weight_dtype.itemsize == t.acc
+        return Layout(tokens, r.n_hidden, r.n_vocab, t, self.block, threads, as_is, r.outputs, direct)
+
+    def _schedule(self, name: str, workspace: int, chunk: int = 0, cache: int = 0, share: float = 0.0) -> Schedule:
+        return Schedule(name, self.block, chunk, cache, workspace + self.tiles, share)
+
+    def _chunk_need(self, tokens: int) -> int:
+        """So many tokens at a time, without the head's gradient."""
+        r, part = self.request, self._layout(tokens)
+        return max(part.forward(), part.backward(True, False, True, r.entropy) if r.to_hidden else 0)
+
+    def _window_need(self, tokens: int) -> int:
+        """Tokens a window at a time: the same products, of operands packed and widened more than once."""
+        r = self.request
+        backward = self.whole.backward(r.to_hidden, True, True, r.entropy, tokens)
+        return max(self._layout(tokens).forward(), backward)
+
+    def _split_need(self, tokens: int) -> int:
+        """Not both gradients at once: d hidden by token chunks, then d weight; one product more."""
+        r, part = self.request, self._layout(tokens)
+        weight_only = self.whole.backward(False, True, True, r.entropy, tokens)
+        return max(part.forward(), part.backward(r.to_hidden, False, True, r.entropy), weight_only)
+
+    def least(self) -> int:
+        need = self._split_need if self.request.to_weight else self._chunk_need
+        return need(min(self.request.n_tokens, self.traits.panel))
+
+    def with_frozen_head(self) -> Schedule | None:
+        r, whole = self.request, self.whole
+        if r.to_hidden and r.keeps:
+            workspace = max(whole.forward(True), whole.backward(True, False, True, True) if r.entropy else 0)
+            if workspace + whole.jacobian() <= r.budget:
+                return self._schedule("jacobian", workspace, cache=whole.jacobian())
+        name = "recompute" if r.to_hidden else "score"
+        if self._chunk_need(r.n_tokens) <= r.budget:
+            return self._schedule(name, self._chunk_need(r.n_tokens))
+        chunk = self._fitting_chunk(self._chunk_need)
+        return self._schedule(name, self._chunk_need(chunk), chunk) if chunk else None
+
+    def with_head(self) -> Schedule | None:
+        r, whole = self.request, self.whole
+        all_cached = max(whole.forward(), whole.backward(r.to_hidden, True, r.entropy, r.entropy))
+        per_block = whole.cache_per_block()
+        if r.keeps and all_cached + per_block * whole.blocks <= r.budget:
+            return self._schedule("cached", all_cached, cache=per_block * whole.blocks, share=1.0)
+        if self._is_wide:
+            return None
+        partly = max(whole.forward(), whole.backward(r.to_hidden, True, True, r.entropy))
+        if partly <= r.budget:
+            cached = (r.budget - partly) // per_block if r.keeps else 0
+            name, share = "mixed" if cached else "recompute", cached / whole.blocks
+            return self._schedule(name, partly, cache=cached * per_block, share=share)
+        chunk = self._fitting_chunk(self._window_need)
+        if chunk:
+            return self._schedule("recompute", self._window_need(chunk), chunk)
+        chunk = self._fitting_chunk(self._split_need) if r.to_hidden else 0
+        return self._schedule("recompute-split", self._split_need(chunk), chunk) if chunk else None
+
+    @property
+    def _is_wide(self) -> bool:
+        """Wide blocks are for problems that fit as they are."""
+        return self.block > GROUP_ROWS
+
+    def _fitting_chunk(self, need: Callable[[int], int]) -> int:
+        """The largest power-of-two number of panels of tokens whose need fits, 0 if not even one does."""
+        panel = self.traits.panel
+        chunk = 0 if self._is_wide else up(self.request.n_tokens, panel)
+        while chunk >= panel:
+            if need(chunk) <= self.request.budget:
+                return chunk
+            chunk = up(chunk // 2, panel) if chunk > panel else 0
+        return 0
+
+
+def choose(request: Request, isa: str, threads: int) -> Schedule:
+    """The schedule on an instruction set; see `dpofast.plan.choice.choose`."""
+    traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
+    needed = 0
+    for block in _block_sizes(request.n_tokens, request.n_hidden, request.n_vocab, traits.elem):
+        sizes = _Sizes(request, traits, block, threads)
+        found = sizes.with_head() if request.to_weight else sizes.with_frozen_head()
+        if found is not None:
+            return found
+        needed = sizes.least()
+    raise too_little(request, needed)

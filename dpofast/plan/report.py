@@ -1,0 +1,170 @@
+"""`plan`: what a call will do, with its reasons, for people."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from dpofast import _backend
+from dpofast.contract import DTYPE_CODES
+from dpofast.env_info import amx_note
+from dpofast.plan import cost
+from dpofast.plan.choice import choose
+from dpofast.plan.schedule import Request, Schedule, parse_bytes
+from dpofast.plan.tiled import cached_columns, tiled_traits
+
+_DTYPE_NAMES = {
+    "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
+    "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
+}  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What `linear_logprob` will do for one problem; ``str()`` of it is a table."""
+
+    backend: str
+    schedule: str
+    n_tokens: int
+    hidden_size: int
+    vocab_size: int
+    dtype: str
+    threads: int
+    block: int
+    token_chunk: int
+    memory_budget: int
+    cache_bytes: int
+    workspace_bytes: int
+    gemms: float
+    floor_gemms: int
+    bytes_moved: int
+    predicted_seconds: float | None
+    floor_seconds: float | None
+    core_flops: float | None  # of multiply-adds on one CPU core, measured
+    kernel_flops: float | None  # of the micro-kernel on it
+
+    def __str__(self) -> str:
+        mib = 1 << 20
+        lines = [
+            ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
+            ("backend", self.backend if self.backend.startswith("cuda") else f"{self.backend}, {self.threads} threads"),
+            ("schedule", self.schedule),
+            ("tiles", f"{self.block} vocabulary rows a block, "
+             + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
+            ("products", f"{self.gemms:.2f} (the least for these gradients: {self.floor_gemms})"),
+            ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
+             f"budget {self.memory_budget / mib:.1f} MiB"),
+            ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),
+        ]  # fmt: skip
+        if self.predicted_seconds is not None and self.floor_seconds is not None:
+            source = "from the data sheet" if "cuda" in self.backend else "at this machine's measured peak"
+            lines.append(
+                ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
+                 f"(products alone, {source})")
+            )  # fmt: skip
+        if self.core_flops is not None and self.kernel_flops is not None:
+            share = self.kernel_flops / self.core_flops
+            lines.append(
+                ("a core", f"{self.core_flops / 1e9:.0f} GFLOP/s of multiply-adds; the micro-kernel "
+                 f"{self.kernel_flops / 1e9:.0f} ({share:.0%})")
+            )  # fmt: skip
+        amx = amx_note() if self.backend.startswith("cpu") and self.dtype == "bfloat16" else None
+        if amx:
+            lines.append(("amx", amx))
+        return "\n".join(f"{name:<12} {text}" for name, text in lines)
+
+
+@functools.lru_cache(maxsize=64)
+def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[float, float]:
+    """Flop/s of one core and of the micro-kernel on it, measured here and now (about 30 ms)."""
+    return _backend._C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
+
+
+def plan(
+    n_tokens: int,
+    hidden_size: int,
+    vocab_size: int,
+    dtype: str | torch.dtype = "bf16",
+    *,
+    train_hidden: bool = True,
+    train_head: bool = True,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    device: str | None = None,
+) -> Plan:
+    """What `linear_logprob` will do for a problem of these sizes, without doing it.
+
+    Args:
+        n_tokens: completion tokens (labels that are not ``ignore_index``).
+        hidden_size, vocab_size: H and V.
+        dtype: of hidden and weight: "bf16", "fp16", "fp32", "fp64" or the torch dtype.
+        train_hidden, train_head: whether gradients of hidden and of the head are wanted.
+        memory_budget: bytes, or a string such as "512MiB"; default 1 GiB.
+        backend: as for `linear_logprob`.
+        threads: default ``torch.get_num_threads()``.
+        device: a GPU that need not be here, among "a100", "h100", "h200", "b200" and "rtx4090": what backend "cuda"
+            would do on it.
+
+    Returns:
+        A `Plan`. Times are predicted: on the CPU from the micro-kernel's speed measured on this machine, for a
+        ``device`` from its data sheet, None for "torch".
+
+    Raises:
+        ValueError: for an unknown dtype or backend, sizes below 1, or a budget that cannot be met.
+
+    Example:
+        >>> import dpofast
+        >>> dpofast.plan(1000, 576, 49152, "bf16", train_head=False, backend="torch").schedule
+        'jacobian'
+    """
+    for name, size in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+        if size < 1:
+            raise ValueError(f"{name}: got {size}, expected at least 1")
+    torch_dtype = _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if torch_dtype not in DTYPE_CODES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPE_NAMES)}")
+    gpu, on_gpu = None, False
+    if device is not None:
+        if device not in cost.DEVICES or backend not in ("auto", "cuda"):
+            raise ValueError(f"device: got {device!r} with backend={backend!r}, expected one of "
+                             f"{', '.join(cost.DEVICES)} with backend 'auto' or 'cuda'")  # fmt: skip
+        gpu, exact = cost.DEVICES[device], "cuda"
+    else:
+        on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+        exact = _backend.resolve(backend, "cuda" if on_gpu else "cpu")
+    budget = parse_bytes(memory_budget)
+    request = Request(n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype, budget, train_hidden, train_head)
+    threads = threads or torch.get_num_threads()
+    schedule = choose(request, exact, threads, gpu or cost.device_of(torch.device("cuda" if on_gpu else "cpu")))
+    products = schedule.products(request.n_grads)
+    predicted = floor = core = kernel = None
+    if exact.startswith("cpu:"):
+        bytes_moved = _bytes_on_cpu(request, schedule)
+        core, kernel = _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
+        predicted, floor = (x * request.flops / (threads * kernel) for x in (products, 1 + request.n_grads))
+    else:
+        traits = tiled_traits(exact, torch_dtype, torch_dtype)
+        columns, _ = cached_columns(schedule, n_tokens, vocab_size, traits.elem)
+        moved = cost.traffic(schedule, columns, request, traits)
+        bytes_moved = moved.total
+        if gpu:
+            tile = (schedule.token_chunk or n_tokens) * schedule.block * traits.acc
+            predicted = cost.seconds(gpu, moved, products * request.flops, torch_dtype, tile)
+            floor = (1 + request.n_grads) * request.flops / gpu.product_flops(torch_dtype)
+    return Plan(
+        f"cuda on {device}" if gpu else exact, schedule.name, n_tokens, hidden_size, vocab_size,
+        str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
+        schedule.cache_bytes, schedule.workspace_bytes, products, 1 + request.n_grads, int(bytes_moved), predicted,
+        floor, core, kernel,
+    )  # fmt: skip
+
+
+def _bytes_on_cpu(request: Request, schedule: Schedule) -> int:
+    weight = request.n_hidden * request.n_vocab * request.weight_dtype.itemsize
+    # W is read in the forward and again in the backward unless it has no products left to do with it; d weight is
+    # written once; the cache is written once and read once.
+    reads = 1 + (request.n_grads > 0 and not schedule.keeps_jacobian)
+    tokens = request.n_tokens * request.n_hidden * request.hidden_dtype.itemsize
+    return (reads + request.to_weight) * weight + 2 * schedule.cache_bytes + (1 + request.to_hidden) * tokens

@@ -1,0 +1,127 @@
+"""What a call asks for, and how it will run: the two nouns that a planner stands between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+DEFAULT_MEMORY_BUDGET = 1 << 30
+"""Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
+
+
+class Request(NamedTuple):
+    """What a schedule depends on. Plain numbers, so that it can be remembered, and passes through ``torch.compile``."""
+
+    n_tokens: int  # completion tokens
+    n_hidden: int
+    n_vocab: int
+    hidden_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    budget: int = DEFAULT_MEMORY_BUDGET  # bytes of workspace, without each thread's own tiles (about 100 KiB)
+    to_hidden: bool = True  # its gradient will be wanted
+    to_weight: bool = True  # the head's, or its bias's
+    outputs: int = 0  # running numbers of the optional statistics
+    entropy: bool = False  # its gradient may be wanted
+    as_is: bool = True  # the head's columns have unit stride
+    keeps: bool = True  # schedules may keep something of the logits from the forward to the backward
+
+    @property
+    def n_grads(self) -> int:
+        return self.to_hidden + self.to_weight
+
+    @property
+    def flops(self) -> float:
+        """Operations of one product."""
+        return 2.0 * self.n_tokens * self.n_hidden * self.n_vocab
+
+
+class Schedule(NamedTuple):
+    """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
+
+    name: str  # score | jacobian | cached | mixed | recompute | recompute-split
+    block: int  # vocabulary rows per block
+    token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
+    cache_bytes: int  # kept from the forward to the backward
+    workspace_bytes: int  # the larger of forward's and backward's, without the cache
+    cached_share: float  # of the vocabulary
+
+    @classmethod
+    def of(cls, name: str, sizes: Sequence[int]) -> Schedule:
+        """From what an op is told: the name, and ``sizes`` block, token_chunk and cache_bytes."""
+        block, token_chunk, cache_bytes = sizes
+        return cls(name, block, token_chunk, cache_bytes, 0, 0.0)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.block, self.token_chunk, self.cache_bytes]
+
+    @property
+    def keeps_jacobian(self) -> bool:
+        """The cache is d logps / d hidden."""
+        return self.name == "jacobian"
+
+    @property
+    def keeps_exps(self) -> bool:
+        """The cache is the exponentials of some blocks of the vocabulary, or what was made of them."""
+        return self.name in ("cached", "mixed")
+
+    @property
+    def keeps_nothing(self) -> bool:
+        return not (self.keeps_jacobian or self.keeps_exps)
+
+    @property
+    def splits_backward(self) -> bool:
+        """D hidden is made before the head's gradient, from logits of its own."""
+        return self.name == "recompute-split"
+
+    def products(self, n_grads: int) -> float:
+        """How many of N x H x V each, forward and backward."""
+        if self.keeps_jacobian or not n_grads:
+            return 1.0 + n_grads
+        if self.splits_backward:
+            return 1.0 + 2 * n_grads
+        return 1.0 + n_grads + (1 - self.cached_share)
+
+    def chunks(self, n: int) -> list[slice]:
+        """The n tokens, as many at a time as the schedule takes."""
+        size = self.token_chunk or n
+        return [slice(i, min(n, i + size)) for i in range(0, n, size)]
+
+
+def parse_bytes(value: int | str | None, name: str = "memory_budget") -> int:
+    """Bytes from an int or a string such as ``"512MiB"``, ``"1.5GB"``; None is the default budget."""
+    if value is None:
+        return DEFAULT_MEMORY_BUDGET
+    if isinstance(value, str):
+        text = value.strip()
+        units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
+        unit = next((u for u in units if text.endswith(u)), None)
+        try:
+            value = int(float(text[: -len(unit)] if unit else text) * (units[unit] if unit else 1))
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name}: got {text!r}, expected bytes or a size such as '512MiB'") from None
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an int (bytes) or a string such as '512MiB'")
+    if value <= 0:
+        raise ValueError(f"{name}: got {value}, expected a positive number of bytes")
+    return value
+
+
+def too_little(request: Request, needed: int) -> ValueError:
+    """The error where not even ``needed`` bytes, the least there is, fit the budget."""
+    return ValueError(
+        f"memory_budget: {request.budget} bytes cannot be met for {request.n_tokens} completion tokens, hidden size "
+        f"{request.n_hidden} and vocabulary {request.n_vocab}; the smallest workspace is about {needed} bytes: raise "
+        "memory_budget or pass fewer sequences at a time"
+    )
+
+
+def up(x: int, to: int) -> int:
+    """The least multiple of ``to`` that is at least x."""
+    return (x + to - 1) // to * to
+
+
+def ceil_div(x: int, by: int) -> int:
+    return -(-x // by)
