@@ -45,7 +45,7 @@ def test_a_loss_is_one_function(huber):
 
 
 class Plain:
-    """A backend of a screen: it builds the logits, and has autograd differentiate them."""
+    """A backend of a screen: it builds the logits."""
 
     def cache(self, n_bytes: int, device: torch.device) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
@@ -64,14 +64,15 @@ class Plain:
     def backward(
         self, problem: Problem, schedule: Schedule, saved: Saved, incoming: OutputGrads, grads: InputGrads
     ) -> None:
-        operands = (problem.hidden, problem.weight, problem.bias)
-        with torch.enable_grad():
-            leaves = [None if x is None else x.detach().requires_grad_() for x in operands]
-            rows = self._logits(problem._replace(hidden=leaves[0], weight=leaves[1], bias=leaves[2]))
-            wanted = [(leaf, out) for leaf, out in zip(leaves, grads) if out is not None]
-            found = self._gradients(rows, incoming, [leaf for leaf, _ in wanted])
-        for (_, out), grad in zip(wanted, found):
-            out.copy_(grad)
+        g = self._g(self._logits(problem), incoming)
+        hidden = problem.hidden.reshape(-1, problem.n_hidden)[problem.positions].to(problem.wide)
+        if grads.hidden is not None:
+            sums = (g @ problem.weight.to(problem.wide)).to(grads.hidden.dtype)
+            grads.hidden.view(-1, problem.n_hidden)[problem.positions] = sums
+        if grads.weight is not None:
+            grads.weight.copy_(g.T @ hidden)
+        if grads.bias is not None:
+            grads.bias.copy_(g.sum(0))
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         z = self._z(problem)
@@ -85,14 +86,19 @@ class Plain:
         return {"logps": logps, "lse": lse} | {name: everything[name] for name in outputs}
 
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
-        with torch.enable_grad():
-            logits = problem.logits.detach().requires_grad_()
-            grad_logits.copy_(self._gradients(problem._replace(logits=logits), incoming, [logits])[0])
+        grad_logits.view(-1, problem.n_vocab)[problem.positions] = self._g(problem, incoming).to(grad_logits.dtype)
 
-    def _gradients(self, problem: LogitsProblem, incoming: OutputGrads, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        out = self.logits_forward(problem, ("entropy",))
-        given = [(out[name], g) for name, g in zip(("logps", "entropy"), incoming) if g is not None]
-        return torch.autograd.grad([x for x, _ in given], leaves, [g for _, g in given])
+    def _g(self, problem: LogitsProblem, incoming: OutputGrads) -> Tensor:
+        """The gradient of the logits, [N, V]."""
+        z, (temperature, logit_scale, softcap) = self._z(problem), problem.transform
+        log_p = z.log_softmax(-1)
+        p, g = log_p.exp(), torch.zeros_like(z)
+        if incoming.logps is not None:
+            g += incoming.logps[:, None] * (F.one_hot(problem.labels, problem.n_vocab) - p)
+        if incoming.entropy is not None:
+            entropy = -(p * log_p).sum(-1, keepdim=True)
+            g -= incoming.entropy[:, None] * p * (log_p + entropy)
+        return g * (logit_scale / temperature) * (1 - (z * temperature / softcap) ** 2 if softcap else 1)
 
     def _logits(self, problem: Problem) -> LogitsProblem:
         hidden = problem.hidden.reshape(-1, problem.n_hidden)[problem.positions].to(problem.wide)
