@@ -147,7 +147,7 @@ py::dict contract() {
   stats["Z_LABEL"] = int(kZLabel);
   stats["COUNT"] = int(kStats);
   py::dict all;
-  all["dtypes"] = dtypes, all["outputs"] = outputs, all["stats"] = stats;
+  all["dtypes"] = dtypes, all["outputs"] = outputs, all["stats"] = stats, all["floor_logp"] = kFloorLogp;
   return all;
 }
 

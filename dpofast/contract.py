@@ -14,6 +14,10 @@ STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 """The optional outputs, in the order of the bits of ``enum Output``."""
 
 
+FLOOR_LOGP = -1e4
+"""Stands for a log-prob of -inf where its exponential is a factor: ``kFloorLogp``."""
+
+
 class Stat:
     """Rows of the tensor of running statistics, over all entries but the label's: ``enum Stat``."""
 

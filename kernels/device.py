@@ -10,7 +10,11 @@ certain keeps its relative precision. A `piece` is what some entries of a row am
 import triton
 import triton.language as tl
 
-STATS = tl.constexpr(7)  # Stat.COUNT
+from dpofast import contract
+from dpofast.contract import Stat
+
+STATS = tl.constexpr(Stat.COUNT)
+FLOOR_LOGP = tl.constexpr(contract.FLOOR_LOGP)
 
 
 @triton.jit
@@ -172,7 +176,7 @@ def grad_tile(z, is_label, row, scale, inverse, SOFTCAP: tl.constexpr, ENTROPY: 
     p = tl.exp(log_p)
     f = tl.broadcast_to(c[:, None], z.shape)
     if ENTROPY:  # log p = -inf where p = 0: a large finite number in its place makes that entry 0 and not NaN
-        f += e[:, None] * (tl.where(log_p > -1e4, log_p, -1e4) + entropy[:, None])
+        f += e[:, None] * (tl.where(log_p > FLOOR_LOGP, log_p, FLOOR_LOGP) + entropy[:, None])
     g = tl.where(is_label, own[:, None], -p * f) * slope(z, scale, inverse, SOFTCAP)
     return g, p
 

@@ -16,11 +16,12 @@ def test_the_numbers_are_those_of_the_compiled_module():
     assert compiled["dtypes"] == {names[dtype]: code for dtype, code in contract.DTYPE_CODES.items()}
     assert compiled["outputs"] == {name: contract.flags((name,)) for name in contract.STATISTICS}
     assert compiled["stats"] == {name: row for name, row in vars(contract.Stat).items() if name.isupper()}
+    assert compiled["floor_logp"] == contract.FLOOR_LOGP
 
 
 def test_those_of_triton_are_too():
     device = pytest.importorskip("dpofast.kernels.device")
-    assert device.STATS.value == contract.Stat.COUNT
+    assert device.STATS.value == contract.Stat.COUNT and device.FLOOR_LOGP.value == contract.FLOOR_LOGP
 
 
 def test_a_mask_and_its_names():

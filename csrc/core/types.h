@@ -22,6 +22,9 @@ enum Output : unsigned { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsT
 // Running statistics of rows, [kStats, n] in the accumulator's type (dpofast/contract.py has these numbers, too).
 enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
 
+// Stands for a log-prob of -inf where its exponential, which is 0 from far above this on, is a factor: 0 * -inf is NaN.
+constexpr double kFloorLogp = -1e4;
+
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t ceil_div(int64_t x, int64_t by) { return (x + by - 1) / by; }
 

@@ -123,7 +123,7 @@ struct Fold {
       s0 = V::add(s0, e0);
       s1 = V::add(s1, e1);
       if constexpr (Extra) {
-        const reg low = V::set1(acc(-1e4));  // 0 times it is 0, which 0 * -inf is not
+        const reg low = V::set1(acc(kFloorLogp));
         sx = V::fma(e0, V::max(x0, low), V::fma(e1, V::max(x1, low), sx));
         sq = V::fma(e0, e0, V::fma(e1, e1, sq));
       }
@@ -140,7 +140,7 @@ struct Fold {
     if constexpr (Extra) {
       if (stats.sum_x) {
         // An empty piece (old = 0, m_old = -inf) contributes 0, not 0 * -inf.
-        const reg shift = V::max(V::sub(m_old, m), V::set1(acc(-1e4)));
+        const reg shift = V::max(V::sub(m_old, m), V::set1(acc(kFloorLogp)));
         const reg moved = V::fma(shift, old, V::load(stats.sum_x + at));
         V::store(stats.sum_x + at, V::fma(moved, f, sx));
       }

@@ -79,7 +79,7 @@ struct GradTiles {
       const reg log_p = V::sub(V::sub(z, V::load(z_max + t)), V::load(log_sum + t)), p = V::exp(log_p);
       reg f = V::load(coef + t);
       if (coef_entropy) {
-        const reg h = V::add(V::max(log_p, V::set1(acc(-1e4))), V::load(entropy + t));
+        const reg h = V::add(V::max(log_p, V::set1(acc(kFloorLogp))), V::load(entropy + t));
         f = V::fma(V::load(coef_entropy + t), h, f);
       }
       const reg x = V::mul(V::sub(V::set1(0), p), f);

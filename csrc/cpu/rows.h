@@ -76,7 +76,7 @@ struct Rows {
           const reg d = V::sub(V::load(z + i), V::set1(safe)), e = V::exp(d);
           s = V::add(s, e);
           if (!extra) continue;
-          sx = V::fma(e, V::max(d, V::set1(acc(-1e4))), sx);
+          sx = V::fma(e, V::max(d, V::set1(acc(kFloorLogp))), sx);
           sq = V::fma(e, e, sq);
         }
         sum_x = (sum_x + shift * sum) * f + V::reduce_add(sx);
@@ -111,7 +111,7 @@ struct Rows {
           const reg zi = V::load(z + i), log_p = V::sub(V::sub(zi, V::set1(z_max)), V::set1(log_sum));
           const reg p = V::exp(log_p);
           reg f = V::set1(-c);
-          if (a.grad_entropy) f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(-1e4))), V::set1(h))));
+          if (a.grad_entropy) f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(kFloorLogp))), V::set1(h))));
           reg g = V::mul(p, f);
           if (transform.has_cap) g = V::mul(g, transform.bend(zi));
           if (i + V::W <= n) store(out + v0 + i, g);

@@ -19,7 +19,7 @@ struct GradRow {
   __device__ __forceinline__ A value(A z, A p) const {
     A f = c;
     // log p = -inf where p = 0: a large finite number in its place makes that entry 0 and not NaN
-    if (e != 0) f += e * (fmax(z - z_max - log_sum, A(-1e4)) + entropy);
+    if (e != 0) f += e * (fmax(z - z_max - log_sum, A(kFloorLogp)) + entropy);
     return -p * f;
   }
 };

@@ -14,9 +14,7 @@ from torch.nn.functional import softplus
 from dpofast.backends._tensors import take, wide_dtype
 from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
 from dpofast.backends.tiled import Exps, Tile
-from dpofast.contract import Stat
-
-_TINY = -1e30  # stands for a logit of -inf where exp(it) = 0 is a factor: 0 * -inf would be NaN
+from dpofast.contract import FLOOR_LOGP, Stat
 
 
 def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +84,7 @@ class TorchPasses:
             torch.mul(e, slope, out=exps.e)
             exps.shift.copy_(safe)
         if "entropy" in outputs:
-            z.sub_(safe.unsqueeze(-1)).clamp_(min=_TINY).mul_(e)
+            z.sub_(safe.unsqueeze(-1)).clamp_(min=FLOOR_LOGP).mul_(e)
             stats[S.SUM_X] = (stats[S.SUM_X] + shift * stats[S.SUM]) * factor + z.sum(-1)
         stats[S.SUM] = stats[S.SUM] * factor + e.sum(-1)
         if "log_sum_sq_probs" in outputs:
@@ -143,7 +141,7 @@ class TorchPasses:
             g = p.mul_(c.unsqueeze(-1)).neg_()
             own = torch.zeros_like(c)
         else:  # d logps: -p c; d entropy: -p (log p + entropy) e
-            g = log_p.clamp_(min=_TINY).add_(saved.entropy.unsqueeze(-1)).mul_(incoming.entropy.unsqueeze(-1))
+            g = log_p.clamp_(min=FLOOR_LOGP).add_(saved.entropy.unsqueeze(-1)).mul_(incoming.entropy.unsqueeze(-1))
             own = -(p.gather(1, index) * g.gather(1, index)).squeeze(-1)
             g.add_(c.unsqueeze(-1)).mul_(p).neg_()
         own = (own - torch.expm1(saved.logps) * c).unsqueeze(-1)
