@@ -99,7 +99,7 @@ $(VENV)/.environment: FORCE
 	    { $(PYTHON) -m venv $(VENV) && echo '$(PYTHON) $(TORCH)' > $@; }
 
 # The C++ core and its own tests under AddressSanitizer and UBSan, once per instruction set.
-SANITIZE     := -O1 -g -std=c++17 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
+SANITIZE     := -O1 -g1 -std=c++17 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all \
                 -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc
 SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
 

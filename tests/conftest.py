@@ -33,7 +33,14 @@ CPU = tuple(f"cpu:{isa}" for isa in _backend.cpu_isas())
 GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda"))
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 # A minute or more of one core, the longest first.
-LONGEST = ("test_primitive.py", "test_sanitize.py", "test_triton_aot.py", "test_sharded.py", "test_triton.py")
+LONGEST = (
+    "test_sanitize.py",
+    "test_primitive.py",
+    "test_triton_aot.py",
+    "test_memory.py",
+    "test_sharded.py",
+    "test_triton.py",
+)
 
 _RAN = pytest.StashKey[set]()
 
