@@ -34,13 +34,8 @@ GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() a
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 # A minute or more of one core, the longest first.
 LONGEST = (
-    "test_sanitize.py",
-    "test_primitive.py",
-    "test_triton_aot.py",
-    "test_memory.py",
-    "test_sharded.py",
-    "test_triton.py",
-)
+    "test_sanitize.py", "test_primitive.py", "test_triton_aot.py", "test_memory.py", "test_sharded.py", "test_triton.py",
+)  # fmt: skip
 
 _RAN = pytest.StashKey[set]()
 

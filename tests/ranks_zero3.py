@@ -81,7 +81,7 @@ def check(build, ref_model=None, silent=(), accumulate: int = 1, direct=False, *
     torch.testing.assert_close(out.chosen_rewards, mine, rtol=1e-4, atol=1e-5)
     trained = cases.parameters(plain)
     for name, p in parameters(wrapped.module).items():
-        torch.testing.assert_close(p, trained[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(p, trained[name], rtol=5e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert max((trained[name] - start[name]).abs().max() for name in trained) > 1e-2
     wrapped.destroy()
 

@@ -24,7 +24,7 @@ void launch(const char* name, int64_t n, int64_t width, void* stream, void (*ker
   (void)name, (void)n, (void)width, (void)stream;
   emu::launch(blocks_for(blocks), kThreads, [&] { kernel(args...); });
 #else
-  kernel<<<blocks_for(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)> > >(args...);
+  kernel<<<blocks_for(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error("dpofast: CUDA kernel " + std::string(name) + " on " + std::to_string(n) + " rows of " +
