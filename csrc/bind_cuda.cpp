@@ -54,13 +54,11 @@ void logprob_grad(const py::dict& args) {
   a.out = d.pointer("out");
   a.out_offsets = d.pointer<int64_t>("out_offsets");
   a.out_ld = d.value<int64_t>("out_ld");
-  a.cut = d.value<double>("cut");
-  a.dropped = d.pointer("dropped");
   const DType x = d.dtype("dtype"), out = d.dtype("out_dtype");
   void* const on = d.pointer("stream");
   d.done();
   py::gil_scoped_release unlocked;
-  launch_logprob_grad(x, out, a.dropped != nullptr, a, on);
+  launch_logprob_grad(x, out, a, on);
 }
 
 void logprob_finish(const py::dict& args) {

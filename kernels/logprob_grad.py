@@ -4,7 +4,7 @@ rows of logits, wherever they start. One read, one write.
     p = exp(z - z_max - log_sum)
     g = dz/dx * (c (onehot - p) - e p (log p + entropy))        c, e: incoming gradients of logps and entropy
 
-logprob_keep writes dz/dx exp(z - reference): what a forward keeps while log_sum is not known yet.
+logprob_keep writes dz/dx exp(z - shift): what a forward keeps while log_sum is not known yet.
 """
 
 from __future__ import annotations
@@ -39,35 +39,29 @@ def _columns(x, offsets, ld, bias, width, BLOCK: tl.constexpr, A: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width"])
 def logprob_keep_kernel(
-    x, ld, bias, reference, out, out_ld, width, scale: tl.float64, before: tl.float64, after: tl.float64,
+    x, ld, bias, shift, out, out_ld, width, scale: tl.float64, before: tl.float64, after: tl.float64,
     inverse: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, v, logits = _columns(x, None, ld, bias, width, BLOCK, reference.dtype.element_ty)
+    row, v, logits = _columns(x, None, ld, bias, width, BLOCK, shift.dtype.element_ty)
     z = transformed(logits, scale, before, after, SOFTCAP)
-    kept = tl.exp(z - tl.load(reference + row)[:, None]) * slope(z, scale, inverse, SOFTCAP)
+    kept = tl.exp(z - tl.load(shift + row)[:, None]) * slope(z, scale, inverse, SOFTCAP)
     tl.store(out + row[:, None] * out_ld + v[None, :], kept, mask=v[None, :] < width)
 
 
-@triton.jit(do_not_specialize=["n", "width", "v0"])
+@triton.jit(do_not_specialize=["width", "v0"])
 def logprob_grad_kernel(
     x, offsets, ld, bias,  # as in logprob_fold_kernel
     labels, logps, lse,  # [n], [n], [n, 2]
     grad_logps, entropy, grad_entropy,  # [n] or None
     out, out_offsets, out_ld,  # as x, which it may be
-    dropped,  # FILTER: [programs of a row, n], the sum of p over entries that became 0
-    n, width, v0, cut, scale: tl.float64, before: tl.float64, after: tl.float64,
-    inverse: tl.float64, SOFTCAP: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+    width, v0, scale: tl.float64, before: tl.float64, after: tl.float64,
+    inverse: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, v, logits = _columns(x, offsets, ld, bias, width, BLOCK, lse.dtype.element_ty)
     z = transformed(logits, scale, before, after, SOFTCAP)
     held = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row >= 0)
     is_label = v[None, :] == (tl.load(labels + row) - v0)[:, None]
-    g, p = grad_tile(z, is_label, held, scale, inverse, SOFTCAP, grad_entropy is not None)
-    if FILTER:
-        small = (p < cut * held[6][:, None]) & (v[None, :] != (tl.load(labels + row) - v0)[:, None])
-        g = tl.where(small, 0.0, g)
-        part = tl.program_id(0).to(tl.int64) % tl.cdiv(width, BLOCK)
-        tl.store(dropped + part * n + row, tl.sum(tl.where(small & (v[None, :] < width), p, 0.0), 1))
+    g, _ = grad_tile(z, is_label, held, scale, inverse, SOFTCAP, grad_entropy is not None)
     if out_offsets is not None:
         start = tl.load(out_offsets + row)
     else:
@@ -80,12 +74,12 @@ def _grid(n: int, width: int) -> tuple[tuple[int], int]:
     return (n * triton.cdiv(width, block),), block
 
 
-def logprob_keep(x: Tensor, bias: Tensor | None, transform, reference: Tensor, out: Tensor) -> None:
-    """``out = exp(z - reference) dz/dx`` of logits x [n, width]; reference [n] is finite."""
+def logprob_keep(x: Tensor, bias: Tensor | None, transform, shift: Tensor, out: Tensor) -> None:
+    """``out = exp(z - shift) dz/dx`` of logits x [n, width]; shift [n] is finite."""
     grid, block = _grid(*x.shape)
     with on(x.device):
         logprob_keep_kernel[grid](
-            x, x.stride(0), bias, reference, out, out.stride(0), x.shape[1], **grad_factors(transform), BLOCK=block,
+            x, x.stride(0), bias, shift, out, out.stride(0), x.shape[1], **grad_factors(transform), BLOCK=block,
             num_warps=4,
         )  # fmt: skip
 
@@ -93,8 +87,8 @@ def logprob_keep(x: Tensor, bias: Tensor | None, transform, reference: Tensor, o
 def logprob_grad(
     x: Tensor, offsets: Tensor | None, bias: Tensor | None, labels: Tensor, v0: int,
     transform: tuple[float, float, float], saved: Saved, grad_logps: Tensor | None,
-    grad_entropy: Tensor | None, out: Tensor, out_offsets: Tensor | None = None, cut: float | None = None,
-) -> Tensor | None:  # fmt: skip
+    grad_entropy: Tensor | None, out: Tensor, out_offsets: Tensor | None = None,
+) -> None:  # fmt: skip
     """``out = d loss / d x`` of logits of columns v0, v0 + 1, ..; ``out`` may be ``x``.
 
     Equivalent: ``dpofast.backends.torch.TorchPasses.grad``.
@@ -102,19 +96,12 @@ def logprob_grad(
     Args:
         x, offsets, bias: as for `dpofast.kernels.logprob_fold.logprob_fold`; ``out`` and ``out_offsets`` likewise.
         saved: logps [n], lse [n, 2], and entropy [n] where ``grad_entropy`` is given.
-        cut: entries with p < cut (1 - p_label) become 0, but for the label's; None: exact.
-
-    Returns:
-        With ``cut``, the mass sum_v p_v that was dropped, [n].
     """
     n, width = labels.numel(), x.shape[-1]
     grid, block = _grid(n, width)
-    dropped = None if cut is None else saved.logps.new_empty(grid[0] // n, n)
     with on(x.device):
         logprob_grad_kernel[grid](
             x, offsets, x.stride(0) if offsets is None else 0, bias, labels, saved.logps, saved.lse, grad_logps,
             saved.entropy if grad_entropy is not None else None, grad_entropy, out, out_offsets,
-            out.stride(0) if out_offsets is None else 0, dropped, n, width, v0, cut or 0.0, **grad_factors(transform),
-            FILTER=cut is not None, BLOCK=block, num_warps=4,
+            out.stride(0) if out_offsets is None else 0, width, v0, **grad_factors(transform), BLOCK=block, num_warps=4,
         )  # fmt: skip
-    return None if dropped is None else dropped.sum(0)

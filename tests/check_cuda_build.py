@@ -22,7 +22,7 @@ with FakeTensorMode():
     weight = torch.empty(20, 8, device="cuda", dtype=torch.bfloat16)
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
     results = torch.ops.dpofast.linear_logprob(
-        hidden, weight, None, labels, -100, 4, 1.0, 1.0, 0.0, 0, "cuda", "cached", 64, 4, 640
+        hidden, weight, None, labels, None, -100, 4, [1.0, 1.0, 0.0], 0, "cuda", "cached", [64, 4, 640], ""
     )
     assert results[0].device.type == "cuda" and results[0].dtype == torch.float32
     for product in (lambda a, b, out: torch.mm(a, b, out_dtype=out.dtype, out=out),

@@ -135,7 +135,6 @@ def launches_of(case: Case) -> list[Launch]:
     import torch
     from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
     from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
-    from dpofast.kernels.logprob_grad import logprob_grad
 
     from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
     from dpofast.backends.tiled import Exps, Tile
@@ -161,7 +160,6 @@ def launches_of(case: Case) -> list[Launch]:
         passes.fold(tile, stats, outputs, Exps(g, torch.empty(n, dtype=wide)))
         passes.fold(tile._replace(x=x[:, :1024]), stats, outputs, None)  # too short to be split
         passes.grad(tile, saved, OutputGrads(one, e), g)
-        logprob_grad(x, None, bias, labels, 0, transform, saved, one, e, g, cut=1e-6)
         passes.logits_forward(rows, outputs)
         passes.logits_backward(rows, saved, OutputGrads(one, e), logits)
 

@@ -39,8 +39,6 @@ struct GradArgs : TileArgs {
   void* out;                 // as x, of x's type or of a 16-bit one; may be x
   const int64_t* out_offsets;
   int64_t out_ld;
-  double cut;     // kFilter: entries with p < cut (1 - p_label) become 0, but the label's
-  void* dropped;  // kFilter: [splits, n], sum of p over entries that became 0, per part of a row
 };
 
 struct FinishArgs {
@@ -108,7 +106,7 @@ struct SequenceDpoArgs {
 
 // `x`, `out`: types of logits and of what is written in their stead. `stream` is a cudaStream_t.
 void launch_logprob_fold(DType x, const FoldArgs&, void* stream);
-void launch_logprob_grad(DType x, DType out, bool filter, const GradArgs&, void* stream);
+void launch_logprob_grad(DType x, DType out, const GradArgs&, void* stream);
 void launch_logprob_finish(DType acc, const FinishArgs&, void* stream);
 void launch_sequence_dpo(DType acc, const SequenceDpoArgs&, void* stream);
 

@@ -14,7 +14,7 @@ namespace dpofast::cuda {
 
 template <class A>
 struct GradRow {
-  A z_max, log_sum, c, e, entropy, own, cut;
+  A z_max, log_sum, c, e, entropy, own;
 
   __device__ __forceinline__ A value(A z, A p) const {
     A f = c;
@@ -24,11 +24,10 @@ struct GradRow {
   }
 };
 
-template <class T, class G, bool kFilter>
+template <class T, class G>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     logprob_grad_kernel(const GradArgs a, const Transform<acc_t<T>> transform) {
   using A = acc_t<T>;
-  DPOFAST_SHARED(A, warps, kWarps);
   auto at = [](const void* p, int64_t i) { return static_cast<const A*>(p)[i]; };
   const A* bias = static_cast<const A*>(a.bias);
   const int64_t jobs = a.n * a.splits;
@@ -45,11 +44,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     r.c = a.grad_logps ? at(a.grad_logps, row) : A(a.grad_logps_value);
     r.e = a.grad_entropy ? at(a.grad_entropy, row) : 0;
     r.entropy = a.grad_entropy ? at(a.entropy, row) : 0;
-    const A logp = a.labels ? at(a.logps, row) : 0, one_less = -expm1_of(logp), p_label = exp_of(logp);
-    r.own = r.c * one_less;
+    const A logp = a.labels ? at(a.logps, row) : 0, p_label = exp_of(logp);
+    r.own = r.c * -expm1_of(logp);
     if (r.e != 0 && p_label > 0) r.own -= r.e * p_label * (logp + r.entropy);
-    r.cut = A(a.cut) * one_less;
-    A dropped = 0;
 
     for_elements(x, begin, end, [&](int64_t v, auto count, const T* some) {
       constexpr int N = decltype(count)::value;
@@ -61,13 +58,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
         A logit = widen(some[i]);
         if (bias) logit += bias[v + i];
         const A z = transform(logit), p = exp_of(z - r.z_max - r.log_sum);
-        A value = v + i == label ? r.own : r.value(z, p);
-        if constexpr (kFilter) {
-          if (p < r.cut && v + i != label) {
-            dropped += p;
-            value = 0;
-          }
-        }
+        const A value = v + i == label ? r.own : r.value(z, p);
         narrow(value * transform.slope(z), g.x[i]);
       }
       // The output's rows may be aligned otherwise than the input's.
@@ -78,18 +69,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
         for (int i = 0; i < N; ++i) out[v + i] = g.x[i];
       }
     });
-
-    if constexpr (kFilter) {
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) dropped += __shfl_xor_sync(kAll, dropped, lanes);
-      if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = dropped;
-      __syncthreads();
-      if (threadIdx.x == 0) {
-        for (int w = 1; w < kWarps; ++w) dropped += warps[w];
-        static_cast<A*>(a.dropped)[split * a.n + row] = dropped;
-      }
-      __syncthreads();  // `warps` is written again for the next row
-    }
   }
 }
 

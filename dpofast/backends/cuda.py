@@ -76,7 +76,7 @@ class CudaPasses(GpuPasses):
     def _grad(self, args: dict[str, Any], device: torch.device, out: Tensor, out_offsets: Tensor | None = None) -> None:
         defaults = {
             "logps": None, "grad_logps": None, "grad_logps_value": 0.0, "entropy": None, "grad_entropy": None,
-            "cut": 0.0, "dropped": None, "out": out.data_ptr(), "out_dtype": DTYPE_CODES[out.dtype],
+            "out": out.data_ptr(), "out_dtype": DTYPE_CODES[out.dtype],
             "out_offsets": pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
         }  # fmt: skip
         self._launch("logprob_grad", device, defaults | args)

@@ -230,16 +230,15 @@ struct Case {
   double temperature = 1, scale = 1, softcap = 0;
   int64_t part = 0;                 // 0: rows are not split
   Special special = Special::none;  // of row 1
-  double cut = -1;                  // negative: no filter
 };
 
 std::string describe(const Case& c) {
   char text[300];
   std::snprintf(text, sizeof text,
                 "n %d v %d tile %d dtypes %d %d ld +%d offset %d scattered %d bias %d outputs %d entropy %d softcap %g "
-                "part %d special %d cut %g seed %d",
+                "part %d special %d seed %d",
                 int(c.n), int(c.v), int(c.tile), int(c.x), int(c.out), int(c.ld_more), int(c.offset), c.scattered, c.bias,
-                c.outputs, c.entropy, c.softcap, int(c.part), int(c.special), c.cut, int(emu::seed));
+                c.outputs, c.entropy, c.softcap, int(c.part), int(c.special), int(emu::seed));
   return text;
 }
 
@@ -366,7 +365,6 @@ void check(const Case& c) {
   }
 
   const double round = c.out == DType::bf16 ? 1 / 256.0 : c.out == DType::f16 ? 1 / 2048.0 : 0;
-  std::vector<double> dropped(size_t(n), 0);
   for (int64_t v0 = 0; v0 < v; v0 += c.tile) {
     GradArgs a{};
     a.x = x.all.data(c.offset + v0);
@@ -383,30 +381,14 @@ void check(const Case& c) {
     a.out_ld = out.ld;
     a.part = c.part ? c.part : a.width;
     a.splits = ceil_div(a.width, a.part);
-    a.cut = c.cut;
-    Vector masses(acc, a.splits * n);
-    a.dropped = c.cut >= 0 ? masses.data() : nullptr;
-    launch_logprob_grad(c.x, c.out, c.cut >= 0, a, nullptr);
-    if (c.cut >= 0)
-      for (int64_t i = 0; i < a.splits * n; ++i) dropped[size_t(i % n)] += masses[i];
+    launch_logprob_grad(c.x, c.out, a, nullptr);
   }
   for (int64_t row = 0; row < n; ++row) {
     const Naive& w = want[size_t(row)];
-    double mass = 0, doubtful = 0;
     for (int64_t i = 0; i < v; ++i) {
-      const double got = out.all[out.at(c.scattered, row, i)], g = w.grad[size_t(i)], p = w.p[size_t(i)];
-      const double cut = c.cut * -std::expm1(w.logp);
-      const bool filtered = i != labels[size_t(row)] && p < cut;
-      if (i != labels[size_t(row)] && std::fabs(p - cut) <= 1e-4 * cut) {
-        doubtful += p;  // rounding decides
-        continue;
-      }
-      if (filtered) mass += p;
-      expect(got, filtered ? 0 : g, eps + round * std::fabs(g) + 1e-7 * (round != 0), "grad", row, i, c);
-      if (filtered && got != 0) expect(got, 0, 0, "a dropped entry", row, i, c);
+      const double got = out.all[out.at(c.scattered, row, i)], g = w.grad[size_t(i)];
+      expect(got, g, eps + round * std::fabs(g) + 1e-7 * (round != 0), "grad", row, i, c);
     }
-    if (c.cut >= 0)
-      expect(dropped[size_t(row)], std::isnan(w.lse) ? dropped[size_t(row)] : mass, eps + doubtful, "dropped", row, 0, c);
   }
   // Nothing between the rows was written.
   for (int64_t row = 0; row + 1 < n; ++row)
@@ -435,7 +417,7 @@ void check_unnormalised(DType t) {
   a.ld = a.out_ld = x.ld, a.n = n, a.width = a.part = v, a.splits = 1;
   a.temperature = 0.7, a.logit_scale = 1, a.softcap = 5;
   a.z_max = z_max.data(), a.lse_stride = 1, a.grad_logps_value = -1;
-  launch_logprob_grad(t, t, false, a, nullptr);
+  launch_logprob_grad(t, t, a, nullptr);
   const double round = t == DType::bf16 ? 1 / 256.0 : t == DType::f16 ? 1 / 2048.0 : 1e-5;
   for (int64_t i = 0; i < n * v; ++i)
     expect(x.all[x.at(false, i / v, i % v)], want[size_t(i)], round * want[size_t(i)] + 1e-7, "unnormalised", i / v, i % v, c);
@@ -448,7 +430,6 @@ void check_few_blocks() {
   Rows x(DType::f32, n, v, v, 0), out(DType::f32, n, v, v, 0);
   std::vector<int64_t> labels(size_t(n), 7);
   Vector stats(DType::f32, kStats * n, 0), z_max(DType::f32, n), zero(DType::f32, n, 0), logps(DType::f32, n);
-  Vector dropped(DType::f32, n);
   std::vector<Naive> want;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> logits;
@@ -469,16 +450,13 @@ void check_few_blocks() {
   GradArgs g{};
   g.x = x.all.data(), g.ld = g.width = g.part = g.out_ld = v, g.n = n, g.splits = 1, g.labels = labels.data();
   g.z_max = z_max.data(), g.log_sum = zero.data(), g.lse_stride = 1, g.logps = logps.data(), g.grad_logps_value = 1;
-  g.out = out.all.data(), g.cut = 0.001, g.dropped = dropped.data();
-  emu::launch(2, kThreads, [&] { logprob_grad_kernel<float, float, true>(g, transform); });
+  g.out = out.all.data();
+  emu::launch(2, kThreads, [&] { logprob_grad_kernel<float, float>(g, transform); });
   for (int64_t row = 0; row < n; ++row) {
     const Naive& w = want[size_t(row)];
     expect(stats[kM * n + row] + std::log(stats[kSum * n + row]), std::log(std::exp(w.lse) - std::exp(w.z[7])), 2e-5,
            "lse of the others", row, 0, c);
-    double mass = 0;
-    for (int64_t i = 0; i < v; ++i)
-      if (i != 7 && w.p[size_t(i)] < 0.001 * (1 - w.p[7])) mass += w.p[size_t(i)];
-    expect(dropped[row], mass, 1e-5, "dropped", row, 0, c);
+    for (int64_t i = 0; i < v; ++i) expect(out.all[row * v + i], w.grad[size_t(i)], 2e-5, "grad", row, i, c);
   }
 }
 
@@ -521,7 +499,7 @@ void check_far_rows(bool scattered) {
   g.x = g.out = all, g.row_offsets = g.out_offsets = a.row_offsets, g.ld = g.out_ld = a.ld, g.n = n;
   g.width = g.part = v, g.splits = 1, g.labels = labels.data(), g.temperature = g.logit_scale = 1;
   g.z_max = lse.data(), g.log_sum = lse.data(1), g.lse_stride = 2, g.logps = logps.data(), g.grad_logps_value = 1;
-  launch_logprob_grad(DType::bf16, DType::bf16, false, g, nullptr);
+  launch_logprob_grad(DType::bf16, DType::bf16, g, nullptr);
   for (int64_t row = 0; row < n; ++row) {
     expect(logps[row], want[size_t(row)].logp, 1e-4, "logps of far rows", row, 0, c);
     for (int64_t i = 0; i < v; ++i) {
@@ -549,15 +527,15 @@ std::vector<Case> cases() {
       c.temperature = 0.7, c.scale = 1.3, c.softcap = 4;
     });
     add({5, 700, 333, t[0], t[1]}, [](Case& c) { c.offset = 5, c.outputs = false, c.softcap = 4; });
-    add({6, 900, 450, t[0], t[1]}, [](Case& c) { c.ld_more = 1, c.cut = 0.003, c.part = 128; });
-    add({5, 257, 257, t[0], t[1]}, [](Case& c) { c.cut = 0, c.entropy = true; });
+    add({6, 900, 450, t[0], t[1]}, [](Case& c) { c.ld_more = 1, c.part = 128; });
+    add({5, 257, 257, t[0], t[1]}, [](Case& c) { c.entropy = true; });
   }
   add({300, 40, 40, f32, f32}, [](Case& c) { c.part = 13; });  // more rows than a block of merge and finish has threads
   for (Special special : {Special::first_minus_inf, Special::all_minus_inf, Special::plus_inf, Special::nan,
                           Special::label_minus_inf, Special::label_nan, Special::bad_label})
     for (int64_t part : {0, 100}) {
       add({4, 600, 300, f32, f32}, [&](Case& c) { c.special = special, c.part = part; });
-      add({4, 300, 300, bf16, bf16}, [&](Case& c) { c.special = special, c.part = part, c.cut = 0.001; });
+      add({4, 300, 300, bf16, bf16}, [&](Case& c) { c.special = special, c.part = part; });
     }
   return all;
 }
