@@ -42,7 +42,7 @@ def measure(backend, n, budget, train):
     return peak - sum(x.nbytes for x in (*kept, hidden.grad, weight.grad) if x is not None)
 
 def again_if_above(backend, n, budget, train):
-    # The first large case of a backend touches code that no small one does, some MiB once; a workspace comes every time.
+    # The first large case of a backend touches code that no small one does, once; a workspace comes every time.
     peak = measure(backend, n, budget, train)
     return peak if peak <= budget + (32 << 20) else min(peak, measure(backend, n, budget, train))
 
