@@ -78,6 +78,23 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                     check(claimed, asked, ("backward", here, to_hidden, to_weight, recomputes, entropy, chunk))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_jacobian_that_has_no_room_is_refused(isa):
+    """Before anything is written; a cache of exponentials that is too small only holds fewer blocks."""
+    sizes = isa, FP32, FP32, 5, 8, 40, 40, 1, True
+    vector = TRAITS[isa, FP32, FP32].vector
+    room = 8 * -(-5 // vector) * vector * 4
+    forward = {"outputs": 0, "jacobian": 64, **NO_RESULTS}
+    backward = dict.fromkeys(("cache", "entropy", "grad_entropy", "grad_weight", "grad_bias")) | {
+        "jacobian": 64, "grad_logps": 64, "grad_hidden": 64, "grad_hidden_dtype": DTYPE_CODES[FP32], "grad_rows": 64,
+        "token_chunk": 0,
+    }  # fmt: skip
+    for function, more in ((_backend._C.forward, forward), (_backend._C.backward, backward)):
+        assert ask(function, *sizes, **more, cache_bytes=room) > 0
+        with pytest.raises(ValueError, match="the jacobian is larger than cache_bytes"):
+            ask(function, *sizes, **more, cache_bytes=room - 1)
+
+
 def choose_for(n=1000, h=576, v=49152, budget=1 << 30, dtype=BF16, backend=f"cpu:{ISAS[0]}", threads=0, **wanted):
     return choose(Request(n, h, v, dtype, dtype, budget, **wanted), backend, threads)
 
