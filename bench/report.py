@@ -81,13 +81,21 @@ def hardware_table(report: dict[str, Any]) -> str:
     return table(("forward + backward, fp32", "goal", "measured"), rows)
 
 
+def step_row(name: str, result: dict[str, Any]) -> str:
+    before, after = (result["peak_bytes"][way] for way in ("before", "after"))
+    peaks = ("-", "-", "-") if None in (before, after) else (
+        f"{before / 2**20:.0f} MiB", f"{after / 2**20:.0f} MiB", f"{after / before:.2f}"
+    )  # fmt: skip
+    return f"| {name} | {result['time_ratio']:.2f} | {' | '.join(peaks)} |"
+
+
+STEP_HEADER = table(
+    ("training step, before", "time after / before", "peak before", "peak after", "after / before"), []
+).rstrip()
+
+
 def step_table(report: dict[str, Any]) -> str:
-    rows = []
-    for name, result in report["results"].items():
-        before, after = (result["peak_bytes"][way] for way in ("before", "after"))
-        peaks = (f"{before / 2**20:.0f} MiB", f"{after / 2**20:.0f} MiB", f"{after / before:.2f}")
-        rows.append((name, f"{result['time_ratio']:.2f}", *peaks))
-    return table(("training step, before", "time after / before", "peak before", "peak after", "after / before"), rows)
+    return "\n".join((STEP_HEADER, *(step_row(name, result) for name, result in report["results"].items()))) + "\n"
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {

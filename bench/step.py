@@ -31,6 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 from head import RESULTS, machine, seconds
 from torch import Tensor, nn
@@ -316,19 +317,6 @@ def measure(row: str, folder: Path, rounds: int) -> dict[str, Any]:
     }
 
 
-def table_row(row: str, result: dict[str, Any]) -> str:
-    before, after = (result["peak_bytes"][way] for way in WAYS)
-    peaks = ("-", "-", "-") if None in (before, after) else (
-        f"{before / 2**20:.0f} MiB", f"{after / 2**20:.0f} MiB", f"{after / before:.2f}"
-    )  # fmt: skip
-    return f"| {row} | {result['time_ratio']:.2f} | {' | '.join(peaks)} |"
-
-
-HEADER = """\
-| training step, before | time after / before | peak before | peak after | after / before |
-|---|---|---|---|---|"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny random model in place of SmolLM2")
@@ -354,10 +342,10 @@ def main() -> None:
             in_a_process_of_its_own(write_tiny, folder)
         else:
             in_a_process_of_its_own(write_smollm2, folder, args.length)
-        print(HEADER, flush=True)
+        print(report.STEP_HEADER, flush=True)
         for row in rows:
             results[row] = measure(row, folder, args.rounds)
-            print(table_row(row, results[row]), flush=True)
+            print(report.step_row(row, results[row]), flush=True)
 
     out = args.out or RESULTS / f"step-{about['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)

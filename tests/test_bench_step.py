@@ -37,7 +37,7 @@ def test_a_quick_run_writes_the_table_and_its_numbers(tmp_path):
     assert len({line.count("|") for line in table}) == 1 and len(table) == 2 + len(rows)
     for line, row in zip(table[2:], rows):
         result = report["results"][row]
-        assert line == step.table_row(row, result)
+        assert line == step.report.step_row(row, result)
         before, after = (result["seconds"][way] for way in step.WAYS)
         assert len(before) == len(after) == 2
         ratios = [b / a for a, b in zip(before, after)]
