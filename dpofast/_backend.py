@@ -18,7 +18,9 @@ from dpofast.env_info import left_out
 if TYPE_CHECKING:
     from dpofast.backends.base import Backend
 
-_LEFT_OUT = left_out()  # read once: torch.compile cannot look into files
+# Read once: torch.compile cannot look into files.
+_LEFT_OUT = left_out()
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 try:
     from dpofast import _C
@@ -78,7 +80,7 @@ def _why_not(name: str, device_type: str) -> str | None:
         if torch.version.cuda is None:
             return "is for NVIDIA GPUs, and this torch is built without CUDA"
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
+        if not _HAS_TRITON:
             return "cannot run: the package triton is missing: pip install triton"
         if device_type not in ("cuda", "xpu"):
             return f"needs tensors on a GPU, got device {device_type!r}"

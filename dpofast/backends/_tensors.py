@@ -36,7 +36,20 @@ def empty_results(n: int, names: tuple[str, ...], dtype: torch.dtype, device: to
     return out
 
 
+def places(shape: torch.Size, positions: Tensor) -> tuple[Tensor, ...]:
+    """Indices along each of the dimensions of ``shape``, of which there may be none, of positions in row-major order.
+
+    As `torch.unravel_index`, which copies the shape to the device and waits for that.
+    """
+    indices, rest = [], positions
+    for size in reversed(shape[1:]):
+        indices.append(rest % size)
+        rest = rest // size
+    return (rest, *reversed(indices))
+
+
 def take(x: Tensor, positions: Tensor) -> Tensor:
     """Vectors of ``x`` [*, H] by number, whatever its strides."""
-    x = x.unsqueeze(0) if x.ndim == 1 else x
-    return x[torch.unravel_index(positions, x.shape[:-1])]
+    if x.is_contiguous():
+        return x.view(-1, x.shape[-1])[positions]
+    return x[places(x.shape[:-1], positions)]

@@ -16,6 +16,7 @@ from dpofast.backends._tensors import empty_results, pointer
 from dpofast.backends.base import OutputGrads, Saved
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import Exps, Tile
+from dpofast.backends.torch import nothing_folded
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
 
 _PART = 4096  # columns of a row that one block reads at least, where rows are split
@@ -42,7 +43,7 @@ class CudaPasses(GpuPasses):
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         # Partials of split rows lie behind the statistics, so that no tile makes a buffer.
         stats = torch.empty(1 + self._most_splits(n, device), Stat.COUNT, n, dtype=wide, device=device)[0]
-        return stats.copy_(super().new_stats(n, wide, device))
+        return nothing_folded(stats)
 
     def _splits(self, n: int, width: int, device: torch.device) -> tuple[int, int]:
         """Parts of a row, so that there are enough blocks, and columns of each, a multiple of any vector."""

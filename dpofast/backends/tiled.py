@@ -199,7 +199,8 @@ class _Loops:
             grads.hidden.mul_(c)
         if grads.weight is not None:
             scaled = (self.tokens(slice(None)) * c).to(self.dtype)
-            for v0, v1 in self.vocabulary(0, g.shape[1]):
+            step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
+            for v0, v1 in self.vocabulary(0, g.shape[1], step):
                 self.into(g[:, v0:v1].T, scaled, grads.weight[v0:v1])
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
@@ -253,12 +254,16 @@ class _Loops:
 
     def into(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """``out = left @ right`` where out may have a dtype that products do not write."""
-        if out.dtype in (self.dtype, self.problem.wide):
+        if self.is_written(out):
             self.passes.product(left, right, out)
         else:
             wide = self.empty(*out.shape)
             self.passes.product(left, right, wide)
             out.copy_(wide)
+
+    def is_written(self, out: Tensor) -> bool:
+        """Whether products write to ``out`` itself, and need no buffer for their sums."""
+        return out.dtype in (self.dtype, self.problem.wide)
 
     def put(self, part: slice, sums: Tensor, grads: InputGrads) -> None:
         rows = grads.hidden.view(-1, grads.hidden.shape[-1])

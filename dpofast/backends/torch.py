@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dpofast.backends._tensors import take, wide_dtype
+from dpofast.backends._tensors import places, take, wide_dtype
 from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
 from dpofast.backends.tiled import Exps, Tile
 from dpofast.contract import FLOOR_LOGP, Stat
+
+
+def nothing_folded(stats: Tensor) -> Tensor:
+    """``stats``, filled with the statistics of no logits."""
+    stats.fill_(-torch.inf)
+    stats[Stat.SUM : Stat.SUM_Z + 1].zero_()
+    return stats
 
 
 def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
@@ -57,9 +64,7 @@ class TorchPasses:
         sums.addmm_(a, b)
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
-        stats = torch.zeros(Stat.COUNT, n, dtype=wide, device=device)
-        stats[[Stat.M, Stat.TOP_BEFORE, Stat.Z_LABEL]] = -torch.inf
-        return stats
+        return nothing_folded(torch.empty(Stat.COUNT, n, dtype=wide, device=device))
 
     def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
         z, S = _transformed(tile), Stat
@@ -158,4 +163,4 @@ class TorchPasses:
         x = take(problem.logits, problem.positions).to(problem.wide)
         self.grad(Tile(x, None, problem.labels, 0, problem.transform), saved, incoming, x)
         out = grad_logits.unsqueeze(0) if grad_logits.ndim == 1 else grad_logits
-        out[torch.unravel_index(problem.positions, out.shape[:-1])] = x.to(grad_logits.dtype)
+        out[places(out.shape[:-1], problem.positions)] = x.to(grad_logits.dtype)
