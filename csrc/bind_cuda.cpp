@@ -39,16 +39,50 @@ void logprob_fold(const py::dict& args) {
   launch_logprob_fold(x, a, on);
 }
 
+void logprob_keep(const py::dict& args) {
+  Args d(args);
+  KeepArgs a{};
+  read_tile(d, a);
+  a.folds = d.value<bool>("folds");
+  a.stats = d.pointer("stats");
+  a.shift_before = d.pointer("shift_before");
+  a.shift = d.pointer("shift");
+  a.out = d.pointer("out");
+  a.out_ld = d.value<int64_t>("out_ld");
+  const DType x = d.dtype("dtype"), out = d.dtype("out_dtype");
+  void* const on = d.pointer("stream");
+  d.done();
+  py::gil_scoped_release unlocked;
+  launch_logprob_keep(x, out, a, on);
+}
+
+void logprob_seal(const py::dict& args) {
+  Args d(args);
+  SealArgs a{};
+  a.stats = d.pointer("stats");
+  a.lse = d.pointer("lse");
+  a.shift = d.pointer("shift");
+  a.labels = d.pointer<int64_t>("labels");
+  a.n = d.value<int64_t>("n");
+  a.width = d.value<int64_t>("width");
+  d.read_transform(a);
+  a.factor = d.pointer("factor");
+  a.out = d.pointer("out");
+  a.out_ld = d.value<int64_t>("out_ld");
+  const DType acc = d.dtype("dtype"), out = d.dtype("out_dtype");
+  void* const on = d.pointer("stream");
+  d.done();
+  py::gil_scoped_release unlocked;
+  launch_logprob_seal(acc, out, a, on);
+}
+
 void logprob_grad(const py::dict& args) {
   Args d(args);
   GradArgs a{};
   read_tile(d, a);
-  a.z_max = d.pointer("z_max");
-  a.log_sum = d.pointer("log_sum");
-  a.lse_stride = d.value<int64_t>("lse_stride");
   a.logps = d.pointer("logps");
+  a.lse = d.pointer("lse");
   a.grad_logps = d.pointer("grad_logps");
-  a.grad_logps_value = d.value<double>("grad_logps_value");
   a.entropy = d.pointer("entropy");
   a.grad_entropy = d.pointer("grad_entropy");
   a.out = d.pointer("out");
@@ -128,6 +162,8 @@ py::tuple pair_losses() {
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_logprob_fold", &logprob_fold, py::arg("args"), "folds a tile of logits into running statistics");
+  m.def("cuda_logprob_keep", &logprob_keep, py::arg("args"), "keeps the exponentials of a tile of logits");
+  m.def("cuda_logprob_seal", &logprob_seal, py::arg("args"), "completes what was kept of rows");
   m.def("cuda_logprob_grad", &logprob_grad, py::arg("args"), "turns a tile of logits into its gradient");
   m.def("cuda_logprob_finish", &logprob_finish, py::arg("args"), "results of rows from their statistics");
   m.def("cuda_sequence_dpo", &sequence_dpo, py::arg("args"), "log-probs of tokens to losses of pairs and gradients");

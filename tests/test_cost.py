@@ -38,19 +38,16 @@ class Counting:
         self.inner.accumulate(sums, a, b)
 
     def fold(self, tile, stats, outputs, exps):
-        self._count(tile.x)
-        if exps is not None:
-            self._count(tile.x, exps.e)
+        self._count(tile.x, *(() if exps is None else (exps.tile(tile.v0, tile.v0 + tile.x.shape[1]),)))
         self.inner.fold(tile, stats, outputs, exps)
 
     def finish(self, *args):
         self._count()
         return self.inner.finish(*args)
 
-    def normalise(self, e, shifts, *args):
-        self._count(e, e)
-        self.launches += len(shifts) - 1
-        self.inner.normalise(e, shifts, *args)
+    def seal(self, *args):
+        self._count()
+        self.inner.seal(*args)
 
     def grad(self, tile, *args):
         self._count(tile.x, args[-1])

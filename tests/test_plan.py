@@ -246,5 +246,5 @@ schedule     mixed
 tiles        1024 vocabulary rows a block, 1000 tokens a chunk
 products     3.85 (the least for these gradients: 3)
 memory       27.3 MiB cache + 35.0 MiB workspace, budget 64.0 MiB
-bytes moved  2266 MiB""",
+bytes moved  2184 MiB""",
     )

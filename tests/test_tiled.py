@@ -53,7 +53,7 @@ def test_the_number_of_buffers_does_not_depend_on_the_number_of_tiles(passes, sc
 
     def buffers(block: int) -> int:
         columns = {"cached": v, "mixed": 512}.get(schedule, 0)
-        cache = torch.empty(n * columns * 4 if schedule != "jacobian" else n * h * 4, dtype=torch.uint8)
+        cache = torch.empty(n * ((columns if schedule != "jacobian" else h) + 1) * 4, dtype=torch.uint8)
         how = Schedule.of(schedule, (block, n if schedule != "recompute-split" else n // 2, cache.numel()))
         case, engine = Problem(p.hidden, p.weight, None, rows, p.labels), TiledBackend(passes)
         with Watching(size=n) as watching:

@@ -60,12 +60,54 @@ __device__ __forceinline__ void narrow(float x, f16& to) { to.bits = __half_as_u
 __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
 
-// Blocks that the registers of one SM must have room for. Left to choose, ptxas spills a few registers to fit one block
-// more; 48 registers a thread (64 K / 5 blocks) are enough for a float accumulator, and fp64 needs up to 92.
+// Blocks that the registers of one SM must have room for: 64 registers a thread for a float accumulator, which hold two
+// vectors on their way, and 128 for double's. The loads of four blocks are more than the memory can have in flight.
 template <class T>
-constexpr int kBlocksPerSm = sizeof(acc_t<T>) == 8 ? 2 : 5;
+constexpr int kBlocksPerSm = sizeof(acc_t<T>) == 8 ? 2 : 4;
 
-// exp2f(x log2 e) would lose digits for large |x|; expf is accurate and these kernels wait for memory.
+// The two narrowed values in one word, the first one in its low half.
+template <class G>
+__device__ __forceinline__ uint32_t narrow_pair(float a, float b) {
+#if !defined(DPOFAST_EMULATE)
+  if constexpr (std::is_same<G, bf16>::value) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __half2 pair = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+#else
+  G low, high;
+  narrow(a, low), narrow(b, high);
+  return uint32_t(low.bits) | uint32_t(high.bits) << 16;
+#endif
+}
+
+__device__ __forceinline__ void store_16_bytes(const uint32_t* words, uint32_t* to) {
+#if defined(DPOFAST_EMULATE)
+  memcpy(to, words, 16);
+#else
+  *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+#endif
+}
+
+// exp in two instructions. x log2 e is rounded, which adds |x| 6e-8 to the relative error of 2e-7: an entry that is
+// exp(-80) of the largest is known to 5e-6 of itself. Results below 1e-38 are 0.
+__device__ __forceinline__ float quick_exp(float x) {
+#if defined(DPOFAST_EMULATE)
+  return std::exp2(x * 1.44269504f);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+  return y;
+#endif
+}
+__device__ __forceinline__ double quick_exp(double x) { return exp(x); }
+// scale x - shift, rounded once.
+__device__ __forceinline__ float scaled_minus(float x, float scale, float shift) { return fmaf(x, scale, -shift); }
+__device__ __forceinline__ double scaled_minus(double x, double scale, double shift) { return fma(x, scale, -shift); }
+
+// For numbers of a row: accurate for every x.
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
@@ -81,11 +123,12 @@ struct Transform {
   A after;   // softcap / temperature; 0: no softcap
 
   __device__ __forceinline__ A operator()(A x) const { return after != 0 ? after * tanh_of(before * x) : scale * x; }
-  __device__ __forceinline__ A slope(A z) const {
-    if (after == 0) return scale;
-    const A t = z / after;
-    return scale * (1 - t * t);
+  // dz/dx / scale
+  __device__ __forceinline__ A bend(A z) const {
+    const A t = after != 0 ? z / after : 0;
+    return 1 - t * t;
   }
+  __device__ __forceinline__ A slope(A z) const { return scale * bend(z); }
 };
 
 template <class A>
@@ -94,30 +137,96 @@ inline Transform<A> make_transform(double temperature, double logit_scale, doubl
   return {A(logit_scale / temperature), A(logit_scale / softcap), A(softcap / temperature)};
 }
 
-// Elements of one row that a thread visits, 16 bytes at a time, then a tail one by one. `visit(v, count, x)` gets
-// x[0 .. count), elements v, v + 1, ... Which thread gets which elements does not depend on the row's address, so that
-// a row has the same bits wherever it lies; one that does not start at a multiple of 16 bytes is only read in pieces.
-template <class T, class F>
-__device__ __forceinline__ void for_elements(const T* row, int64_t begin, int64_t end, const F& visit) {
-  constexpr int kVec = 16 / int(sizeof(T));
-  struct alignas(16) Vec {
-    T x[kVec];
+template <class T>
+struct alignas(16) Piece16 {
+  T x[16 / sizeof(T)];
+};
+
+template <class T>
+__device__ __forceinline__ Piece16<T> load_16_bytes(const T* from) {
+#if defined(DPOFAST_EMULATE)
+  Piece16<T> piece;
+  memcpy(&piece, from, sizeof piece);
+  return piece;
+#else
+  return *reinterpret_cast<const Piece16<T>*>(from);
+#endif
+}
+
+template <class A>
+__device__ __forceinline__ A biased(A x, const A* bias, int v) {
+  return bias ? x + bias[v] : x;
+}
+
+// Elements [begin, end) of one row, N at a time for each thread, then a tail one by one. `visit(v, count, x)` gets
+// x[0 .. count), elements v, v + 1, ... Two vectors are on their way at once. Which thread gets which elements does not
+// depend on the row's address, so that a row has the same bits wherever it lies; one that does not start at a multiple
+// of 16 bytes is only read in pieces.
+template <int N, class T, class F>
+__device__ __forceinline__ void for_vectors(const T* row, int begin, int end, const F& visit) {
+  constexpr int kPiece = 16 / int(sizeof(T)), kAhead = 2;
+  static_assert(N % kPiece == 0, "whole pieces of 16 bytes");
+  struct Vec {
+    Piece16<T> pieces[N / kPiece];
   };
   const T* const from = row + begin;
-  const int64_t vectors = (end - begin) / kVec;
-  const bool aligned = reinterpret_cast<uintptr_t>(from) % sizeof(Vec) == 0;
-  for (int64_t i = threadIdx.x; i < vectors; i += kThreads) {
-    Vec some;
+  const int vectors = (end - begin) / N;
+  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+  auto load = [&](int i, Vec& some) {
     if (aligned) {
-      some = reinterpret_cast<const Vec*>(from)[i];
+#pragma unroll
+      for (int j = 0; j < N / kPiece; ++j) some.pieces[j] = load_16_bytes(from + i * N + j * kPiece);
     } else {
 #pragma unroll
-      for (int j = 0; j < kVec; ++j) some.x[j] = from[i * kVec + j];
+      for (int j = 0; j < N; ++j) some.pieces[j / kPiece].x[j % kPiece] = from[i * N + j];
     }
-    visit(begin + i * kVec, std::integral_constant<int, kVec>(), some.x);
+  };
+  auto give = [&](int i, const Vec& some) {
+    T x[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) x[j] = some.pieces[j / kPiece].x[j % kPiece];
+    visit(begin + i * N, std::integral_constant<int, N>(), x);
+  };
+  int i = int(threadIdx.x);
+  for (; i + (kAhead - 1) * kThreads < vectors; i += kAhead * kThreads) {
+    Vec some[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) load(i + j * kThreads, some[j]);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) give(i + j * kThreads, some[j]);
   }
-  for (int64_t v = begin + vectors * kVec + threadIdx.x; v < end; v += kThreads)
+  for (; i < vectors; i += kThreads) {
+    Vec some;
+    load(i, some);
+    give(i, some);
+  }
+  for (int v = begin + vectors * N + int(threadIdx.x); v < end; v += kThreads)
     visit(v, std::integral_constant<int, 1>(), row + v);
+}
+
+// Stores N values, in one piece of 16 bytes where they make one and `to` is aligned. (A struct of small elements is
+// taken apart by the compiler, element by element: hence the words.)
+template <int N, class A, class G>
+__device__ __forceinline__ void store_vector(const A (&x)[N], G* to) {
+  constexpr int kWords = N * int(sizeof(G)) / 4;
+  if constexpr (N > 1 && kWords * 4 == N * int(sizeof(G))) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+      uint32_t words[kWords];
+      if constexpr (sizeof(G) == 2) {
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] = narrow_pair<G>(x[2 * i], x[2 * i + 1]);
+      } else {
+        memcpy(words, x, sizeof words);
+      }
+      if constexpr (kWords % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < kWords; i += 4) store_16_bytes(words + i, reinterpret_cast<uint32_t*>(to) + i);
+        return;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) narrow(x[i], to[i]);
 }
 
 }  // namespace dpofast::cuda

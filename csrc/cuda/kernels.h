@@ -15,10 +15,13 @@ struct TileArgs {
   int64_t ld, n, width;
   int64_t v0;                                // vocabulary number of the first column
   const void* bias;                          // [width] of acc, or null
-  const int64_t* labels;                     // [n]; logprob_grad: or null, and no entry is a label's
+  const int64_t* labels;                     // [n]
   double temperature, logit_scale, softcap;  // softcap 0: none
   int64_t splits, part;                      // a row is cut into `splits` parts of `part` columns, a block each
 };
+
+// Whether z is logit_scale / temperature times the logit.
+inline bool is_plain(const TileArgs& a) { return !a.bias && a.softcap == 0; }
 
 struct FoldArgs : TileArgs {
   unsigned outputs;  // bits of Output
@@ -26,14 +29,31 @@ struct FoldArgs : TileArgs {
   void* partials;    // [splits, kStats, n] where splits > 1
 };
 
+// A tile whose rows are a.ld apart, and where exp(z - shift) is kept of it.
+struct KeepArgs : TileArgs {
+  bool folds;                // also folds the tile into stats, with splits 1; else stats has it
+  void* stats;               // [kStats, n]
+  const void* shift_before;  // [n] of acc: each row's shift up to this tile; null: this is the first
+  void* shift;               // [n] of acc: from this tile on; not shift_before
+  void* out;                 // where vocabulary number 0 of the first row is kept
+  int64_t out_ld;
+};
+
+struct SealArgs {
+  const void* stats;  // [kStats, n]
+  const void *lse, *shift;  // [n, 2] and [n] of acc
+  const int64_t* labels;
+  int64_t n, width;  // tokens, and columns that are kept
+  double temperature, logit_scale, softcap;
+  void* factor;  // [n] of acc
+  void* out;     // [n, width]
+  int64_t out_ld;
+};
+
 struct GradArgs : TileArgs {
   // Per row, of acc; null: see each.
-  const void* z_max;       // -inf counts as 0
-  const void* log_sum;     // null: 0
-  int64_t lse_stride;      // of both, from row to row
-  const void* logps;       // needed with labels
-  const void* grad_logps;  // null: grad_logps_value for every row
-  double grad_logps_value;
+  const void *logps, *lse;   // [n], and [n, 2]: z_max and log_sum
+  const void* grad_logps;    // null: 0 for every row
   const void* entropy;       // needed with grad_entropy
   const void* grad_entropy;  // null: none
   void* out;                 // as x, of x's type or of a 16-bit one; may be x
@@ -106,6 +126,8 @@ struct SequenceDpoArgs {
 
 // `x`, `out`: types of logits and of what is written in their stead. `stream` is a cudaStream_t.
 void launch_logprob_fold(DType x, const FoldArgs&, void* stream);
+void launch_logprob_keep(DType x, DType out, const KeepArgs&, void* stream);
+void launch_logprob_seal(DType acc, DType out, const SealArgs&, void* stream);
 void launch_logprob_grad(DType x, DType out, const GradArgs&, void* stream);
 void launch_logprob_finish(DType acc, const FinishArgs&, void* stream);
 void launch_sequence_dpo(DType acc, const SequenceDpoArgs&, void* stream);

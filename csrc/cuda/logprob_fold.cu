@@ -10,7 +10,9 @@ template <class T>
 void fold(const FoldArgs& a, void* stream) {
   using A = acc_t<T>;
   const Transform<A> t = make_transform<A>(a.temperature, a.logit_scale, a.softcap);
-  auto* const kernel = a.outputs ? &logprob_fold_kernel<T, true> : &logprob_fold_kernel<T, false>;
+  auto* const kernel = a.outputs      ? &logprob_fold_kernel<T, true, false>
+                       : is_plain(a) ? &logprob_fold_kernel<T, false, true>
+                                     : &logprob_fold_kernel<T, false, false>;
   launch("logprob_fold", a.n, a.width, stream, kernel, a.n * a.splits, a, t);
   if (a.splits <= 1) return;
   auto* const merge = a.outputs ? &logprob_merge_kernel<A, true> : &logprob_merge_kernel<A, false>;

@@ -22,11 +22,9 @@ __device__ __forceinline__ Piece<A> empty_piece() {
   return {-inf, 0, 0, 0, 0, -inf, -inf};
 }
 
-// `largest` says that m is the larger of the two; a NaN is never the larger one, and lives on in `sum`.
-template <class A>
-__device__ __forceinline__ A larger(A a, A b) {
-  return b > a ? b : a;
-}
+// A NaN is never the larger one, and lives on in `sum`.
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
 
 template <class A, bool kExtra>
 __device__ __forceinline__ void merge_pieces(Piece<A>& a, const Piece<A>& b) {
@@ -79,28 +77,31 @@ __device__ __forceinline__ void store_piece(A* stats, int64_t n, int64_t row, co
   s[kZLabel * n] = p.z_label;
 }
 
-template <class A, bool kExtra, class T, int N>
-__device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& transform, const A* bias, int64_t label,
-                                             int64_t v, const T* x, std::integral_constant<int, N>) {
+template <bool kExtra, bool kPlain, class A, class T, int N>
+__device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& transform, const A* bias, int label,
+                                             int v, const T* x, std::integral_constant<int, N>) {
   const A none = -A(INFINITY);
   A z[N], top = none;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    A logit = widen(x[i]);
-    if (bias) logit += bias[v + i];
-    z[i] = transform(logit);
+    z[i] = kPlain ? transform.scale * widen(x[i]) : transform(biased(widen(x[i]), bias, v + i));
     if constexpr (kExtra) {
       p.sum_z += z[i];
       if (v + i < label) p.top_before = larger(p.top_before, z[i]);
     }
-    if (v + i == label) {
-      p.z_label = z[i];
-      z[i] = none;
-    }
-    top = larger(top, z[i]);
   }
+  if (unsigned(label - v) < unsigned(N)) {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (v + i == label) {
+        p.z_label = z[i];
+        z[i] = none;
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) top = larger(top, z[i]);
   if (top > p.m) {
-    const A d = p.m == none ? 0 : p.m - top, f = exp_of(d);
+    const A d = p.m == none ? 0 : p.m - top, f = quick_exp(d);
     if constexpr (kExtra) {
       p.sum_x = (p.sum_x + d * p.sum) * f;
       p.sum_sq *= f * f;
@@ -111,7 +112,7 @@ __device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& tr
   const A m = p.m == none ? 0 : p.m;  // all -inf so far: exp(-inf - 0) is 0, and a NaN stays one
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const A d = z[i] - m, e = exp_of(d);
+    const A d = z[i] - m, e = quick_exp(d);
     p.sum += e;
     if constexpr (kExtra) {
       p.sum_x += e == 0 ? 0 : e * d;
@@ -120,7 +121,7 @@ __device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& tr
   }
 }
 
-template <class T, bool kExtra>
+template <class T, bool kExtra, bool kPlain>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     logprob_fold_kernel(const FoldArgs a, const Transform<acc_t<T>> transform) {
   using A = acc_t<T>;
@@ -131,10 +132,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     const int64_t row = job / a.splits, split = job - row * a.splits;
     const int64_t begin = split * a.part, end = begin + a.part < a.width ? begin + a.part : a.width;
     const T* x = static_cast<const T*>(a.x) + (a.row_offsets ? a.row_offsets[row] : row * a.ld);
-    const int64_t label = a.labels[row] - a.v0;
+    const int64_t at = a.labels[row] - a.v0;
+    const int label = at < 0 ? -1 : at < a.width ? int(at) : int(a.width);  // before this tile, in it or after it
     Piece<A> p = empty_piece<A>();
-    for_elements(x, begin, end, [&](int64_t v, auto count, const T* some) {
-      add_elements<A, kExtra>(p, transform, bias, label, v, some, count);
+    for_vectors<16 / int(sizeof(T))>(x, int(begin), int(end), [&](int v, auto count, const T* some) {
+      add_elements<kExtra, kPlain>(p, transform, bias, label, v, some, count);
     });
 #pragma unroll
     for (int lanes = 16; lanes > 0; lanes /= 2) {

@@ -10,7 +10,8 @@ template <class T, class G>
 void grad(const GradArgs& a, void* stream) {
   using A = acc_t<T>;
   const Transform<A> t = make_transform<A>(a.temperature, a.logit_scale, a.softcap);
-  launch("logprob_grad", a.n, a.width, stream, &logprob_grad_kernel<T, G>, a.n * a.splits, a, t);
+  auto* const kernel = is_plain(a) && !a.grad_entropy ? &logprob_grad_kernel<T, G, true> : &logprob_grad_kernel<T, G, false>;
+  launch("logprob_grad", a.n, a.width, stream, kernel, a.n * a.splits, a, t);
 }
 
 }  // namespace

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dpofast.backends._tensors import empty_results, pointer
-from dpofast.backends.base import OutputGrads, Saved
+from dpofast.backends.base import OutputGrads, Saved, Transform
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import Exps, Tile
-from dpofast.backends.torch import nothing_folded
+from dpofast.backends.torch import nothing_folded, put_label, slope
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
 
 _PART = 4096  # columns of a row that one block reads at least, where rows are split
@@ -66,21 +66,36 @@ class CudaPasses(GpuPasses):
         }  # fmt: skip
 
     def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
-        args = self._tile(tile)
-        more = {"outputs": flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
-        self._launch("logprob_fold", tile.x.device, args | more)
+        args, device = self._tile(tile), tile.x.device
+        folds = exps is not None and not outputs and args["splits"] == 1
+        if not folds:
+            more = {"outputs": flags(outputs), "stats": stats.data_ptr(), "partials": stats.data_ptr() + stats.nbytes}
+            self._launch("logprob_fold", device, args | more)
         if exps is not None:
-            exps.shift.copy_(stats[Stat.M])
-            lse = {"z_max": exps.shift.data_ptr(), "log_sum": None, "lse_stride": 1}
-            self._grad(args | lse | {"labels": None, "grad_logps_value": -1.0}, tile.x.device, exps.e)
+            i, shifts = tile.v0 // exps.block, exps.shifts
+            more = {
+                "folds": folds, "stats": stats.data_ptr(), "shift_before": shifts[i - 1].data_ptr() if i else None,
+                "shift": shifts[i].data_ptr(), "out": exps.e.data_ptr(), "out_dtype": DTYPE_CODES[exps.e.dtype],
+                "out_ld": exps.e.stride(0),
+            }  # fmt: skip
+            self._launch("logprob_keep", device, args | more)
 
-    def _grad(self, args: dict[str, Any], device: torch.device, out: Tensor, out_offsets: Tensor | None = None) -> None:
-        defaults = {
-            "logps": None, "grad_logps": None, "grad_logps_value": 0.0, "entropy": None, "grad_entropy": None,
-            "out": out.data_ptr(), "out_dtype": DTYPE_CODES[out.dtype],
-            "out_offsets": pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
+    def seal(
+        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+    ) -> None:
+        e = exps.e
+        args = {
+            "stats": stats.data_ptr(), "lse": results["lse"].data_ptr(), "shift": exps.shifts[-1].data_ptr(),
+            "labels": labels.data_ptr(), "n": e.shape[0], "width": e.shape[1], **transform._asdict(),
+            "factor": factor.data_ptr(), "out": e.data_ptr(), "out_ld": e.stride(0),
+            "dtype": DTYPE_CODES[stats.dtype], "out_dtype": DTYPE_CODES[e.dtype],
         }  # fmt: skip
-        self._launch("logprob_grad", device, defaults | args)
+        self._launch("logprob_seal", e.device, args)
+        if e.dtype == torch.float16:
+            # Its exponent holds neither the sum of a flat row nor a factor that makes up for it.
+            e.mul_(factor.unsqueeze(-1))
+            put_label(e, labels, -torch.expm1(results["logps"]) * slope(stats[Stat.Z_LABEL], transform))
+            factor.fill_(1)
 
     def finish(self, stats: Tensor, labels: Tensor, n_vocab: int, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         n = stats.shape[1]
@@ -95,8 +110,9 @@ class CudaPasses(GpuPasses):
         self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None
     ) -> None:
         args = self._tile(tile) | {
-            "z_max": saved.lse.data_ptr(), "log_sum": saved.lse[:, 1].data_ptr(), "lse_stride": 2,
-            "logps": saved.logps.data_ptr(), "grad_logps": pointer(incoming.logps),
+            "logps": saved.logps.data_ptr(), "lse": saved.lse.data_ptr(), "grad_logps": pointer(incoming.logps),
             "entropy": pointer(saved.entropy), "grad_entropy": pointer(incoming.entropy),
+            "out": out.data_ptr(), "out_dtype": DTYPE_CODES[out.dtype],
+            "out_offsets": pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
         }  # fmt: skip
-        self._grad(args, tile.x.device, out, out_offsets)
+        self._launch("logprob_grad", tile.x.device, args)

@@ -4,10 +4,10 @@ A backend of this kind is a `Passes`: what is done to a tile once it is computed
 of products are here, once. No buffer is made inside a loop over tiles (but for slices of a weight of another dtype
 than the product's), and nothing waits for a device.
 
-Two ways to a gradient. *Cached*: while a tile is at hand the forward stores ``exp(z - shift)`` in the dtype of the
-products, and turns it into ``g = d logps / d x`` when the token's log-sum-exp is known; the backward is then two
-products, and the incoming gradient only scales rows. *Recomputed*: the backward makes the tile again, and its
-``g`` holds the incoming gradients already.
+Two ways to a gradient. *Cached*: while a tile is at hand the forward stores ``e = exp(z - shift)`` in the dtype of the
+products. When a token's log-sum-exp is known, so is the factor with which its row of e is ``d logps / d x``; the
+backward is then two products, whose rows that factor and the incoming gradient scale. *Recomputed*: the backward makes
+the tile again, and its ``g`` holds the incoming gradients already.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from dpofast.backends._tensors import take
 from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
 from dpofast.plan import Schedule, cached_columns
+from dpofast.plan.schedule import up
 
 
 class Tile(NamedTuple):
@@ -35,10 +36,14 @@ class Tile(NamedTuple):
 
 
 class Exps(NamedTuple):
-    """Where the fold of a tile stores ``exp(z - shift) dz/dx`` for the backward."""
+    """What the forward keeps of the logits of n tokens, column by column, and how the passes find their way in it."""
 
-    e: Tensor  # [n, width]
-    shift: Tensor  # [n]
+    e: Tensor  # [n, columns]: exp(z - shift) dz/dx, but for factors that belong to the row
+    shifts: Tensor  # [blocks, n]: a tile's, for those passes that have one a tile, or the row's up to that tile
+    block: int  # columns of a tile
+
+    def tile(self, v0: int, v1: int) -> Tensor:
+        return self.e[:, v0:v1]
 
 
 class Passes(Protocol):
@@ -57,7 +62,7 @@ class Passes(Protocol):
         """Running statistics of n tokens with nothing folded in."""
 
     def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
-        """Folds ``tile`` into ``stats`` and stores ``exps`` if given. May overwrite the tile."""
+        """Folds ``tile`` into ``stats`` and stores its part of ``exps`` if given. May overwrite the tile."""
 
     def finish(self, stats: Tensor, labels: Tensor, n_vocab: int, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """logps, lse (in its two parts) and the outputs of tokens whose every logit is folded in.
@@ -65,11 +70,10 @@ class Passes(Protocol):
         A label outside [0, n_vocab), which only a device that is not asked can meet, makes its row NaN.
         """
 
-    def normalise(
-        self, e: Tensor, shifts: Tensor, block: int, labels: Tensor, transform: Transform, stats: Tensor,
-        results: dict[str, Tensor],
-    ) -> None:  # fmt: skip
-        """Turns what `fold` stored, with a shift for each ``block`` of columns, into ``g``, the label's entry too."""
+    def seal(
+        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+    ) -> None:
+        """Completes what `fold` stored, the label's entry too, so that ``d logps / d x = factor e`` (factor [n])."""
 
     def grad(self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor) -> None:
         """``out = d loss / d x``; ``out`` is ``tile.x`` itself where the dtypes agree."""
@@ -134,24 +138,21 @@ class _Loops:
 
     def forward(self, outputs: tuple[str, ...], cache: Tensor) -> dict[str, Tensor]:
         problem, schedule, passes = self.problem, self.schedule, self.passes
-        logits = self.empty(self.longest * self.block)
-        cached = self.cached(cache)
-        jacobian = self.jacobian(cache) if schedule.keeps_jacobian else None
-        g_rows = None if jacobian is None else self.empty(self.longest, problem.n_vocab, dtype=self.dtype)
+        logits = self.tile_memory(problem.wide)
+        cached, jacobian, factors = self.kept(cache)
+        e_rows = self.empty(self.longest, up(problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
         results = []
         for part in self.chunks:
             n, labels = part.stop - part.start, problem.labels[part]
-            e = g_rows[:n] if g_rows is not None else None if cached is None else cached[part]
+            e = e_rows[:n, : problem.n_vocab] if e_rows is not None else None if cached is None else cached[part]
             columns = 0 if e is None else e.shape[1]
-            shifts = self.empty(-(-columns // schedule.block), n)
+            exps = Exps(e, self.empty(-(-columns // schedule.block), n), schedule.block) if columns else None
             stats = passes.new_stats(n, problem.wide, problem.hidden.device)
             for tile in self.tiles(self.tokens(part), labels, logits, 0):
-                v0, v1 = tile.v0, tile.v0 + tile.x.shape[1]
-                exps = Exps(e[:, v0:v1], shifts[v0 // schedule.block]) if v0 < columns else None
-                passes.fold(tile, stats, outputs, exps)
+                passes.fold(tile, stats, outputs, exps if tile.v0 < columns else None)
             results.append(passes.finish(stats, labels, problem.n_vocab, outputs))
-            if e is not None:
-                passes.normalise(e, shifts, schedule.block, labels, problem.transform, stats, results[-1])
+            if exps is not None:
+                passes.seal(exps, labels, problem.transform, stats, results[-1], factors[part])
             if jacobian is not None:
                 self.times_weight(e, jacobian[part])
         if len(results) == 1:
@@ -160,7 +161,7 @@ class _Loops:
 
     def fold(self, outputs: tuple[str, ...]) -> Tensor:
         problem = self.problem
-        logits, folded = self.empty(self.longest * self.block), []
+        logits, folded = self.tile_memory(problem.wide), []
         for part in self.chunks:
             stats = self.passes.new_stats(part.stop - part.start, problem.wide, problem.hidden.device)
             for tile in self.tiles(self.tokens(part), problem.labels[part], logits, 0):
@@ -170,9 +171,11 @@ class _Loops:
 
     def backward(self, saved: Saved, incoming: OutputGrads, grads: InputGrads) -> None:
         from_saved = incoming.entropy is None
-        if from_saved and self.schedule.keeps_jacobian:
+        cached, jacobian, factors = self.kept(saved.cache)
+        if from_saved and jacobian is not None:
+            c = (factors * incoming.logps).unsqueeze(-1)
             for part in self.chunks:
-                self.put(part, self.jacobian(saved.cache)[part] * incoming.logps[part].unsqueeze(-1), grads)
+                self.put(part, jacobian[part] * c[part], grads)
             return
         if not grads.of_head or self.schedule.splits_backward:
             for part in self.chunks if grads.hidden is not None else ():
@@ -184,30 +187,30 @@ class _Loops:
             return
         sums = None if grads.hidden is None else self.sums(self.problem.n_tokens)
         into = grads._replace(hidden=sums)
-        cached = self.cached(saved.cache) if from_saved else None
-        if cached is not None:
-            self.from_cached(cached, incoming.logps, into)
-        self.recompute(0 if cached is None else cached.shape[1], self.chunks, saved, incoming, into)
+        from_cached = from_saved and cached is not None
+        if from_cached:
+            self.from_cached(cached, factors * incoming.logps, into)
+        self.recompute(cached.shape[1] if from_cached else 0, self.chunks, saved, incoming, into)
         if sums is not None:
             self.put(slice(0, self.problem.n_tokens), sums, grads)
 
-    def from_cached(self, g: Tensor, grad_logps: Tensor, grads: InputGrads) -> None:
-        """Both products with the g that the forward left; ``grads.hidden`` are its sums."""
-        c = grad_logps.unsqueeze(-1)
+    def from_cached(self, e: Tensor, scale: Tensor, grads: InputGrads) -> None:
+        """Both products with the ``e`` that the forward left, d loss / d x = scale e; ``grads.hidden`` are its sums."""
+        c = scale.unsqueeze(-1)
         if grads.hidden is not None:
-            self.times_weight(g, grads.hidden)
+            self.times_weight(e, grads.hidden)
             grads.hidden.mul_(c)
         if grads.weight is not None:
             scaled = (self.tokens(slice(None)) * c).to(self.dtype)
             step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
-            for v0, v1 in self.vocabulary(0, g.shape[1], step):
-                self.into(g[:, v0:v1].T, scaled, grads.weight[v0:v1])
+            for v0, v1 in self.vocabulary(0, e.shape[1], step):
+                self.into(e[:, v0:v1].T, scaled, grads.weight[v0:v1])
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
             high = c.to(self.dtype)
-            two = self.empty(g.shape[1], 2)
-            self.passes.product(g.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
-            grads.bias[: g.shape[1]] = two.sum(-1)
+            two = self.empty(e.shape[1], 2)
+            self.passes.product(e.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
+            grads.bias[: e.shape[1]] = two.sum(-1)
 
     def recompute(self, first: int, parts: list[slice], saved: Saved, incoming: OutputGrads, grads: InputGrads) -> None:
         """Both products of the vocabulary from ``first`` on, each slice of it for all ``parts`` in turn.
@@ -216,16 +219,16 @@ class _Loops:
         """
         if first == self.problem.n_vocab:
             return
-        longest, start = parts[0].stop - parts[0].start, parts[0].start
-        logits = self.empty(longest * self.block)
-        g_tile = logits if self.dtype == self.problem.wide else self.empty(longest * self.block, dtype=self.dtype)
+        start = parts[0].start
+        logits = self.tile_memory(self.problem.wide)
+        g_tile = logits if self.dtype == self.problem.wide else self.tile_memory(self.dtype)
         head = _HeadSums(self, len(parts), grads)
         tokens = self.tokens(slice(start, parts[-1].stop))
         for v0, v1 in self.vocabulary(first, self.problem.n_vocab):
             for i, part in enumerate(parts):
                 h = tokens[part.start - start : part.stop - start]
                 tile = self.tile(h, self.problem.labels[part], logits, v0, v1)
-                g = g_tile[: tile.x.numel()].view(tile.x.shape)
+                g = tile_in(g_tile, *tile.x.shape)
                 self.passes.grad(tile, saved.chunk(part), incoming.chunk(part), g)
                 if grads.hidden is not None:
                     sums = grads.hidden[part.start - start : part.stop - start]
@@ -239,7 +242,7 @@ class _Loops:
             yield self.tile(h, labels, logits, v0, v1)
 
     def tile(self, h: Tensor, labels: Tensor, logits: Tensor, v0: int, v1: int) -> Tile:
-        x = logits[: len(h) * (v1 - v0)].view(len(h), v1 - v0)
+        x = tile_in(logits, len(h), v1 - v0)
         self.passes.product(h, self.slice_of_weight(v0, v1).T, x)
         bias = None if self.bias is None else self.bias[v0:v1]
         return Tile(x, bias, labels, v0, self.problem.transform)
@@ -286,18 +289,27 @@ class _Loops:
     def slice_of_weight(self, v0: int, v1: int) -> Tensor:
         return self.problem.weight[v0:v1].to(self.dtype)
 
-    def cached(self, cache: Tensor) -> Tensor | None:
-        """The part of ``cache`` that holds g [N, columns]."""
-        n = self.problem.n_tokens
-        columns, stride = cached_columns(self.schedule, n, self.problem.n_vocab, self.dtype.itemsize)
-        if not columns:
-            return None
-        return cache[: n * stride * self.dtype.itemsize].view(self.dtype).view(n, stride)[:, :columns]
+    def tile_memory(self, dtype: torch.dtype) -> Tensor:
+        """Room for one tile; see `tile_in`."""
+        return self.empty(self.longest * up(self.block, 8), dtype=dtype)
 
-    def jacobian(self, cache: Tensor) -> Tensor:
-        """D logps / d hidden [N, H], where that is what the cache holds."""
-        shape, wide = (self.problem.n_tokens, self.problem.n_hidden), self.problem.wide
-        return cache[: shape[0] * shape[1] * wide.itemsize].view(wide).view(shape)
+    def kept(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What ``cache`` holds: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
+        n, h, wide = self.problem.n_tokens, self.problem.n_hidden, self.problem.wide
+        dtype, (columns, stride) = self.dtype, cached_columns(self.schedule, n, self.problem.n_vocab, self.dtype.itemsize)
+        if self.schedule.keeps_jacobian:
+            columns, stride, dtype = h, h, wide
+        if not columns:
+            return None, None, None
+        end = n * stride * dtype.itemsize
+        rows, factors = cache[:end].view(dtype), cache[end : end + n * wide.itemsize].view(wide)
+        rows = rows.view(n, stride)[:, :columns]
+        return (None, rows, factors) if self.schedule.keeps_jacobian else (rows, None, factors)
+
+
+def tile_in(memory: Tensor, n: int, width: int) -> Tensor:
+    """[n, width] at the start of ``memory``, with rows that begin at multiples of 16 bytes, as products want them."""
+    return memory[: n * up(width, 8)].view(n, up(width, 8))[:, :width]
 
 
 class _HeadSums:

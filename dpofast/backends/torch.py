@@ -30,6 +30,12 @@ def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
     return (local >= 0) & (local < width), local.clamp(0, width - 1).unsqueeze(-1)
 
 
+def put_label(e: Tensor, labels: Tensor, own: Tensor) -> None:
+    """The entries ``own`` [n] of the labels that lie in the columns of ``e``."""
+    inside, index = _label_place(labels, 0, e.shape[1])
+    e.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.to(e.dtype).unsqueeze(-1), e.gather(1, index)))
+
+
 def _transformed(tile: Tile) -> Tensor:
     """z [n, width], in the place of x."""
     temperature, logit_scale, softcap = tile.transform
@@ -40,7 +46,7 @@ def _transformed(tile: Tile) -> Tensor:
     return tile.x.mul_(logit_scale / temperature)
 
 
-def _slope(z: Tensor, transform: Transform) -> Tensor | float:
+def slope(z: Tensor, transform: Transform) -> Tensor | float:
     """dz / dx."""
     temperature, logit_scale, softcap = transform
     if not softcap:
@@ -83,11 +89,11 @@ class TorchPasses:
         safe = torch.where(m == -torch.inf, 0.0, m)
         shift = torch.where(stats[S.M] == -torch.inf, 0.0, stats[S.M] - safe)
         factor = (stats[S.M] - safe).exp()
-        slope = 1.0 if exps is None else _slope(z, tile.transform)
+        bend = 1.0 if exps is None else slope(z, tile.transform)
         e = (z - safe.unsqueeze(-1)).exp_()
         if exps is not None:
-            torch.mul(e, slope, out=exps.e)
-            exps.shift.copy_(safe)
+            torch.mul(e, bend, out=exps.tile(tile.v0, tile.v0 + z.shape[1]))
+            exps.shifts[tile.v0 // exps.block].copy_(safe)
         if "entropy" in outputs:
             z.sub_(safe.unsqueeze(-1)).clamp_(min=FLOOR_LOGP).mul_(e)
             stats[S.SUM_X] = (stats[S.SUM_X] + shift * stats[S.SUM]) * factor + z.sum(-1)
@@ -122,21 +128,19 @@ class TorchPasses:
         }
         return {name: results[name] for name in ("logps", "lse", *outputs)}
 
-    def normalise(
-        self, e: Tensor, shifts: Tensor, block: int, labels: Tensor, transform: Transform, stats: Tensor,
-        results: dict[str, Tensor],
-    ) -> None:  # fmt: skip
+    def seal(
+        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+    ) -> None:
         z_max, log_sum = results["lse"].unbind(-1)
-        factors = ((shifts - z_max) - log_sum).exp().neg_().unsqueeze(-1)
-        for factor, v0 in zip(factors, range(0, e.shape[1], block)):
-            e[:, v0 : v0 + block] *= factor
-        inside, index = _label_place(labels, 0, e.shape[1])
-        own = (-torch.expm1(results["logps"]) * _slope(stats[Stat.Z_LABEL], transform)).to(e.dtype)
-        e.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.unsqueeze(-1), e.gather(1, index)))
+        factors = ((exps.shifts - z_max) - log_sum).exp().neg_().unsqueeze(-1)
+        for of_tile, v0 in zip(factors, range(0, exps.e.shape[1], exps.block)):
+            exps.e[:, v0 : v0 + exps.block] *= of_tile
+        put_label(exps.e, labels, -torch.expm1(results["logps"]) * slope(stats[Stat.Z_LABEL], transform))
+        factor.fill_(1)
 
     def grad(self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor) -> None:
         z = _transformed(tile)
-        slope = _slope(z, tile.transform)
+        bend = slope(z, tile.transform)
         z_max, log_sum = saved.lse.unsqueeze(-2).unbind(-1)
         log_p = z.sub_(z_max).sub_(log_sum)
         p = log_p.exp()
@@ -151,7 +155,7 @@ class TorchPasses:
             g.add_(c.unsqueeze(-1)).mul_(p).neg_()
         own = (own - torch.expm1(saved.logps) * c).unsqueeze(-1)
         g.scatter_(1, index, torch.where(inside.unsqueeze(-1), own, g.gather(1, index)))
-        torch.mul(g, slope, out=out)
+        torch.mul(g, bend, out=out)
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         x = take(problem.logits, problem.positions).to(problem.wide)

@@ -30,8 +30,9 @@ class TritonPasses(GpuPasses):
         blocks = self.blocks(x.device)
         logprob_fold(x, tile.offsets, tile.bias, tile.labels, tile.v0, transform, stats, bool(outputs), blocks)
         if exps is not None:
-            exps.shift.copy_(stats[Stat.M]).masked_fill_(exps.shift == -torch.inf, 0.0)
-            logprob_keep(x, tile.bias, transform, exps.shift, exps.e)
+            shift = exps.shifts[tile.v0 // exps.block]
+            shift.copy_(stats[Stat.M]).masked_fill_(shift == -torch.inf, 0.0)
+            logprob_keep(x, tile.bias, transform, shift, exps.tile(tile.v0, tile.v0 + x.shape[1]))
 
     def grad(
         self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None

@@ -114,9 +114,8 @@ class _Counter:
         self.logits += n * v * a  # folded
         self.launches += self.pieces(v) * self.parts + self.parts
         if self.columns:
-            self.logits += n * self.columns * a
-            self.kept += 3 * n * self.columns * e  # stored, then read and written once more by normalise
-            self.launches += 2 * self.pieces(self.columns) * self.parts
+            self.kept += n * self.columns * e  # stored by the pass that folds
+            self.launches += self.parts  # and sealed
         if self.schedule.keeps_jacobian:
             self.times_weight(v, self.parts)
 
@@ -125,7 +124,7 @@ class _Counter:
         e, a, weight = self.traits.elem, self.traits.acc, self.request.weight_dtype.itemsize
         if self.request.to_hidden:
             self.times_weight(self.columns, 1)
-        slices = self.pieces(self.columns)
+        slices = 1 if weight in (e, a) else self.pieces(self.columns)
         self.kept += self.n * self.columns * e
         self.operands += self.n * self.h * e * slices + self.columns * self.h * (weight if weight in (e, a) else a)
         self.launches += slices

@@ -19,10 +19,13 @@ def tiled_traits(backend: str, hidden_dtype: torch.dtype, weight_dtype: torch.dt
 
 
 def cached_columns(schedule: Schedule, n: int, v: int, elem: int) -> tuple[int, int]:
-    """How many vocabulary columns of g [n, columns] a tiled backend's cache holds, and the stride of its rows."""
+    """How many vocabulary columns of e [n, columns] a tiled backend's cache holds, and the stride of its rows.
+
+    The factors of the rows lie behind them: n accumulators.
+    """
     if not schedule.keeps_exps:
         return 0, 0
-    fit, whole = schedule.cache_bytes // (n * elem), up(v, 8)
+    fit, whole = (schedule.cache_bytes - n * max(elem, 4)) // (n * elem), up(v, 8)
     columns = fit // schedule.block * schedule.block
     return (v, whole) if fit >= whole else (columns, columns)
 
@@ -31,7 +34,7 @@ class _Needs:
     """Bytes of the buffers of dpofast/backends/tiled.py, for one size of tile."""
 
     def __init__(self, n, h, v, traits: TiledTraits, chunk, block):
-        self.n, self.h, self.v, self.t, self.chunk, self.block = n, h, v, traits, chunk, block
+        self.n, self.h, self.v, self.t, self.chunk, self.block = n, h, v, traits, chunk, up(block, 8)
         self.weight_slice = block * h * traits.elem if traits.converts_weight else 0
 
     def _tokens(self, n):
@@ -70,12 +73,13 @@ def _tile_sizes(n, v, acc, tile_bytes):
 def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> Iterator[Schedule]:
     """For one size of tile: the schedules that fit, those that are never worse than a later one only."""
     r, need = request, _Needs(*request[:3], traits, *size)
+    factors = r.n_tokens * traits.acc
 
     def schedule(name: str, workspace: int, cache: int = 0, share: float = 0.0) -> Schedule:
-        return Schedule(name, need.block, need.chunk, cache, workspace, share)
+        return Schedule(name, size[1], need.chunk, cache, workspace, share)
 
     if not r.to_weight:
-        jacobian, v = r.n_tokens * r.n_hidden * traits.acc, r.n_vocab
+        jacobian, v = r.n_tokens * r.n_hidden * traits.acc + factors, r.n_vocab
         again = need.recompute(True, False) if r.entropy else need.chunk * r.n_hidden * traits.acc
         whole = max(need.forward(v, v), again)
         if r.keeps and r.to_hidden and jacobian + whole <= r.budget and need.chunk >= min(r.n_tokens, 128):
@@ -86,16 +90,16 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> 
             yield schedule("recompute" if r.to_hidden else "score", workspace)
         return
     recompute = need.recompute(r.to_hidden, True)
-    everything = r.n_tokens * up(r.n_vocab, 8) * traits.elem
+    everything = r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
     whole = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden), recompute if r.entropy else 0)
     if r.keeps and everything + whole <= r.budget:
         yield schedule("cached", whole, everything, 1.0)
         return
     # In a mixed backward the sums and the tokens of both halves are alive together.
     mixed = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden) + need.recompute(False, True))
-    columns = max(0, r.budget - mixed) // (r.n_tokens * traits.elem) // need.block * need.block
+    columns = max(0, r.budget - mixed - factors) // (r.n_tokens * traits.elem) // size[1] * size[1]
     if r.keeps and columns:
-        yield schedule("mixed", mixed, columns * r.n_tokens * traits.elem, columns / r.n_vocab)
+        yield schedule("mixed", mixed, columns * r.n_tokens * traits.elem + factors, columns / r.n_vocab)
     workspace = max(need.forward(), recompute)
     if workspace <= r.budget:
         yield schedule("recompute", workspace)

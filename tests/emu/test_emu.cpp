@@ -373,8 +373,7 @@ void check(const Case& c) {
     a.bias = c.bias ? bias.data(v0) : nullptr;
     a.labels = labels.data();
     a.temperature = c.temperature, a.logit_scale = c.scale, a.softcap = c.softcap;
-    a.z_max = lse.data(), a.log_sum = lse.data(1), a.lse_stride = 2;
-    a.logps = logps.data(), a.grad_logps = grad_logps.data();
+    a.logps = logps.data(), a.lse = lse.data(), a.grad_logps = grad_logps.data();
     a.entropy = entropy.data(), a.grad_entropy = c.entropy ? grad_entropy.data() : nullptr;
     a.out = out.all.data(c.offset + v0);
     a.out_offsets = c.scattered ? out.starts.data() : nullptr;
@@ -395,32 +394,88 @@ void check(const Case& c) {
     for (int64_t i = v; i < out.ld; ++i) expect(out.all[out.offset + row * out.ld + i], kNaN, 0, "a gap", row, i, c);
 }
 
-// Without labels: dz/dx exp(z - z_max), in place, and a reference of -inf counts as 0.
-void check_unnormalised(DType t) {
-  const int64_t n = 3, v = 333;
+// What a row of the kept exponentials must survive: at the k-th tile, of three.
+enum class Trouble { none, grows, grows_twice, shrinks, minus_inf, plus_inf, nan, all_minus_inf, sure };
+
+// Keeps the exponentials of a problem in three tiles and seals them: factor e is d logps / d x.
+void check_kept(DType t, DType kept, Trouble trouble, bool folds, bool bias, double softcap) {
+  const int64_t n = 5, v = 1500, tile = 512, ld = 1504;
   const DType acc = t == DType::f64 ? DType::f64 : DType::f32;
-  Case c{n, v, v, t, t};
-  c.temperature = 0.7, c.softcap = 5;
-  Rows x(t, n, v, v + 2, 1);
-  Vector z_max(acc, n);
-  std::vector<double> want;
+  Case c{n, v, tile, t, kept};
+  c.bias = bias, c.softcap = softcap, c.temperature = 0.7, c.scale = 1.3;
+  Rows x(t, n, v, ld, 0), e(kept, n, v, ld, 0);
+  Vector biases(acc, v), stats(acc, kStats * n, 0), shifts(acc, 3 * n), factor(acc, n);
+  std::vector<int64_t> labels;
+  for (int64_t i = 0; i < v; ++i) biases.put(i, uniform());
   for (int64_t row = 0; row < n; ++row) {
-    z_max.put(row, row == 1 ? -kInf : row + 1.0);
+    labels.push_back(row == 0 ? 3 : row == 1 ? v - 1 : int64_t(random_numbers.below(unsigned(v))));
     for (int64_t i = 0; i < v; ++i) {
-      x.all.put(x.at(false, row, i), 3 * uniform());
-      const double u = std::tanh(x.all[x.at(false, row, i)] / 5), z = 5 * u / 0.7;
-      want.push_back((1 - u * u) / 0.7 * std::exp(z - (row == 1 ? 0 : row + 1.0)));
+      double at = 3 * uniform();
+      const int64_t k = i / tile;
+      if (row % 2 == 1) {
+        if (trouble == Trouble::grows) at += k == 0 ? -80 : 80;
+        if (trouble == Trouble::grows_twice) at += 70 * double(k);
+        if (trouble == Trouble::shrinks) at += k == 0 ? 80 : -80;
+        if (trouble == Trouble::minus_inf && k == 0) at = -kInf;
+        if (trouble == Trouble::plus_inf && i == 2 * tile + 9) at = kInf;
+        if (trouble == Trouble::nan && i == tile + 1) at = kNaN;
+        if (trouble == Trouble::all_minus_inf && i != labels.back()) at = -kInf;
+        if (trouble == Trouble::sure && i == labels.back()) at = 120;
+      }
+      x.all.put(x.at(false, row, i), at);
     }
   }
-  GradArgs a{};
-  a.x = a.out = x.all.data(1);
-  a.ld = a.out_ld = x.ld, a.n = n, a.width = a.part = v, a.splits = 1;
-  a.temperature = 0.7, a.logit_scale = 1, a.softcap = 5;
-  a.z_max = z_max.data(), a.lse_stride = 1, a.grad_logps_value = -1;
-  launch_logprob_grad(t, t, a, nullptr);
-  const double round = t == DType::bf16 ? 1 / 256.0 : t == DType::f16 ? 1 / 2048.0 : 1e-5;
-  for (int64_t i = 0; i < n * v; ++i)
-    expect(x.all[x.at(false, i / v, i % v)], want[size_t(i)], round * want[size_t(i)] + 1e-7, "unnormalised", i / v, i % v, c);
+  std::vector<Naive> want;
+  for (int64_t row = 0; row < n; ++row) {
+    std::vector<double> logits;
+    for (int64_t i = 0; i < v; ++i) logits.push_back(x.all[x.at(false, row, i)] + (bias ? biases[i] : 0));
+    want.emplace_back(logits, labels[size_t(row)], c, 1, 0);
+    for (int column : {kM, kTopBefore, kZLabel}) stats.put(column * n + row, -kInf);
+  }
+  const int64_t part = folds ? tile : 200, splits = ceil_div(tile, part);
+  Vector partials(acc, splits * kStats * n);
+  auto fill = [&](TileArgs& a, int64_t v0) {
+    a.x = x.all.data(v0), a.ld = ld, a.n = n, a.width = std::min(tile, v - v0), a.v0 = v0;
+    a.bias = bias ? biases.data(v0) : nullptr, a.labels = labels.data();
+    a.temperature = c.temperature, a.logit_scale = c.scale, a.softcap = softcap;
+    a.part = part, a.splits = ceil_div(a.width, part);
+  };
+  for (int64_t v0 = 0; v0 < v; v0 += tile) {
+    if (!folds) {
+      FoldArgs a{};
+      fill(a, v0);
+      a.stats = stats.data(), a.partials = partials.data(), a.outputs = 15;
+      launch_logprob_fold(t, a, nullptr);
+    }
+    KeepArgs a{};
+    fill(a, v0);
+    a.folds = folds, a.stats = stats.data(), a.out = e.all.data(), a.out_ld = ld;
+    a.shift_before = v0 ? shifts.data((v0 / tile - 1) * n) : nullptr, a.shift = shifts.data(v0 / tile * n);
+    launch_logprob_keep(t, kept, a, nullptr);
+  }
+  Vector logps(acc, n), lse(acc, 2 * n);
+  FinishArgs f{};
+  f.stats = stats.data(), f.labels = labels.data(), f.n = n, f.v = v, f.logps = logps.data(), f.lse = lse.data();
+  launch_logprob_finish(acc, f, nullptr);
+  SealArgs s{};
+  s.stats = stats.data(), s.lse = lse.data(), s.shift = shifts.data(2 * n), s.labels = labels.data(), s.n = n, s.width = v;
+  s.temperature = c.temperature, s.logit_scale = c.scale, s.softcap = softcap;
+  s.factor = factor.data(), s.out = e.all.data(), s.out_ld = ld;
+  launch_logprob_seal(acc, kept, s, nullptr);
+  const double round = kept == DType::bf16 ? 1 / 256.0 : kept == DType::f16 ? 1 / 2048.0 : 0;
+  const double eps = acc == DType::f64 ? 1e-11 : 3e-5;
+  for (int64_t row = 0; row < n; ++row) {
+    const Naive& w = want[size_t(row)];
+    expect(logps[row], w.logp, eps * (10 + std::fabs(w.logp)), "logps of kept rows", row, int64_t(trouble), c);
+    for (int64_t i = 0; i < v; ++i) {
+      // With fp16 the label's entry is the caller's, and what is 2^-24 of the row's largest is lost.
+      if (kept == DType::f16 && i == labels[size_t(row)]) continue;
+      const double g = w.grad[size_t(i)], tiny = kept == DType::f16 ? 1e-7 : 1e-9;
+      expect(factor[row] * e.all[e.at(false, row, i)], g, (round + eps) * std::fabs(g) + tiny, "kept", row, i, c);
+    }
+  }
+  for (int64_t row = 0; row + 1 < n; ++row)
+    for (int64_t i = v; i < ld; ++i) expect(e.all[row * ld + i], kNaN, 0, "a gap of kept rows", row, i, c);
 }
 
 // Two blocks for nine rows: each takes several, and shared memory is used again for the next.
@@ -429,7 +484,8 @@ void check_few_blocks() {
   Case c{n, v, v, DType::f32, DType::f32};
   Rows x(DType::f32, n, v, v, 0), out(DType::f32, n, v, v, 0);
   std::vector<int64_t> labels(size_t(n), 7);
-  Vector stats(DType::f32, kStats * n, 0), z_max(DType::f32, n), zero(DType::f32, n, 0), logps(DType::f32, n);
+  Vector stats(DType::f32, kStats * n, 0), lse(DType::f32, 2 * n, 0), ones(DType::f32, n, 1),
+      logps(DType::f32, n);
   std::vector<Naive> want;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> logits;
@@ -439,19 +495,19 @@ void check_few_blocks() {
     }
     want.emplace_back(logits, 7, c, 1, 0);
     for (int column : {kM, kTopBefore, kZLabel}) stats.put(column * n + row, -kInf);
-    z_max.put(row, want.back().lse);
+    lse.put(2 * row, want.back().lse);
     logps.put(row, want.back().logp);
   }
   const Transform<float> transform = make_transform<float>(1, 1, 0);
   FoldArgs a{};
   a.x = x.all.data(), a.ld = a.width = a.part = v, a.n = n, a.splits = 1, a.labels = labels.data(), a.outputs = 15;
   a.stats = stats.data();
-  emu::launch(2, kThreads, [&] { logprob_fold_kernel<float, true>(a, transform); });
+  emu::launch(2, kThreads, [&] { logprob_fold_kernel<float, true, false>(a, transform); });
   GradArgs g{};
   g.x = x.all.data(), g.ld = g.width = g.part = g.out_ld = v, g.n = n, g.splits = 1, g.labels = labels.data();
-  g.z_max = z_max.data(), g.log_sum = zero.data(), g.lse_stride = 1, g.logps = logps.data(), g.grad_logps_value = 1;
+  g.lse = lse.data(), g.logps = logps.data(), g.grad_logps = ones.data();
   g.out = out.all.data();
-  emu::launch(2, kThreads, [&] { logprob_grad_kernel<float, float>(g, transform); });
+  emu::launch(2, kThreads, [&] { logprob_grad_kernel<float, float, true>(g, transform); });
   for (int64_t row = 0; row < n; ++row) {
     const Naive& w = want[size_t(row)];
     expect(stats[kM * n + row] + std::log(stats[kSum * n + row]), std::log(std::exp(w.lse) - std::exp(w.z[7])), 2e-5,
@@ -498,7 +554,8 @@ void check_far_rows(bool scattered) {
   GradArgs g{};
   g.x = g.out = all, g.row_offsets = g.out_offsets = a.row_offsets, g.ld = g.out_ld = a.ld, g.n = n;
   g.width = g.part = v, g.splits = 1, g.labels = labels.data(), g.temperature = g.logit_scale = 1;
-  g.z_max = lse.data(), g.log_sum = lse.data(1), g.lse_stride = 2, g.logps = logps.data(), g.grad_logps_value = 1;
+  const std::vector<float> ones = {1, 1};
+  g.lse = lse.data(), g.logps = logps.data(), g.grad_logps = ones.data();
   launch_logprob_grad(DType::bf16, DType::bf16, g, nullptr);
   for (int64_t row = 0; row < n; ++row) {
     expect(logps[row], want[size_t(row)].logp, 1e-4, "logps of far rows", row, 0, c);
@@ -544,7 +601,13 @@ int kernels() {
   for (emu::seed = 1; emu::seed <= kSeeds; ++emu::seed) {
     if (const int wrong = wrong_shuffles()) std::printf("%d shuffles are wrong\n", wrong), ++failures;
     for (const Case& c : cases()) check(c);
-    for (DType t : {DType::f32, DType::f64, DType::bf16, DType::f16}) check_unnormalised(t);
+    const DType kinds[][2] = {{DType::f32, DType::bf16}, {DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::f32, DType::f16}};
+    for (const auto& kind : kinds)
+      for (int trouble = 0; trouble <= int(Trouble::sure); ++trouble)
+        for (bool folds : {true, false}) {
+          check_kept(kind[0], kind[1], Trouble(trouble), folds, false, 0);
+          check_kept(kind[0], kind[1], Trouble(trouble), folds, true, trouble % 2 ? 0 : 60);
+        }
     check_few_blocks();
     check_far_rows(false);
     check_far_rows(true);
