@@ -26,7 +26,6 @@ from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
 from dpofast.backends.cuda import CudaPasses
 from dpofast.backends.tiled import Exps, Tile
 
-Measure = Callable[..., None]
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -63,7 +62,7 @@ class Sweep:
 
     def write(self) -> None:
         if self.out is not None:
-            self.out.write_text(json.dumps(self.results, indent=0) + "\n")
+            self.out.write_text("[\n" + ",\n".join(map(json.dumps, self.results)) + "\n]\n")
 
     def rand(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
@@ -118,10 +117,11 @@ def products(sweep: Sweep, h: int, chunks: tuple[int, ...], blocks: tuple[int, .
         for block in blocks:
             flops = 2.0 * chunk * block * h
             slices, sums = blocks_of(weight, block, flops), sweep.empty(chunk, h, dtype=FP32).zero_()
+            part = g[:chunk, :block].contiguous()
 
-            def run(slices=slices, sums=sums, g=g[:chunk, :block].contiguous()) -> None:
+            def run(slices=slices, sums=sums, part=part) -> None:
                 for w in slices:
-                    add_mm(sums, g, w)
+                    add_mm(sums, part, w)
 
             sweep.add(name, [chunk, block, h], run, len(slices), flops)
     table(sweep, name, h, chunks, blocks)
@@ -168,36 +168,36 @@ def passes(sweep: Sweep, chunk: int, megabytes: tuple[float, ...]) -> None:
     """What happens to a tile, by its size in fp32; bytes are those that a pass reads and writes at least."""
     since, kernels = len(sweep.results), CudaPasses(cuda_library(sweep.rehearse), 8 if sweep.rehearse else None)
     for size in megabytes:
-        width = max(64, int(size * 1e6) // (4 * chunk) // 64 * 64)
-        n, shape = chunk * width, [chunk, width]
-        x, e = sweep.rand(chunk, width, dtype=FP32), sweep.empty(chunk, width)
-        labels = torch.randint(width, (chunk,), device=sweep.device)
-        beyond = torch.full_like(labels, -1)  # no label lies in this tile
-        stats, shift = kernels.new_stats(chunk, FP32, sweep.device), sweep.empty(chunk, dtype=FP32)
-        tile, plain = Tile(x, None, labels, 0, Transform()), Tile(x, None, beyond, 0, Transform())
-        fold = sweep.add(f"fold {size:g} MB", shape, lambda: kernels.fold(tile, stats, (), None), 1, 0, 4 * n)
-        both = sweep.add(
-            f"fold + keep {size:g} MB", shape, lambda: kernels.fold(tile, stats, (), Exps(e, shift)), 1, 0, 10 * n
-        )
-        if fold and both:
-            keep = {"seconds": both - fold, "gb_per_s": 6 * n / max(both - fold, 1e-9) / 1e9}
-            sweep.results.append({"name": f"keep {size:g} MB (difference)", "shape": shape} | keep)
-        outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-        sweep.add(f"fold, all outputs {size:g} MB", shape, lambda: kernels.fold(tile, stats, outputs, None), 1, 0, 4 * n)
-        try:
-            stats = kernels.new_stats(chunk, FP32, sweep.device)
-            kernels.fold(tile, stats, (), Exps(e, shift))
-            results = kernels.finish(stats, labels, width, ())
-            saved, c = Saved(results["logps"], results["lse"]), OutputGrads(torch.ones_like(results["logps"]))
-        except Exception as error:
-            print(f"fold and finish: {first_line(error)}")
-            continue
-        sweep.add(f"grad {size:g} MB", shape, lambda: kernels.grad(tile, saved, c, e), 1, 0, 6 * n)
-        sweep.add(f"grad, no labels {size:g} MB", shape, lambda: kernels.grad(plain, saved, c, e), 1, 0, 6 * n)
-        normalise = lambda: kernels.normalise(e, shift[None], width, labels, Transform(), stats, results)  # noqa: E731
-        sweep.add(f"normalise {size:g} MB", shape, normalise, 1, 0, 4 * n)
+        passes_of(sweep, kernels, chunk, max(64, int(size * 1e6) // (4 * chunk) // 64 * 64), f"{size:g} MB")
     last_lines(sweep, since)
     sweep.write()
+
+
+def passes_of(sweep: Sweep, kernels: CudaPasses, chunk: int, width: int, size: str) -> None:
+    x, e = sweep.rand(chunk, width, dtype=FP32), sweep.empty(chunk, width)
+    labels = torch.randint(width, (chunk,), device=sweep.device)
+    beyond = torch.full_like(labels, -1)  # no label lies in this tile
+    stats, shift = kernels.new_stats(chunk, FP32, sweep.device), sweep.empty(chunk, dtype=FP32)
+    tile, plain = Tile(x, None, labels, 0, Transform()), Tile(x, None, beyond, 0, Transform())
+    outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+    n, shape = chunk * width, [chunk, width]
+
+    def add(name: str, bytes_each: int, work: Callable[[], object]) -> float | None:
+        return sweep.add(f"{name} {size}", shape, work, n_bytes=bytes_each * n)
+
+    fold = add("fold", 4, lambda: kernels.fold(tile, stats, (), None))
+    both = add("fold + keep", 10, lambda: kernels.fold(tile, stats, (), Exps(e, shift)))
+    if fold and both:
+        keep = {"seconds": both - fold, "gb_per_s": 6 * n / max(both - fold, 1e-9) / 1e9}
+        sweep.results.append({"name": f"keep {size} (difference)", "shape": shape} | keep)
+    add("fold, all outputs", 4, lambda: kernels.fold(tile, stats, outputs, None))
+    fresh = kernels.new_stats(chunk, FP32, sweep.device)
+    kernels.fold(tile, fresh, (), Exps(e, shift))
+    results = kernels.finish(fresh, labels, width, ())
+    saved, c = Saved(results["logps"], results["lse"]), OutputGrads(torch.ones_like(results["logps"]))
+    add("grad", 6, lambda: kernels.grad(tile, saved, c, e))
+    add("grad, no labels", 6, lambda: kernels.grad(plain, saved, c, e))
+    add("normalise", 4, lambda: kernels.normalise(e, shift[None], width, labels, Transform(), fresh, results))
 
 
 def from_logits(sweep: Sweep, n: int, v: int) -> None:
@@ -211,7 +211,8 @@ def from_logits(sweep: Sweep, n: int, v: int) -> None:
     sweep.add("logprob forward, bf16", [n, v], lambda: kernels.logits_forward(problem, ()), 1, 0, 2 * n * v)
     results = kernels.logits_forward(problem, ())
     saved, c = Saved(results["logps"], results["lse"]), OutputGrads(torch.ones_like(results["logps"]))
-    sweep.add("logprob backward, bf16", [n, v], lambda: kernels.logits_backward(problem, saved, c, other), 1, 0, 4 * n * v)
+    backward = lambda: kernels.logits_backward(problem, saved, c, other)  # noqa: E731
+    sweep.add("logprob backward, bf16", [n, v], backward, 1, 0, 4 * n * v)
     leaf = logits.requires_grad_()
 
     def step() -> None:
@@ -252,7 +253,9 @@ def host(sweep: Sweep, n: int, h: int, v: int) -> None:
         done = (time.perf_counter() - start) / count
         entry = {"name": f"host, {name}", "shape": [n, h, v], "seconds": queued, "seconds_with_device": done}
         sweep.results.append(entry)
-        print(f"host, {name:<20} {[n, h, v]} {queued * 1e6:8.0f} us a call, {done * 1e6:8.0f} with the device", flush=True)
+        print(
+            f"host, {name:<20} {[n, h, v]} {queued * 1e6:7.0f} us a call, {done * 1e6:7.0f} with the device", flush=True
+        )
     sweep.write()
 
 

@@ -139,7 +139,10 @@ def main() -> None:
             except Exception as error:
                 right, text = False, first_line(error)
             failed += not right
-            print(f"{'OK  ' if right else 'FAIL'} {backend:<6} {case} {text}  ({time.perf_counter() - start:.2f}s)", flush=True)
+            print(
+                f"{'OK  ' if right else 'FAIL'} {backend:<6} {case} {text}  ({time.perf_counter() - start:.2f}s)",
+                flush=True,
+            )
     print(f"{failed} failed" if failed else "all right", flush=True)
     sys.exit(failed > 0)
 

@@ -35,10 +35,16 @@ def _liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return loss(w, pairs, y[: 2 * half].view(2, half))[0]
 
 
-def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor, on_gpu: str = "cce") -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, y, reduction="sum", impl="torch_compile", ignore_index=IGNORE)
+    impl = on_gpu if h.is_cuda else "torch_compile"  # its kernels are for GPUs
+    return linear_cross_entropy(h, w, y, reduction="sum", impl=impl, ignore_index=IGNORE)
+
+
+def _cut_cross_entropy_exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """With no gradient left out for being small."""
+    return _cut_cross_entropy(h, w, y, "cce_exact")
 
 
 def _torch_linear_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -52,6 +58,7 @@ PEERS = {
     "cut-cross-entropy": _cut_cross_entropy,
     "F.linear_cross_entropy": _torch_linear_cross_entropy,
 }
+ON_GPU = PEERS | {"cut-cross-entropy, exact": _cut_cross_entropy_exact}
 
 
 def times(states, rounds: int, ratio: Callable, products: Callable) -> dict[str, tuple[float, float]]:
