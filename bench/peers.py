@@ -35,16 +35,17 @@ def _liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return loss(w, pairs, y[: 2 * half].view(2, half))[0]
 
 
-def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor, on_gpu: str = "cce") -> Tensor:
+def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor, filter_eps: str | None = "high") -> Tensor:
+    """By default it leaves out gradients of probabilities below 2**-12."""
     from cut_cross_entropy import linear_cross_entropy
 
-    impl = on_gpu if h.is_cuda else "torch_compile"  # its kernels are for GPUs
-    return linear_cross_entropy(h, w, y, reduction="sum", impl=impl, ignore_index=IGNORE)
+    options = {"impl": "cce", "filter_eps": filter_eps} if h.is_cuda else {"impl": "torch_compile"}
+    return linear_cross_entropy(h, w, y, reduction="sum", ignore_index=IGNORE, **options)
 
 
 def _cut_cross_entropy_exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """With no gradient left out for being small."""
-    return _cut_cross_entropy(h, w, y, "cce_exact")
+    """What its later versions call "cce_exact": nothing is left out."""
+    return _cut_cross_entropy(h, w, y, None)
 
 
 def _torch_linear_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
