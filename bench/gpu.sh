@@ -63,7 +63,7 @@ step() {
   esac
   # Of a long log the failures too, which are rarely at its end.
   grep -E '^(FAIL|FAILED|ERROR) ' "$state/$name.log" | head -n 40 >> "$report"
-  tail -n 60 "$state/$name.log" >> "$report"
+  tail -n 120 "$state/$name.log" >> "$report"
   grep -v '^$' "$state/$name.log" | tail -n "$lines" | cut -c 1-170
   collect
 }
@@ -89,16 +89,24 @@ else
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "bench/gpu.sh: torch sees no CUDA GPU here: python3 -m dpofast.env_info says more" >&2; exit 1; }
   nvidia-smi --query-gpu=name,driver_version,compute_cap,clocks.max.sm,power.limit --format=csv,noheader | tee -a "$report"
-  carried=$PWD/.gpu/site
-  stamp=$(cat "$carried/sources.sha256" 2> /dev/null)
-  if [ -d "$carried" ] && [ "${stamp:-none}" != none ] && [ "$stamp" != "$(sources)" ]; then
-    say "site: .gpu/site was built from other sources"
-  elif [ -d "$carried" ] && usable "$carried"; then
-    rm -rf "$site" && cp -r "$carried" "$site"
-    [ -z "$stamp" ] && say "site: .gpu/site has no sources.sha256, so nobody knows which C++ and CUDA sources it is of"
-  fi
-  if [ -d "$site" ] && usable "$site" && [ "${stamp:-}" = "$(cat "$site/sources.sha256" 2> /dev/null)" ]; then
-    say "site: carried or built before"
+  found=
+  for place in "$PWD/.gpu/site" "$site"; do
+    [ -d "$place" ] || continue
+    if ! usable "$place"; then
+      say "site: ${place#"$PWD"/} cannot be used, see site.log"
+    elif [ ! -e "$place/sources.sha256" ]; then
+      found=$place
+      say "site: ${place#"$PWD"/} does not say of which C++ and CUDA sources it is (sources.sha256)"
+    elif [ "$(cat "$place/sources.sha256")" = "$(sources)" ]; then
+      found=$place
+      say "site: ${place#"$PWD"/}"
+    else
+      say "site: ${place#"$PWD"/} is of other C++ and CUDA sources"
+    fi
+    [ -n "$found" ] && break
+  done
+  if [ -n "$found" ]; then
+    [ "$found" = "$site" ] || { rm -rf "$site" && cp -r "$found" "$site"; }
   else
     export DPOFAST_BUILD_CUDA=1
     capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1)
@@ -151,13 +159,14 @@ sys.exit(pytest.main(sys.argv[2:]))' "${rehearse:+rehearse}" -q --maxfail 40 -p 
 
 numeric="tests/test_primitive.py tests/test_logprob.py tests/test_fold.py tests/test_equal_bits.py tests/test_ops.py"
 alone="never_wait or captured" # a failure of these may leave the process unusable for others
+smoked=cuda,torch fused=triton
 cuda="cuda:gpu" triton="triton:gpu" n_cuda=4 n_triton=8 n_alone=6
 if [ -n "$rehearse" ]; then
-  numeric="tests/test_logprob.py" cuda="cuda:emu and strides" triton="torch and strides" n_cuda=1 n_triton=1 n_alone=1
+  numeric="tests/test_logprob.py" smoked=cuda fused=torch cuda="cuda:emu and strides" triton="torch and strides" n_cuda=0 n_triton=0 n_alone=0
 fi
 
-step info 40 30 "$PYTHON" -P -m dpofast.env_info
-step smoke 60 16 "$PYTHON" bench/gpu_smoke.py --backends cuda,torch $rehearse
+step info 40 30 env PYTHONSAFEPATH=1 "$PYTHON" -m dpofast.env_info
+step smoke 60 16 "$PYTHON" bench/gpu_smoke.py --backends "$smoked" $rehearse
 step ratios 90 40 "$PYTHON" bench/gpu.py --only 8192,llama-3-8b,qwen3,gemma --backends cuda,torch --rounds 7 \
   --seconds 75 --no-picture --out "$state/ratios.json" $rehearse
 step gemm 55 70 "$PYTHON" bench/gpu_gemm.py --seconds 40 --out "$state/gemm.json" $rehearse
@@ -175,7 +184,7 @@ fi
 step peers 100 34 env PYTHONPATH="$peers" "$PYTHON" bench/gpu.py --peers --only 8192,llama-3-8b,qwen3,gemma --rounds 5 \
   --seconds 85 --no-picture --out "$state/peers.json" $rehearse
 
-step triton 60 20 "$PYTHON" bench/gpu_smoke.py --backends "${rehearse:+torch}${rehearse:-triton}" $rehearse
+step triton 60 20 "$PYTHON" bench/gpu_smoke.py --backends "$fused" $rehearse
 step triton.ratios 60 20 "$PYTHON" bench/gpu.py --only 8192,qwen3 --backends triton --rounds 3 --seconds 50 \
   --no-picture --out "$state/triton.json" $rehearse
 tests tests-triton 150 -n $n_triton -k "$triton" $numeric
@@ -186,7 +195,7 @@ sanitize() {
   if [ -n "$rehearse" ]; then
     watch=
   else
-    filter=$(compute-sanitizer --help 2> /dev/null | grep -o -E -- '--kernel-(regex|name)\b' | head -1)
+    filter=$(compute-sanitizer --help 2> /dev/null | grep -o -E -- '--(kernel-regex|filter)\b' | head -1)
     watch+=" ${filter:---kernel-regex} kns=logprob"
   fi
   step "$tool" 75 8 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 $watch \
