@@ -16,7 +16,7 @@ BUDGET=${BUDGET:-570}
 ORDER="info smoke ratios gemm profile tests-cuda tests-gpu peers triton tests-triton memcheck racecheck bench"
 rehearse=${REHEARSE:+--rehearse}
 began=$SECONDS
-state=$PWD/build/gpu
+state=$PWD/build/gpu${REHEARSE:+-rehearsal}
 report=$state/report.txt
 mkdir -p "$state" "$OUT"
 : > "$report"
