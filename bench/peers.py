@@ -35,10 +35,17 @@ def _liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return loss(w, pairs, y[: 2 * half].view(2, half))[0]
 
 
-def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+def _cut_cross_entropy(h: Tensor, w: Tensor, y: Tensor, filter_eps: str | None = "high") -> Tensor:
+    """By default it leaves out gradients of probabilities below 2**-12."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(h, w, y, reduction="sum", impl="torch_compile", ignore_index=IGNORE)
+    options = {"impl": "cce", "filter_eps": filter_eps} if h.is_cuda else {"impl": "torch_compile"}
+    return linear_cross_entropy(h, w, y, reduction="sum", ignore_index=IGNORE, **options)
+
+
+def _cut_cross_entropy_exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """What its later versions call "cce_exact": nothing is left out."""
+    return _cut_cross_entropy(h, w, y, None)
 
 
 def _torch_linear_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -52,6 +59,7 @@ PEERS = {
     "cut-cross-entropy": _cut_cross_entropy,
     "F.linear_cross_entropy": _torch_linear_cross_entropy,
 }
+ON_GPU = PEERS | {"cut-cross-entropy, exact": _cut_cross_entropy_exact}
 
 
 def times(states, rounds: int, ratio: Callable, products: Callable) -> dict[str, tuple[float, float]]:

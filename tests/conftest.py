@@ -33,7 +33,9 @@ CPU = tuple(f"cpu:{isa}" for isa in _backend.cpu_isas())
 GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda"))
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 # A minute or more of one core, the longest first.
-LONGEST = tuple(f"test_{name}.py" for name in ("sanitize", "primitive", "triton_aot", "memory", "sharded", "triton"))
+LONGEST = tuple(
+    f"test_{name}.py" for name in ("sanitize", "primitive", "triton_aot", "gpu_script", "memory", "sharded", "triton")
+)
 
 _RAN = pytest.StashKey[set]()
 

@@ -55,9 +55,17 @@ class OnDevice:
         grad_logits.copy_(there)
 
     def _there(self, x: Any) -> Any:
-        """The same on the device: a tensor with its strides, as kernels must take them, or a tuple with some."""
+        """The same on the device: a tensor with its strides and alignment, as kernels must take them, or a tuple with
+        some."""
         if isinstance(x, Tensor):
-            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=self.device).copy_(x)
+            return self._tensor_there(x)
         if isinstance(x, tuple) and hasattr(x, "_fields"):
             return type(x)(*(self._there(value) for value in x))
         return x
+
+    def _tensor_there(self, x: Tensor) -> Tensor:
+        """By the memory that it spans, for an expanded tensor has elements that lie in one place."""
+        spans = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
+        lead = x.data_ptr() % 16 // x.itemsize if spans else 0
+        memory = torch.empty(lead + spans, dtype=x.dtype, device=self.device)[lead:]
+        return memory.copy_(x.as_strided((spans,), (1,))).as_strided(x.shape, x.stride(), lead)
