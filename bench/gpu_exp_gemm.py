@@ -1,4 +1,4 @@
-"""A GEMM in Triton for Hopper whose epilogue exponentiates, against torch.mm: a prototype to be timed, alone in its file.
+"""A GEMM in Triton for Hopper whose epilogue exponentiates, timed against torch.mm: a prototype, alone in its file.
 
 e[n, v] = exp2(scale2 * (h W^T)[n, v] - shift2[n])    bf16, the label's own entry 0
 sums[tile, n] = sum of e over the column tile         fp32, without the label; it also tells rows that outgrow shift2
@@ -498,9 +498,11 @@ def timed(good: list[Config], report: dict, left, rounds: int, save) -> None:
         rows = report["times"].setdefault(key, {})
         wt = p.w.T
         full = torch.empty(n, v, device="cuda", dtype=torch.float32)
-        bf16 = lambda: torch.mm(p.h, wt, out=p.out)  # noqa: E731
-        base, fp32 = medians([bf16, lambda: torch.mm(p.h, wt, out_dtype=torch.float32, out=full)], rounds)
-        del full
+        bf16 = lambda p=p, wt=wt: torch.mm(p.h, wt, out=p.out)  # noqa: E731
+        base, fp32 = medians(
+            [bf16, lambda p=p, wt=wt, full=full: torch.mm(p.h, wt, out_dtype=torch.float32, out=full)], rounds
+        )
+        full = None
         print(f"\n{key}: mm bf16 {base:.3f} ms {flop / base / 1e9:.0f} TF/s, mm fp32 out {fp32:.3f} ms", end=" ")
         print(f"{flop / fp32 / 1e9:.0f} TF/s", flush=True)
         rows["mm bf16"], rows["mm fp32"] = {"ms": base}, {"ms": fp32}
@@ -520,7 +522,7 @@ def timed(good: list[Config], report: dict, left, rounds: int, save) -> None:
                 dead.add(x)
                 print("  FAILS", x.name, type(error).__name__, str(error)[-200:].replace("\n", " "), flush=True)
         save()
-        del p, wt
+        p = wt = None
         torch.cuda.empty_cache()
 
 
@@ -552,7 +554,7 @@ def on_gpu(args, report: dict) -> None:
     print(f"timed by {time.time() - start:.1f} s", flush=True)
     print("\nbest, as a part of the speed of mm bf16")
     for key, rows in report["times"].items():
-        for kind in (" exp branch", " exp select", " score branch", " logits "):
+        for kind in (" exp branch", " exp select", " score ", " logits "):
             found = [(row["of_mm"], name) for name, row in rows.items() if "of_mm" in row and kind in name]
             if found:
                 print(f"  {key:>18} {kind.strip():12} {max(found)[0]:.3f} {max(found)[1]}")
