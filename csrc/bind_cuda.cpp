@@ -76,6 +76,26 @@ void logprob_seal(const py::dict& args) {
   launch_logprob_seal(acc, out, a, on);
 }
 
+void scale_rows(const py::dict& args) {
+  Args d(args);
+  ScaleArgs a{};
+  a.x = d.pointer("x");
+  a.x_rows = d.pointer<int64_t>("x_rows");
+  a.x_ld = d.value<int64_t>("x_ld");
+  a.first = d.pointer("first");
+  a.second = d.pointer("second");
+  a.out = d.pointer("out");
+  a.out_rows = d.pointer<int64_t>("out_rows");
+  a.out_ld = d.value<int64_t>("out_ld");
+  a.n = d.value<int64_t>("n");
+  a.width = d.value<int64_t>("width");
+  const DType x = d.dtype("dtype"), out = d.dtype("out_dtype");
+  void* const on = d.pointer("stream");
+  d.done();
+  py::gil_scoped_release unlocked;
+  launch_scale_rows(x, out, a, on);
+}
+
 void logprob_grad(const py::dict& args) {
   Args d(args);
   GradArgs a{};
@@ -164,6 +184,7 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_logprob_fold", &logprob_fold, py::arg("args"), "folds a tile of logits into running statistics");
   m.def("cuda_logprob_keep", &logprob_keep, py::arg("args"), "keeps the exponentials of a tile of logits");
   m.def("cuda_logprob_seal", &logprob_seal, py::arg("args"), "completes what was kept of rows");
+  m.def("cuda_scale_rows", &scale_rows, py::arg("args"), "rows times a number each, picked and put");
   m.def("cuda_logprob_grad", &logprob_grad, py::arg("args"), "turns a tile of logits into its gradient");
   m.def("cuda_logprob_finish", &logprob_finish, py::arg("args"), "results of rows from their statistics");
   m.def("cuda_sequence_dpo", &sequence_dpo, py::arg("args"), "log-probs of tokens to losses of pairs and gradients");

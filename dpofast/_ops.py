@@ -64,9 +64,8 @@ def _positions(labels: Tensor, ignore_index: int | None, n_tokens: int) -> tuple
     return positions, flat[positions]
 
 
-def _checked_positions(labels: Tensor, ignore_index: int | None, n_tokens: int, n_vocab: int) -> tuple[Tensor, Tensor]:
-    """`_positions` of a forward; their backward need not look again."""
-    positions, y = _positions(labels, ignore_index, n_tokens)
+def _check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
+    """Of a forward's labels; their backward need not look again."""
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = map(int, torch.aminmax(y))
         if low < 0 or high >= n_vocab:
@@ -75,7 +74,6 @@ def _checked_positions(labels: Tensor, ignore_index: int | None, n_tokens: int, 
                 f"labels: got {bad}, expected values in [0, {n_vocab}) (the rows of weight) or "
                 f"ignore_index={ignore_index}"
             )
-    return positions, y
 
 
 def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
@@ -92,21 +90,24 @@ def _results(
     labels: Tensor, dtype: torch.dtype, outputs: int, positions: Tensor, values: dict[str, Tensor]
 ) -> list[Tensor]:
     """`_empty_results` with the values at ``positions``, which may be none, in their places."""
-    if positions.numel() < labels.numel() or not values:
-        results = _empty_results(labels, dtype, outputs)
-        for name, out in zip(("logps", "lse", *STATISTICS), results):
-            if name in values:
-                out.view(-1, *values[name].shape[1:])[positions] = values[name].to(out.dtype)
-        return results
-    results = []
-    for name in ("logps", "lse", *STATISTICS):
-        kind = torch.bool if name == "is_top1" else dtype
-        if name in values:
-            x = values[name].to(kind)
-            results.append((x if labels.ndim == 1 else x.reshape((*labels.shape, *x.shape[1:]))).contiguous())
-        else:
-            results.append(labels.new_empty(0, dtype=kind))
-    return results
+    if not positions.numel():
+        return _empty_results(labels, dtype, outputs)
+    return [
+        _in_place(labels, positions, values[name], torch.bool if name == "is_top1" else dtype)
+        if name in values
+        else labels.new_empty(0, dtype=torch.bool if name == "is_top1" else dtype)
+        for name in ("logps", "lse", *STATISTICS)
+    ]
+
+
+def _in_place(labels: Tensor, positions: Tensor, packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """[*labels, ..] with ``packed`` [N, ..] at ``positions`` and 0 elsewhere."""
+    packed = packed.to(dtype)
+    if positions.numel() == labels.numel():
+        return (packed if labels.ndim == 1 else packed.reshape((*labels.shape, *packed.shape[1:]))).contiguous()
+    out = labels.new_zeros((labels.numel(), *packed.shape[1:]), dtype=dtype)
+    out[positions] = packed
+    return out if labels.ndim == 1 else out.view((*labels.shape, *packed.shape[1:]))
 
 
 def _pick(labels: Tensor, positions: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -153,20 +154,27 @@ def _linear_logprob(
     schedule. With ``bounds``, weight has rows ``bounds[rank]`` to ``bounds[rank + 1]`` of a head that the ranks of
     ``group`` hold together.
     """
-    n_vocab = weight.shape[0] if bounds is None else int(bounds[-1])
-    positions, y = _checked_positions(labels, ignore_index, n_tokens, n_vocab)
-    engine = backend_named(backend)
-    cache, values, names = engine.cache(sizes[2], hidden.device), {}, wanted(outputs)
-    if positions.numel():
-        problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
-        how = Schedule.of(schedule, sizes)
-        if bounds is None:
-            values = engine.forward(problem, how, names, cache)
-        else:
-            part = distributed.slice_of_head(problem, bounds, group)
-            stats = engine.fold(part, how, names) if part.n_vocab else None
-            values = distributed.finish(stats, problem, bounds, group, names)
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    values, cache = _forward(problem, bounds, ignore_index, outputs, backend, schedule, sizes, group)
     return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values), cache)
+
+
+def _forward(
+    problem: Problem, bounds: Tensor | None, ignore_index: int | None, outputs: int, backend: str, schedule: str,
+    sizes: list[int], group: str,
+) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    """What the backend makes of the tokens that count, [N], and the cache."""
+    _check_range(problem.labels, problem.n_vocab if bounds is None else int(bounds[-1]), ignore_index)
+    engine, how, names = backend_named(backend), Schedule.of(schedule, sizes), wanted(outputs)
+    cache = engine.cache(how.cache_bytes, problem.hidden.device)
+    if not problem.n_tokens:
+        return {}, cache
+    if bounds is None:
+        return engine.forward(problem, how, names, cache), cache
+    part = distributed.slice_of_head(problem, bounds, group)
+    stats = engine.fold(part, how, names) if part.n_vocab else None
+    return distributed.finish(stats, problem, bounds, group, names), cache
 
 
 def _fake_linear_logprob(
@@ -187,21 +195,30 @@ def _linear_logprob_backward(
     ``saved`` logps, lse, entropy and cache. With bounds, d hidden is the whole of it, on every rank.
     """
     hidden, weight, bias, labels, bounds = operands
-    engine = backend_named(backend)
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    held = Saved(*_pick(labels, positions, saved[:3]), saved[3])
+    arriving = OutputGrads(*_pick(labels, positions, incoming))
+    return _gradients(problem, bounds, held, arriving, needs, labels.numel(), backend, schedule, sizes, group)
+
+
+def _gradients(
+    problem: Problem, bounds: Tensor | None, saved: Saved, incoming: OutputGrads, needs: list[bool], n_labels: int,
+    backend: str, schedule: str, sizes: list[int], group: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `_linear_logprob_backward`, of the tokens that count among ``n_labels``."""
+    hidden, weight, bias, positions = problem[:4]
+    engine, how = backend_named(backend), Schedule.of(schedule, sizes)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
         grads[1] = engine.grad_weight(weight)
-    positions, y = _positions(labels, ignore_index, n_tokens)
     if not positions.numel() or all(x is None for x in incoming):
         return tuple(g.zero_() for g in grads)
-    problem, how = Problem(hidden, weight, bias, positions, y, Transform(*transform)), Schedule.of(schedule, sizes)
-    held = Saved(*_pick(labels, positions, saved[:3]), saved[3])
-    arriving = OutputGrads(*_pick(labels, positions, incoming))
     into = InputGrads(*(g if need else None for g, need in zip(grads, needs)))
-    if needs[0] and positions.numel() < labels.numel():
+    if needs[0] and positions.numel() < n_labels:
         grads[0].zero_()
     if bounds is None:
-        engine.backward(problem, how, held, arriving, into)
+        engine.backward(problem, how, saved, incoming, into)
         return tuple(grads)
     # The ranks' shares of d hidden travel: those of tokens that count, before they are rounded.
     picked = take(hidden, positions)
@@ -209,7 +226,7 @@ def _linear_logprob_backward(
     part = distributed.slice_of_head(problem._replace(hidden=picked, positions=everywhere), bounds, group)
     share = picked.new_zeros(picked.shape, dtype=problem.wide) if needs[0] else None
     if part.n_vocab:
-        engine.backward(part, how, held, arriving, into._replace(hidden=share))
+        engine.backward(part, how, saved, incoming, into._replace(hidden=share))
     if share is not None:
         distributed.add_up(share, group)
         grads[0].view(-1, share.shape[-1])[positions] = share.to(hidden.dtype)
@@ -237,10 +254,8 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
     *operands, logps, lse, entropy, cache = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
-    seen = torch.is_grad_enabled() or _is_observed(operands[0])
-    backward = linear_logprob_backward if seen else _linear_logprob_backward
-    grads = backward([grad_logps, grad_entropy], operands, [logps, lse, entropy, cache], needs, *ctx.options)
+    saved = [logps, lse, entropy, cache]
+    grads = linear_logprob_backward([grad_logps, grad_entropy], operands, saved, needs, *ctx.options)
     return (*(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
 
 
@@ -249,17 +264,63 @@ linear_logprob_backward = _register(_linear_logprob_backward, _fake_linear_logpr
 
 
 class _LinearLogprob(torch.autograd.Function):
-    """`linear_logprob` without PyTorch's dispatcher, whose way to a Python op is longer than a small head takes."""
+    """`linear_logprob` without PyTorch's dispatcher, whose way to a Python op is longer than a small head takes.
+
+    What it saves stays packed, and its ``lse`` has no elements: only the results travel to the shape of labels.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _linear_logprob(*inputs)
-        _setup(ctx, inputs, output)
-        _, lse, _, *others = output
-        ctx.mark_non_differentiable(lse, *others)
-        return output
+    def forward(ctx, positions, *inputs):
+        hidden, weight, bias, labels, bounds, ignore_index, n_tokens, transform, outputs, *where = inputs
+        positions, y = _packed(labels, ignore_index, n_tokens, positions)
+        problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+        values, cache = _forward(problem, bounds, ignore_index, outputs, *where)
+        results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
+        ctx.set_materialize_grads(False)
+        packed = (values.get(name) for name in ("logps", "lse", "entropy"))
+        ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, *packed, cache)
+        ctx.options = ignore_index, n_tokens, transform, *where
+        ctx.mark_non_differentiable(results[1], *results[3:])
+        return results
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, grad_logps, _lse, grad_entropy, *_):
+        hidden, weight, bias, labels, bounds, positions, y, *packed, cache = ctx.saved_tensors
+        ignore_index, n_tokens, transform, *where = ctx.options
+        needs, incoming = list(ctx.needs_input_grad[1:4]), [grad_logps, grad_entropy]
+        if torch.is_grad_enabled() or _is_observed(hidden):
+            # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
+            saved = [cache.new_empty(0) if x is None else _in_place(labels, positions, x, x.dtype) for x in packed]
+            # PyTorch asks whole lists of tensors only: of the operands, some of which are None, it would not notice.
+            saved[0] = saved[0].detach().requires_grad_(torch.is_grad_enabled())
+            operands = [hidden, weight, bias, labels, bounds]
+            grads = linear_logprob_backward(incoming, operands, [*saved, cache], needs, *ctx.options)
+        else:
+            problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+            arriving = OutputGrads(*_pick(labels, positions, incoming))
+            grads = _gradients(problem, bounds, Saved(*packed, cache), arriving, needs, labels.numel(), *where)
+        return (None, *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
+
+
+def _packed(
+    labels: Tensor, ignore_index: int | None, n_tokens: int, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_positions`, where somebody may have found them already."""
+    if positions is None:
+        return _positions(labels, ignore_index, n_tokens)
+    flat = labels.reshape(-1).contiguous()
+    return positions, flat if positions.numel() == flat.numel() else flat[positions]
+
+
+def _unpacked(
+    labels: Tensor, dtype: torch.dtype, outputs: int, positions: Tensor, values: dict[str, Tensor]
+) -> tuple[Tensor, ...]:
+    """`_results` without the log-sum-exps, which no caller sees."""
+    lse = values.pop("lse", None)
+    logps, _, *others = _results(labels, dtype, outputs, positions, values)
+    if lse is not None:
+        values["lse"] = lse
+    return logps, labels.new_empty(0, dtype=dtype), *others
 
 
 # Without the look for transforms of torch.func that `Function.apply` begins with: `_is_observed` has looked.
@@ -278,13 +339,17 @@ def _is_observed(*tensors: Tensor | None) -> bool:
     )
 
 
-def call_linear_logprob(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options):
-    """`linear_logprob`, on the shortest way to the same results."""
-    if _is_observed(hidden, weight, bias, labels):
-        return linear_logprob(hidden, weight, bias, labels, *options)
+def call_linear_logprob(positions: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others):
+    """`linear_logprob`, on the shortest way to the same results; ``positions`` of the labels that count, if known."""
+    if _is_observed(hidden, weight, bias, others[0]):
+        return linear_logprob(hidden, weight, bias, *others)[:-1]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
-        return _apply_linear_logprob(hidden, weight, bias, labels, *options)
-    return _linear_logprob(hidden, weight, bias, labels, *options)
+        return _apply_linear_logprob(positions, hidden, weight, bias, *others)
+    labels, bounds, ignore_index, n_tokens, transform, outputs, *where = others
+    positions, y = _packed(labels, ignore_index, n_tokens, positions)
+    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    values, _ = _forward(problem, bounds, ignore_index, outputs, *where)
+    return _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
 
 
 # logprob
@@ -295,7 +360,8 @@ def _logprob(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
-    positions, y = _checked_positions(labels, ignore_index, n_tokens, logits.shape[-1])
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    _check_range(y, logits.shape[-1], ignore_index)
     values = {}
     if positions.numel():
         problem = LogitsProblem(logits, positions, y, Transform(*transform))

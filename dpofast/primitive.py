@@ -106,11 +106,17 @@ def _check_ignore_index(ignore_index) -> None:
         raise ValueError(f"ignore_index: got {ignore_index}, expected a 64-bit integer")
 
 
-def _count(labels: Tensor, ignore_index: int | None) -> int:
-    """How many labels count, the one thing that is waited for; -1 where a compiled graph cannot depend on it."""
+def _count(labels: Tensor, ignore_index: int | None) -> tuple[int, Tensor | None]:
+    """How many labels count, the one thing that is waited for, and where they are, if that came with it.
+
+    -1 where a compiled graph cannot depend on it.
+    """
     if ignore_index is None:
-        return labels.numel()
-    return -1 if torch.compiler.is_compiling() else int((labels != ignore_index).sum())
+        return labels.numel(), None
+    if torch.compiler.is_compiling():
+        return -1, None
+    positions = torch.nonzero(labels.reshape(-1) != ignore_index).view(-1)
+    return positions.numel(), positions
 
 
 def _output(results, names: tuple[str, ...]) -> LogprobOutput:
@@ -213,7 +219,7 @@ def linear_logprob(
         grad = torch.is_grad_enabled()
         to_hidden = grad and hidden.requires_grad
         to_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        n_tokens = _count(labels, ignore_index)
+        n_tokens, positions = _count(labels, ignore_index)
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
@@ -230,8 +236,8 @@ def linear_logprob(
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
         sharded = distributed.vocabulary_bounds(labels, weight, str(same), name), name
     how = transform, flags(names), exact_backend, schedule.name, schedule.sizes, sharded[1]
-    *results, _ = _ops.call_linear_logprob(hidden, weight, bias, labels, sharded[0], ignore_index, n_tokens, *how)
-    return _output(results, names)
+    operands = hidden, weight, bias, labels, sharded[0]
+    return _output(_ops.call_linear_logprob(positions, *operands, ignore_index, n_tokens, *how), names)
 
 
 def check_inputs(
@@ -325,5 +331,5 @@ def logprob(
     if logits.stride(-1) != 1 or shares_rows:
         logits = logits.contiguous()
     op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
-    n_tokens = _count(labels, ignore_index)
+    n_tokens, _ = _count(labels, ignore_index)
     return _output(op(logits, labels, ignore_index, n_tokens, transform, flags(names), exact_backend), names)

@@ -59,6 +59,11 @@ __device__ __forceinline__ void narrow(float x, f16& to) { to.bits = __half_as_u
 #endif
 __device__ __forceinline__ void narrow(float x, float& to) { to = x; }
 __device__ __forceinline__ void narrow(double x, double& to) { to = x; }
+__device__ __forceinline__ void narrow(float x, double& to) { to = x; }
+template <class G>
+__device__ __forceinline__ void narrow(double x, G& to) {
+  narrow(float(x), to);
+}
 
 // Blocks that the registers of one SM must have room for: 64 registers a thread for a float accumulator, which hold two
 // vectors on their way, and 128 for double's. The loads of four blocks are more than the memory can have in flight.
@@ -216,7 +221,10 @@ __device__ __forceinline__ void store_vector(const A (&x)[N], G* to) {
 #pragma unroll
         for (int i = 0; i < kWords; ++i) words[i] = narrow_pair<G>(x[2 * i], x[2 * i + 1]);
       } else {
-        memcpy(words, x, sizeof words);
+        G narrowed[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i) narrow(x[i], narrowed[i]);
+        memcpy(words, narrowed, sizeof words);
       }
       if constexpr (kWords % 4 == 0) {
 #pragma unroll

@@ -50,6 +50,17 @@ struct SealArgs {
   int64_t out_ld;
 };
 
+// out[out_rows[i]] = x[x_rows[i]] * first[i] * second[i], rounded once; no rows: those in order; no factors: 1.
+struct ScaleArgs {
+  const void* x;
+  const int64_t* x_rows;
+  int64_t x_ld;
+  const void *first, *second;  // [n] of acc, which is double where x or out is
+  void* out;
+  const int64_t* out_rows;
+  int64_t out_ld, n, width;
+};
+
 struct GradArgs : TileArgs {
   // Per row, of acc; null: see each.
   const void *logps, *lse;   // [n], and [n, 2]: z_max and log_sum
@@ -128,6 +139,7 @@ struct SequenceDpoArgs {
 void launch_logprob_fold(DType x, const FoldArgs&, void* stream);
 void launch_logprob_keep(DType x, DType out, const KeepArgs&, void* stream);
 void launch_logprob_seal(DType acc, DType out, const SealArgs&, void* stream);
+void launch_scale_rows(DType x, DType out, const ScaleArgs&, void* stream);
 void launch_logprob_grad(DType x, DType out, const GradArgs&, void* stream);
 void launch_logprob_finish(DType acc, const FinishArgs&, void* stream);
 void launch_sequence_dpo(DType acc, const SequenceDpoArgs&, void* stream);

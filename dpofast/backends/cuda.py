@@ -6,13 +6,12 @@ Nothing here waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dpofast.backends._tensors import empty_results, pointer
+from dpofast.backends._tensors import element_offsets, empty_results, pointer, take
 from dpofast.backends.base import OutputGrads, Saved, Transform
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import Exps, Tile
@@ -24,9 +23,16 @@ _PART = 4096  # columns of a row that one block reads at least, where rows are s
 
 def launch(library: Any, function: str, device: torch.device, args: dict[str, Any]) -> None:
     """One launcher of ``library``, dpofast._C or another module that has them, on ``device``'s current stream."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
-        getattr(library, f"cuda_{function}")(args | {"stream": stream})
+    if device.type != "cuda":
+        args["stream"] = None
+        getattr(library, f"cuda_{function}")(args)
+        return
+    args["stream"] = torch._C._cuda_getCurrentRawStream(device.index)
+    if torch.cuda.current_device() == device.index:  # entering a device costs more than most launches
+        getattr(library, f"cuda_{function}")(args)
+        return
+    with torch.cuda.device(device):
+        getattr(library, f"cuda_{function}")(args)
 
 
 class CudaPasses(GpuPasses):
@@ -64,6 +70,23 @@ class CudaPasses(GpuPasses):
             "bias": pointer(tile.bias), "labels": pointer(tile.labels), **tile.transform._asdict(),
             "splits": splits, "part": part,
         }  # fmt: skip
+
+    def scale_rows(
+        self, x: Tensor, x_rows: Tensor | None, scales: tuple[Tensor, ...], out: Tensor, out_rows: Tensor | None
+    ) -> None:
+        n, width = (len(x) if x_rows is None else len(x_rows)), x.shape[-1]
+        x_ld = x.stride(0) if x.ndim == 2 else width
+        if x.stride(-1) != 1:
+            x, x_rows, x_ld = take(x, torch.arange(n, device=x.device) if x_rows is None else x_rows), None, width
+        elif x_rows is not None and x.ndim != 2 and not x.is_contiguous():
+            x_rows, x_ld = element_offsets(x, x_rows), 1
+        scale = [pointer(scale) for scale in scales] + [None, None]
+        args = {
+            "x": x.data_ptr(), "x_rows": pointer(x_rows), "x_ld": x_ld, "first": scale[0], "second": scale[1],
+            "out": out.data_ptr(), "out_rows": pointer(out_rows), "out_ld": width, "n": n, "width": width,
+            "dtype": DTYPE_CODES[x.dtype], "out_dtype": DTYPE_CODES[out.dtype],
+        }  # fmt: skip
+        self._launch("scale_rows", x.device, args)
 
     def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
         args, device = self._tile(tile), tile.x.device

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpofast.backends._tensors import take
-from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
+from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform, chunk
 from dpofast.plan import Schedule, cached_columns
 from dpofast.plan.schedule import up
 
@@ -57,6 +57,14 @@ class Passes(Protocol):
 
     def accumulate(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         """``sums += a @ b``, in the dtype of ``sums``."""
+
+    def scale_rows(
+        self, x: Tensor, x_rows: Tensor | None, scales: tuple[Tensor, ...], out: Tensor, out_rows: Tensor | None
+    ) -> None:
+        """``out[out_rows] = x[x_rows]``, row i times its number in each of ``scales``, rounded once to out's dtype.
+
+        x is [*, H], any strides, of which ``x_rows`` are positions in row-major order; out is [*, H], contiguous.
+        """
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         """Running statistics of n tokens with nothing folded in."""
@@ -173,9 +181,7 @@ class _Loops:
         from_saved = incoming.entropy is None
         cached, jacobian, factors = self.kept(saved.cache)
         if from_saved and jacobian is not None:
-            c = (factors * incoming.logps).unsqueeze(-1)
-            for part in self.chunks:
-                self.put(part, jacobian[part] * c[part], grads)
+            self.put(slice(0, self.problem.n_tokens), jacobian, grads, factors, incoming.logps)
             return
         if not grads.of_head or self.schedule.splits_backward:
             for part in self.chunks if grads.hidden is not None else ():
@@ -185,28 +191,39 @@ class _Loops:
             if grads.of_head:
                 self.recompute(0, self.chunks, saved, incoming, grads._replace(hidden=None))
             return
-        sums = None if grads.hidden is None else self.sums(self.problem.n_tokens)
-        into = grads._replace(hidden=sums)
-        from_cached = from_saved and cached is not None
-        if from_cached:
-            self.from_cached(cached, factors * incoming.logps, into)
-        self.recompute(cached.shape[1] if from_cached else 0, self.chunks, saved, incoming, into)
+        everything = slice(0, self.problem.n_tokens)
+        if not from_saved or cached is None:
+            sums = None if grads.hidden is None else self.sums(self.problem.n_tokens)
+            self.recompute(0, self.chunks, saved, incoming, grads._replace(hidden=sums))
+            scales = ()
+        else:
+            sums = None if grads.hidden is None else self.empty(self.problem.n_tokens, self.problem.n_hidden)
+            scales = factors, incoming.logps
+            self.from_cached(cached, scales, grads._replace(hidden=sums))
+            if cached.shape[1] < self.problem.n_vocab:
+                if sums is not None:
+                    self.passes.scale_rows(sums, None, scales, sums, None)
+                    scales = ()
+                self.recompute(cached.shape[1], self.chunks, saved, incoming, grads._replace(hidden=sums))
         if sums is not None:
-            self.put(slice(0, self.problem.n_tokens), sums, grads)
+            self.put(everything, sums, grads, *scales)
 
-    def from_cached(self, e: Tensor, scale: Tensor, grads: InputGrads) -> None:
-        """Both products with the ``e`` that the forward left, d loss / d x = scale e; ``grads.hidden`` are its sums."""
-        c = scale.unsqueeze(-1)
+    def from_cached(self, e: Tensor, scales: tuple[Tensor, ...], grads: InputGrads) -> None:
+        """Both products with the ``e`` that the forward left, d loss / d x = e times ``scales``.
+
+        ``grads.hidden`` are its sums, before they are scaled.
+        """
         if grads.hidden is not None:
             self.times_weight(e, grads.hidden)
-            grads.hidden.mul_(c)
         if grads.weight is not None:
-            scaled = (self.tokens(slice(None)) * c).to(self.dtype)
+            scaled = self.empty(self.problem.n_tokens, self.problem.n_hidden, dtype=self.dtype)
+            self.passes.scale_rows(self.problem.hidden, self.problem.positions, scales, scaled, None)
             step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
             for v0, v1 in self.vocabulary(0, e.shape[1], step):
                 self.into(e[:, v0:v1].T, scaled, grads.weight[v0:v1])
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
+            c = (scales[0] * scales[1]).unsqueeze(-1)
             high = c.to(self.dtype)
             two = self.empty(e.shape[1], 2)
             self.passes.product(e.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
@@ -268,9 +285,10 @@ class _Loops:
         """Whether products write to ``out`` itself, and need no buffer for their sums."""
         return out.dtype in (self.dtype, self.problem.wide)
 
-    def put(self, part: slice, sums: Tensor, grads: InputGrads) -> None:
+    def put(self, part: slice, sums: Tensor, grads: InputGrads, *scales: Tensor) -> None:
+        """The sums of some tokens, times ``scales``, to their places."""
         rows = grads.hidden.view(-1, grads.hidden.shape[-1])
-        rows[self.problem.positions[part]] = sums.to(rows.dtype)
+        self.passes.scale_rows(sums, None, scales, rows, chunk(self.problem.positions, part))
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.problem.wide, device=self.problem.hidden.device)

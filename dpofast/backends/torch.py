@@ -69,6 +69,18 @@ class TorchPasses:
     def accumulate(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         sums.addmm_(a, b)
 
+    def scale_rows(
+        self, x: Tensor, x_rows: Tensor | None, scales: tuple[Tensor, ...], out: Tensor, out_rows: Tensor | None
+    ) -> None:
+        y = x if x_rows is None else take(x, x_rows)
+        for scale in scales:
+            y = y * scale.unsqueeze(-1)
+        y = y.to(out.dtype)
+        if out_rows is None:
+            out.copy_(y)
+        else:
+            out[out_rows] = y
+
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         return nothing_folded(torch.empty(Stat.COUNT, n, dtype=wide, device=device))
 
