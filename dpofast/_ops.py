@@ -278,21 +278,22 @@ class _LinearLogprob(torch.autograd.Function):
         results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
         ctx.set_materialize_grads(False)
         packed = (values.get(name) for name in ("logps", "lse", "entropy"))
-        ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, *packed, cache)
+        ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, results[0], *packed, cache)
         ctx.options = ignore_index, n_tokens, transform, *where
         ctx.mark_non_differentiable(results[1], *results[3:])
         return results
 
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
-        hidden, weight, bias, labels, bounds, positions, y, *packed, cache = ctx.saved_tensors
+        hidden, weight, bias, labels, bounds, positions, y, result, *packed, cache = ctx.saved_tensors
         ignore_index, n_tokens, transform, *where = ctx.options
         needs, incoming = list(ctx.needs_input_grad[1:4]), [grad_logps, grad_entropy]
         if torch.is_grad_enabled() or _is_observed(hidden):
             # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
-            saved = [cache.new_empty(0) if x is None else _in_place(labels, positions, x, x.dtype) for x in packed]
-            # PyTorch asks whole lists of tensors only: of the operands, some of which are None, it would not notice.
-            saved[0] = saved[0].detach().requires_grad_(torch.is_grad_enabled())
+            # PyTorch asks lists without None whether they need gradients: not the operands, but this, a result.
+            saved = [result]
+            for x in packed[1:]:
+                saved.append(cache.new_empty(0) if x is None else _in_place(labels, positions, x, x.dtype))
             operands = [hidden, weight, bias, labels, bounds]
             grads = linear_logprob_backward(incoming, operands, [*saved, cache], needs, *ctx.options)
         else:
