@@ -86,6 +86,12 @@ class Passes(Protocol):
     def grad(self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor) -> None:
         """``out = d loss / d x``; ``out`` is ``tile.x`` itself where the dtypes agree."""
 
+    def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
+        """logps and lse without logits; ``e`` [n, V] and ``factor`` [n], if given, as after `fold` and `seal`.
+
+        Only asked for where `dpofast._backend.fuses` says so.
+        """
+
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """As `dpofast.backends.base.Backend.logits_forward`."""
 
@@ -142,10 +148,12 @@ class _Loops:
         self.dtype = passes.product_dtype(problem.hidden.dtype, problem.weight.dtype)
         self.chunks = schedule.chunks(problem.n_tokens)
         self.longest = self.chunks[0].stop
-        self.block = min(schedule.block, problem.n_vocab)
+        self.block = min(schedule.block or problem.n_vocab, problem.n_vocab)
 
     def forward(self, outputs: tuple[str, ...], cache: Tensor) -> dict[str, Tensor]:
         problem, schedule, passes = self.problem, self.schedule, self.passes
+        if schedule.is_fused:
+            return self.fused(cache)
         logits = self.tile_memory(problem.wide)
         cached, jacobian, factors = self.kept(cache)
         e_rows = self.empty(self.longest, up(problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
@@ -163,9 +171,21 @@ class _Loops:
                 passes.seal(exps, labels, problem.transform, stats, results[-1], factors[part])
             if jacobian is not None:
                 self.times_weight(e, jacobian[part])
-        if len(results) == 1:
-            return results[0]
-        return {name: torch.cat([r[name] for r in results]) for name in results[0]}
+        return _concatenated(results)
+
+    def fused(self, cache: Tensor) -> dict[str, Tensor]:
+        """The forward whose products exponentiate: a launch for all of the vocabulary, and no logits in memory."""
+        cached, jacobian, factors = self.kept(cache)
+        room = self.empty(self.longest, up(self.problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
+        results = []
+        for part in self.chunks:
+            n = part.stop - part.start
+            e = cached[part] if cached is not None else room[:n, : self.problem.n_vocab] if room is not None else None
+            factor = None if factors is None else factors[part]
+            results.append(self.passes.fused(self.problem.chunk(part), e, factor))
+            if jacobian is not None:
+                self.times_weight(e, jacobian[part])
+        return _concatenated(results)
 
     def fold(self, outputs: tuple[str, ...]) -> Tensor:
         problem = self.problem
@@ -323,6 +343,11 @@ class _Loops:
         rows, factors = cache[:end].view(dtype), cache[end : end + n * wide.itemsize].view(wide)
         rows = rows.view(n, stride)[:, :columns]
         return (None, rows, factors) if self.schedule.keeps_jacobian else (rows, None, factors)
+
+
+def _concatenated(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of chunks of tokens."""
+    return results[0] if len(results) == 1 else {name: torch.cat([r[name] for r in results]) for name in results[0]}
 
 
 def tile_in(memory: Tensor, n: int, width: int) -> Tensor:
