@@ -85,7 +85,7 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor, train_head: bool, budge
 
 def dtypes() -> list[tuple[torch.dtype, str]]:
     """Those that PyTorch multiplies at speed here: without AVX512-BF16 its bf16 products take tens of times fp32's."""
-    bf16 = [(torch.bfloat16, "bf16")] if dpofast.plan(8, 8, 8).backend == "cpu:avx512_bf16" else []
+    bf16 = [(torch.bfloat16, "bf16")] if dpofast.plan(8, 8, 8, backend="cpu").backend == "cpu:avx512_bf16" else []
     return [*bf16, (torch.float32, "fp32")]
 
 
@@ -217,7 +217,7 @@ def machine() -> dict[str, str]:
     return {
         "cpu": cpu,
         "threads": str(torch.get_num_threads()),
-        "backend": dpofast.plan(8, 8, 8).backend,
+        "backend": dpofast.plan(8, 8, 8, backend="cpu").backend,
         "torch": torch.__version__,
         "dpofast": dpofast.__version__,
         "date": datetime.date.today().isoformat(),

@@ -173,8 +173,8 @@ def linear_logprob(
             (``log sum_v p_v^2``), "mean_logits" (of z over V), "is_top1" (the label is the first maximum) and
             "dropped_mass" (0: gradients are exact).
         grad_filter: None; gradients are exact.
-        memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB. What fits
-            decides the schedule, see `dpofast.plan`.
+        memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB, on a GPU a
+            sixteenth of its memory if that is more. What fits decides the schedule, see `dpofast.plan`.
         backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.
         group: a `torch.distributed.ProcessGroup` or one-dimensional `DeviceMesh` whose ranks hold the head together,
             each some rows of it (``weight``, and ``bias``), in the order of ranks: vocabulary- (tensor-) parallel. All
@@ -208,7 +208,8 @@ def linear_logprob(
         names = _check_outputs(outputs)
         _check_ignore_index(ignore_index)
         _check_exact(grad_filter)
-        budget = parse_bytes(memory_budget)
+        sheet = cost.device_of(hidden.device)
+        budget = parse_bytes(memory_budget, default=sheet.default_budget)
         device_type = hidden.device.type
         exact_backend = _backend.resolve(backend, device_type)
         if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
@@ -230,7 +231,7 @@ def linear_logprob(
         )  # fmt: skip
         # a compiled graph cannot look into the memory of `chosen`
         ask = choose if torch.compiler.is_compiling() else chosen
-        schedule = ask(request, exact_backend, device=cost.device_of(hidden.device))
+        schedule = ask(request, exact_backend, device=sheet)
     sharded = None, ""
     if name is not None:
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import NamedTuple
 
 import torch
@@ -10,10 +11,10 @@ import torch
 from dpofast import _backend
 from dpofast.contract import DTYPE_CODES
 from dpofast.env_info import amx_note
-from dpofast.plan import cost
+from dpofast.plan import cost, tiled
 from dpofast.plan.choice import choose
 from dpofast.plan.schedule import Request, Schedule, parse_bytes
-from dpofast.plan.tiled import cached_columns, tiled_traits
+from dpofast.plan.tiled import Candidate, cached_columns, tiled_traits
 
 _DTYPE_NAMES = {
     "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
@@ -43,14 +44,19 @@ class Plan(NamedTuple):
     floor_seconds: float | None
     core_flops: float | None  # of multiply-adds on one CPU core, measured
     kernel_flops: float | None  # of the micro-kernel on it
+    otherwise: str | None = None  # on a GPU: the best schedule of the other kind, and why it was not taken
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.backend.startswith(("cuda", "triton"))
 
     def __str__(self) -> str:
         mib = 1 << 20
         lines = [
             ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
-            ("backend", self.backend if self.backend.startswith("cuda") else f"{self.backend}, {self.threads} threads"),
+            ("backend", self.backend if self.on_gpu else f"{self.backend}, {self.threads} threads"),
             ("schedule", self.schedule),
-            ("tiles", f"{self.block} vocabulary rows a block, "
+            ("tiles", (f"{self.block} vocabulary rows a block, " if self.block else "none (the product exponentiates), ")
              + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
             ("products", f"{self.gemms:.2f} (the least for these gradients: {self.floor_gemms})"),
             ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
@@ -58,11 +64,13 @@ class Plan(NamedTuple):
             ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),
         ]  # fmt: skip
         if self.predicted_seconds is not None and self.floor_seconds is not None:
-            source = "from the data sheet" if "cuda" in self.backend else "at this machine's measured peak"
+            source = "from the data sheet" if self.on_gpu else "at this machine's measured peak"
             lines.append(
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
                  f"(products alone, {source})")
             )  # fmt: skip
+        if self.otherwise:
+            lines.append(("otherwise", self.otherwise))
         if self.core_flops is not None and self.kernel_flops is not None:
             share = self.kernel_flops / self.core_flops
             lines.append(
@@ -93,6 +101,7 @@ def plan(
     backend: str = "auto",
     threads: int | None = None,
     device: str | None = None,
+    fused: bool = True,
 ) -> Plan:
     """What `linear_logprob` will do for a problem of these sizes, without doing it.
 
@@ -101,15 +110,18 @@ def plan(
         hidden_size, vocab_size: H and V.
         dtype: of hidden and weight: "bf16", "fp16", "fp32", "fp64" or the torch dtype.
         train_hidden, train_head: whether gradients of hidden and of the head are wanted.
-        memory_budget: bytes, or a string such as "512MiB"; default 1 GiB.
-        backend: as for `linear_logprob`.
+        memory_budget: bytes, or a string such as "512MiB"; default 1 GiB, on a GPU a sixteenth of its memory if that
+            is more.
+        backend: as for `linear_logprob`, with tensors on a GPU where there is one; "cpu" and "torch" plan for the CPU.
         threads: default ``torch.get_num_threads()``.
         device: a GPU that need not be here, among "a100", "h100", "h200", "b200" and "rtx4090": what backend "cuda"
-            would do on it.
+            would do on it. Its memory is that of the data sheet.
+        fused: whether the call has neither bias nor softcap nor outputs, which leaves room for products that
+            exponentiate themselves (block 0).
 
     Returns:
         A `Plan`. Times are predicted: on the CPU from the micro-kernel's speed measured on this machine, for a
-        ``device`` from its data sheet, None for "torch".
+        GPU by the model of `dpofast.plan.cost`, None for "torch" on a CPU.
 
     Raises:
         ValueError: for an unknown dtype or backend, sizes below 1, or a budget that cannot be met.
@@ -132,14 +144,18 @@ def plan(
                              f"{', '.join(cost.DEVICES)} with backend 'auto' or 'cuda'")  # fmt: skip
         gpu, exact = cost.DEVICES[device], "cuda"
     else:
-        on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+        on_gpu = _is_for_gpu(backend)
         exact = _backend.resolve(backend, "cuda" if on_gpu else "cpu")
-    budget = parse_bytes(memory_budget)
-    request = Request(n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype, budget, train_hidden, train_head)
+    sheet = gpu or cost.device_of(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
+    budget = parse_bytes(memory_budget, default=sheet.default_budget)
+    request = Request(
+        n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype, budget, train_hidden, train_head,
+        fuses=fused and tiled.can_fuse(sheet, exact, torch_dtype, torch_dtype, hidden_size),
+    )  # fmt: skip
     threads = threads or torch.get_num_threads()
-    schedule = choose(request, exact, threads, gpu or cost.device_of(torch.device("cuda" if on_gpu else "cpu")))
+    schedule = choose(request, exact, threads, sheet)
     products = schedule.products(request.n_grads)
-    predicted = floor = core = kernel = None
+    predicted = floor = core = kernel = otherwise = None
     if exact.startswith("cpu:"):
         bytes_moved = _bytes_on_cpu(request, schedule)
         core, kernel = _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
@@ -149,16 +165,45 @@ def plan(
         columns, _ = cached_columns(schedule, n_tokens, vocab_size, traits.elem)
         moved = cost.traffic(schedule, columns, request, traits)
         bytes_moved = moved.total
-        if gpu:
-            tile = (schedule.token_chunk or n_tokens) * schedule.block * traits.acc
-            predicted = cost.seconds(gpu, moved, products * request.flops, torch_dtype, tile)
-            floor = (1 + request.n_grads) * request.flops / gpu.product_flops(torch_dtype)
+        if sheet.sms:
+            predicted = sum(cost.seconds(sheet, schedule, columns, request, traits))
+            floor = cost.floor_seconds(sheet, request, traits)
+            otherwise = _otherwise(request, traits, sheet, Candidate(schedule, predicted))
     return Plan(
         f"cuda on {device}" if gpu else exact, schedule.name, n_tokens, hidden_size, vocab_size,
         str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
         schedule.cache_bytes, schedule.workspace_bytes, products, 1 + request.n_grads, int(bytes_moved), predicted,
-        floor, core, kernel,
+        floor, core, kernel, otherwise,
     )  # fmt: skip
+
+
+def _is_for_gpu(backend: str) -> bool:
+    """Whether the op would be called with tensors on a GPU: where there is one, unless a backend of the CPU is named."""
+    if backend == "auto":
+        backend = os.environ.get("DPOFAST_BACKEND") or "auto"
+    return backend in ("auto", "cuda", "triton") and torch.cuda.is_available()
+
+
+def _otherwise(request: Request, traits: cost.TiledTraits, device: cost.DataSheet, chosen: Candidate) -> str | None:
+    """The best schedule of the other kind: fused or over tiles where both exist, else one that keeps or makes again."""
+    found = list(tiled.candidates(request, traits, device, every=True))
+    of_both = {c.schedule.is_fused for c in found} == {True, False}
+
+    def is_other(schedule: Schedule) -> bool:
+        if of_both:
+            return schedule.is_fused != chosen.schedule.is_fused
+        return schedule.keeps_nothing != chosen.schedule.keeps_nothing
+
+    other = tiled.best_of(c for c in found if is_other(c.schedule))
+    if other is None:
+        return "nothing of another kind fits the budget" if request.n_grads else None
+    s, more = other.schedule, other.seconds / chosen.seconds - 1
+    tiles = f"{s.token_chunk} x {s.block or 'all'}"
+    why = f"{more:+.0%}" if more > 0 else f"{more:+.0%}, but {other.memory / max(1, chosen.memory) - 1:+.0%} memory"
+    return (
+        f"{s.name}, {tiles}, {s.products(request.n_grads):.2f} products, {other.memory / (1 << 20):.1f} MiB: "
+        f"{other.seconds * 1e3:.1f} ms ({why})"
+    )
 
 
 def _bytes_on_cpu(request: Request, schedule: Schedule) -> int:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 
 DEFAULT_MEMORY_BUDGET = 1 << 30
-"""Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` says otherwise."""
+"""Bytes of workspace beyond inputs, outputs and gradients, unless ``memory_budget`` or a GPU says otherwise: see
+`dpofast.plan.cost.DataSheet.default_budget`."""
 
 
 class Request(NamedTuple):
@@ -26,6 +27,7 @@ class Request(NamedTuple):
     entropy: bool = False  # its gradient may be wanted
     as_is: bool = True  # the head's columns have unit stride
     keeps: bool = True  # schedules may keep something of the logits from the forward to the backward
+    fuses: bool = False  # the product may exponentiate itself: see `Schedule.is_fused`
 
     @property
     def n_grads(self) -> int:
@@ -41,7 +43,7 @@ class Schedule(NamedTuple):
     """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
 
     name: str  # score | jacobian | cached | mixed | recompute | recompute-split
-    block: int  # vocabulary rows per block
+    block: int  # vocabulary rows per block; 0: the product exponentiates itself, and there are no tiles of logits
     token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
     cache_bytes: int  # kept from the forward to the backward
     workspace_bytes: int  # the larger of forward's and backward's, without the cache
@@ -72,6 +74,11 @@ class Schedule(NamedTuple):
         return not (self.keeps_jacobian or self.keeps_exps)
 
     @property
+    def is_fused(self) -> bool:
+        """The forward is one launch a chunk of tokens: a product whose epilogue folds and exponentiates its results."""
+        return self.block == 0
+
+    @property
     def splits_backward(self) -> bool:
         """D hidden is made before the head's gradient, from logits of its own."""
         return self.name == "recompute-split"
@@ -90,10 +97,10 @@ class Schedule(NamedTuple):
         return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
 
-def parse_bytes(value: int | str | None, name: str = "memory_budget") -> int:
-    """Bytes from an int or a string such as ``"512MiB"``, ``"1.5GB"``; None is the default budget."""
+def parse_bytes(value: int | str | None, name: str = "memory_budget", default: int = DEFAULT_MEMORY_BUDGET) -> int:
+    """Bytes from an int or a string such as ``"512MiB"``, ``"1.5GB"``; None is the default."""
     if value is None:
-        return DEFAULT_MEMORY_BUDGET
+        return default
     if isinstance(value, str):
         text = value.strip()
         units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
 from dpofast.plan import cost
 from dpofast.plan.cost import DataSheet, TiledTraits
-from dpofast.plan.schedule import Request, Schedule, too_little, up
+from dpofast.plan.schedule import Request, Schedule, ceil_div, too_little, up
+
+TILE_MIB = (16, 32, 64, 128, 256, 512)
+"""Sizes of a tile of logits on a GPU. From 150 MB on no step of the sweep of 2026-11-26 is more than 3 % faster."""
+SMALLEST_CHUNK = 1024
+"""Tokens at a time on a GPU, where a budget allows it: the model does not know what it costs to read the weight again."""
+AS_FAST = 1.02
+"""Of two schedules whose predicted times differ by less, the one that needs less memory."""
 
 
 def tiled_traits(backend: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> TiledTraits:
@@ -26,7 +35,7 @@ def cached_columns(schedule: Schedule, n: int, v: int, elem: int) -> tuple[int, 
     if not schedule.keeps_exps:
         return 0, 0
     fit, whole = (schedule.cache_bytes - n * max(elem, 4)) // (n * elem), up(v, 8)
-    columns = fit // schedule.block * schedule.block
+    columns = 0 if schedule.is_fused else fit // schedule.block * schedule.block
     return (v, whole) if fit >= whole else (columns, columns)
 
 
@@ -61,8 +70,13 @@ class _Needs:
         d_weight = self.block * (self.h + -(-self.n // c)) * t.acc if to_weight else 0
         return self._tokens(self.n if to_weight else c) + tiles + self.weight_slice + sums + d_weight
 
+    def fused(self, g_rows=0):
+        """Of a forward whose product exponentiates itself: sums and shifts are all it writes beside e."""
+        c, parts = self.chunk, ceil_div(self.v, cost.FUSED_COLUMNS)
+        return self._tokens(c) + 2 * parts * c * 4 + 8 * 8 * c + g_rows * c * self.t.elem
 
-def _tile_sizes(n, v, acc, tile_bytes):
+
+def _host_sizes(n, v, acc, tile_bytes):
     """(tokens, vocabulary rows) of tiles worth considering: ``tile_bytes``, down to an eighth, and the narrowest."""
     for halvings in range(max(1, n.bit_length())):
         chunk = -(-n >> halvings)
@@ -70,8 +84,42 @@ def _tile_sizes(n, v, acc, tile_bytes):
             yield chunk, min(v, max(64, size // (acc * chunk) // 64 * 64))
 
 
-def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> Iterator[Schedule]:
-    """For one size of tile: the schedules that fit, those that are never worse than a later one only."""
+def _gpu_sizes(n, v, acc, budget):
+    """(tokens, vocabulary rows) of tiles worth considering: equal shares of the vocabulary, the largest first."""
+    for halvings in range(max(1, n.bit_length())):
+        chunk = -(-n >> halvings)
+        for mib in reversed(TILE_MIB):
+            pieces = ceil_div(v * chunk * acc, min(mib << 20, budget // 2))
+            yield chunk, min(v, max(64, up(ceil_div(v, pieces), 64)))
+        yield chunk, min(v, 64)
+
+
+def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
+    """Schedules whose product exponentiates itself, for all tokens at once or as many as the budget has room for."""
+    r = request
+    factors, found = r.n_tokens * traits.acc, False
+    for halvings in range(1 if r.to_weight else max(1, r.n_tokens.bit_length())):
+        chunk = -(-r.n_tokens >> halvings)
+        if chunk < 128 <= r.n_tokens or (found and chunk < SMALLEST_CHUNK):
+            return
+        need = _Needs(*r[:3], traits, chunk, 0)
+        if r.to_weight:
+            name, cache = "cached", r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
+            workspace = max(need.fused(), need.from_kept(r.to_hidden))
+        elif r.to_hidden:
+            name, cache = "jacobian", r.n_tokens * r.n_hidden * traits.acc + factors
+            workspace = max(need.fused(up(r.n_vocab, 8)), chunk * r.n_hidden * traits.acc)
+        else:
+            name, cache, workspace = "score", 0, need.fused()
+        if cache and not r.keeps:
+            return
+        if cache + workspace <= r.budget:
+            found = True
+            yield Schedule(name, 0, chunk, cache, workspace, float(name == "cached"))
+
+
+def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], every: bool = False) -> Iterator[Schedule]:
+    """For one size of tile: the schedules that fit; unless ``every``, those only that no other is always better than."""
     r, need = request, _Needs(*request[:3], traits, *size)
     factors = r.n_tokens * traits.acc
 
@@ -84,7 +132,8 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> 
         whole = max(need.forward(v, v), again)
         if r.keeps and r.to_hidden and jacobian + whole <= r.budget and need.chunk >= min(r.n_tokens, 128):
             yield schedule("jacobian", whole, jacobian)
-            return
+            if not every:
+                return
         workspace = max(need.forward(), need.recompute(True, False) if r.to_hidden else 0)
         if workspace <= r.budget:
             yield schedule("recompute" if r.to_hidden else "score", workspace)
@@ -94,11 +143,12 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> 
     whole = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden), recompute if r.entropy else 0)
     if r.keeps and everything + whole <= r.budget:
         yield schedule("cached", whole, everything, 1.0)
-        return
+        if not every:
+            return
     # In a mixed backward the sums and the tokens of both halves are alive together.
     mixed = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden) + need.recompute(False, True))
     columns = max(0, r.budget - mixed - factors) // (r.n_tokens * traits.elem) // size[1] * size[1]
-    if r.keeps and columns:
+    if r.keeps and 0 < columns < r.n_vocab:
         yield schedule("mixed", mixed, columns * r.n_tokens * traits.elem + factors, columns / r.n_vocab)
     workspace = max(need.forward(), recompute)
     if workspace <= r.budget:
@@ -109,28 +159,88 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int]) -> 
             yield schedule("recompute-split", workspace)
 
 
-def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
-    """The cheapest by `dpofast.plan.cost`, among tiles that stay in the device's L2 cache where the budget allows.
+class Candidate(NamedTuple):
+    """A schedule and its predicted seconds, forward and backward."""
 
-    Where the whole g can be used without a second product of logits, that is taken whatever the model of costs says.
+    schedule: Schedule
+    seconds: float
+
+    @property
+    def memory(self) -> int:
+        return self.schedule.cache_bytes + self.schedule.workspace_bytes
+
+
+def candidates(request: Request, traits: TiledTraits, device: DataSheet, every: bool = False) -> Iterator[Candidate]:
+    """Schedules that fit the budget, over tiles and fused; all of them if ``every``."""
+    n, h, v = request[:3]
+
+    def candidate(schedule: Schedule) -> Candidate:
+        columns, _ = cached_columns(schedule, n, v, traits.elem)
+        return Candidate(schedule, sum(cost.seconds(device, schedule, columns, request, traits)))
+
+    if device.sms:
+        sizes = _gpu_sizes(n, v, traits.acc, request.budget)
+    else:
+        sizes = _host_sizes(n, v, traits.acc, min(device.l2_bytes // 2, request.budget // 8))
+    found = False
+    for size in dict.fromkeys(sizes):
+        if found and device.sms and size[0] < min(n, SMALLEST_CHUNK):
+            break
+        for schedule in _schedules(request, traits, size, every):
+            found = True
+            yield candidate(schedule)
+    if request.fuses and not request.entropy and not request.outputs:
+        yield from map(candidate, _fused(request, traits))
+
+
+def best_of(found: Iterable[Candidate], as_fast: float = AS_FAST) -> Candidate | None:
+    """Of those that are predicted to be nearly as fast as the fastest, the one that needs least memory."""
+    found = list(found)
+    if not found:
+        return None
+    fastest = min(c.seconds for c in found)
+    return min((c for c in found if c.seconds <= as_fast * fastest), key=lambda c: (c.memory, c.seconds))
+
+
+@functools.lru_cache(maxsize=1024)
+def _best(request: Request, traits: TiledTraits, device: DataSheet) -> Candidate | None:
+    return best_of(candidates(request, traits, device), AS_FAST if device.sms else 1.0)
+
+
+def can_fuse(device: DataSheet, backend: str, hidden: torch.dtype, weight: torch.dtype, n_hidden: int) -> bool:
+    """Whether `linear_keep` has a variant for these, without bias, softcap and statistics."""
+    return device.fuses and backend == "cuda" and {hidden, weight} == {torch.bfloat16} and n_hidden % 8 == 0
+
+
+def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
+    """The cheapest by `dpofast.plan.cost`, or what needs less memory and is nearly as fast.
+
+    On a GPU it is looked for once for numbers of tokens that differ by less than 3 %: the number is another one in every
+    step of a training run, and the search takes milliseconds.
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     n, h, v = request[:3]
-    best = None
-    for size in dict.fromkeys(_tile_sizes(n, v, traits.acc, min(device.l2_bytes // 2, request.budget // 8))):
-        for schedule in _schedules(request, traits, size):
-            columns, _ = cached_columns(schedule, n, v, traits.elem)
-            moved = cost.traffic(schedule, columns, request, traits)
-            flops = schedule.products(request.n_grads) * request.flops
-            tile_bytes = schedule.token_chunk * schedule.block * traits.acc
-            seconds = cost.seconds(device, moved, flops, request.hidden_dtype, tile_bytes)
-            rank = schedule.name not in ("cached", "jacobian"), seconds
-            if best is None or rank < best[0]:
-                best = rank, schedule
+    if device.sms:
+        about = up(n, 1 << max(0, n.bit_length() - 6))
+        best = _best(request._replace(n_tokens=about), traits, device)
+        schedule = best and _for_fewer(best.schedule, about, request, traits)
+        if schedule:
+            return schedule
+    best = _best(request, traits, device)
     if best is not None:
-        return best[1]
+        return best.schedule
     least = _Needs(n, h, v, traits, 1, min(v, 64))
     raise too_little(
         request,
         max(least.forward(), least.recompute(False, request.to_weight), least.recompute(request.to_hidden, False)),
     )
+
+
+def _for_fewer(schedule: Schedule, about: int, request: Request, traits: TiledTraits) -> Schedule | None:
+    """What was chosen for ``about`` tokens, for the somewhat fewer of the request, in as many chunks."""
+    chunk = ceil_div(request.n_tokens, ceil_div(about, schedule.token_chunk))
+    if schedule.is_fused:
+        fused = _fused(request, traits)
+        return next((s for s in fused if s.token_chunk >= chunk and s.token_chunk <= 2 * chunk), None)
+    found = _schedules(request, traits, (chunk, schedule.block))
+    return next((s for s in found if s.name == schedule.name), None)
