@@ -167,7 +167,8 @@ def keep_piece(
     product, e, sums, shifts, row, label, shift, special, first_row, column, N, V, scale2
 ):  # fmt: skip
     """The epilogue of ``product`` [n, WIDTH]; ``special``: a label or the end of the vocabulary is in it."""
-    z2 = product * scale2 - (shift * LOG2_E)[:, None]  # one instruction an entry, and the exponential is the other
+    # One instruction an entry, and the exponential is the other.
+    z2 = tl.fma(product, scale2, (shift * -LOG2_E)[:, None])
     if special:
         z2 = others(z2, label, column, V)
     x = tl.exp2(z2)
@@ -184,10 +185,10 @@ def keep_piece(
             kept = x.to(e.dtype)
     if e is not None:
         e.store([first_row, column], kept)
-    at = (column // product.shape[1]).to(tl.int64) * N + row
+    at = (column // product.shape[1]).to(tl.int64) * N
     there = row < tl.where(column < V, N, 0)  # a piece may lie beyond the vocabulary
-    tl.store(sums + at, total, mask=there)
-    tl.store(shifts + at, shift, mask=there)
+    tl.store(sums + at + row, total, mask=there)
+    tl.store(shifts + at + row, shift, mask=there)
 
 
 @triton.jit(do_not_specialize=["N", "V", "H"], do_not_specialize_on_alignment=["labels", "z_label", "sums", "shifts"])

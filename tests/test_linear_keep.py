@@ -1,4 +1,4 @@
-"""The kernels of linear_keep against fp64: in Triton's interpreter where there is no GPU, else on a GPU of Hopper's kind.
+"""The kernels of linear_keep against fp64: in Triton's interpreter where there is no GPU, else on a Hopper GPU.
 
 The interpreter has no bf16 products: operands are fp16 there. What is kept is bf16 wherever its bits are looked at.
 """
