@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from dpofast import _backend, _ops, distributed
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import DTYPE_CODES, flags
-from dpofast.plan import Request, choose, chosen, cost, parse_bytes
+from dpofast.plan import Request, can_fuse, choose, chosen, cost, parse_bytes
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -224,10 +224,12 @@ def linear_logprob(
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
+        plain = bias is None and not transform[2] and name is None and weight.stride(1) == 1 and weight.stride(0) % 8 == 0
         request = Request(
             n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers
             entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=name is None,
+            fuses=plain and can_fuse(sheet, exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
         )  # fmt: skip
         # a compiled graph cannot look into the memory of `chosen`
         ask = choose if torch.compiler.is_compiling() else chosen

@@ -14,7 +14,13 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from dpofast.backends.base import InputGrads, OutputGrads, Saved, Transform
+from dpofast.backends.base import Problem as HeadProblem
+from dpofast.backends.gpu import GpuPasses
+from dpofast.backends.tiled import TiledBackend
 from dpofast.kernels import linear_keep as kernels
+from dpofast.plan import Schedule
+from dpofast.plan.schedule import up
 
 if kernels.TensorDescriptor is None:
     pytest.skip("this Triton has no tensor descriptors", allow_module_level=True)
@@ -289,3 +295,31 @@ def test_what_is_supported():
         assert not kernels.supported(DEVICE, torch.bfloat16, 56, x[:, 4:60]) and not kernels.supported(
             DEVICE, torch.bfloat16, 64, x.T
         )
+
+
+@pytest.mark.parametrize("name", ("cached", "jacobian", "score"))
+def test_the_loops_that_run_on_it(name):
+    """Forward and backward of a whole call, in chunks of tokens, against the reference."""
+    n, n_hidden, v, chunk = 70, 24, 523, 40 if name == "jacobian" else 70
+    given = problem(n, n_hidden, v, scale=0.25)  # fp16 could not hold more
+    hidden = given.hidden.view(1, n + 5, n_hidden)
+    positions = given.offsets // n_hidden
+    case = HeadProblem(hidden, given.weight, None, positions, given.labels, Transform(logit_scale=0.25))
+    engine = TiledBackend(GpuPasses(blocks=4))
+    cache = torch.empty(n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE)
+    how = Schedule.of(name, (0, chunk, 0 if name == "score" else cache.numel()))
+    values = engine.forward(case, how, (), cache)
+
+    exact = [x.double().requires_grad_() for x in (hidden, given.weight)]
+    c = torch.randn(n, device=DEVICE)
+    logps = (0.25 * exact[0][0, positions] @ exact[1].T).log_softmax(-1).gather(1, given.labels[:, None]).squeeze(1)
+    d_hidden, d_weight = torch.autograd.grad((logps * c).sum(), exact)
+    torch.testing.assert_close(values["logps"].double(), logps.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values["lse"].sum(1).double(), given.z().logsumexp(1), rtol=1e-5, atol=1e-5)
+    if name == "score":
+        return
+    grads = InputGrads(torch.zeros_like(hidden), torch.zeros_like(given.weight) if name == "cached" else None)
+    engine.backward(case, how, Saved(**values, cache=cache), OutputGrads(c), grads)
+    for got, want in zip(grads[:2], (d_hidden, d_weight)):
+        if got is not None:
+            assert (got - want).norm() / want.norm() < 0.01

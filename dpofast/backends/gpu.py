@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dpofast import _backend
-from dpofast.backends._tensors import element_offsets
-from dpofast.backends.base import LogitsProblem, OutputGrads, Saved
+from dpofast.backends._tensors import element_offsets, empty_results, take
+from dpofast.backends.base import LogitsProblem, OutputGrads, Problem, Saved
 from dpofast.backends.tiled import Tile
 from dpofast.backends.torch import TorchPasses
 
@@ -47,6 +47,25 @@ class GpuPasses(TorchPasses):
             torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
         else:
             sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
+
+    def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
+        # Here and not above: Triton is loaded by those who run it.
+        from dpofast.kernels.linear_keep import linear_keep, pack_tokens, seal, tiles
+
+        hidden, weight, _, positions, labels, (temperature, logit_scale, _) = problem
+        n, device, scale = problem.n_tokens, hidden.device, logit_scale / temperature
+        if hidden.stride(-1) != 1:
+            hidden, positions = take(hidden, positions), torch.arange(n, device=device)
+        if weight.data_ptr() % 16:
+            weight = weight.clone()
+        packed = torch.empty(n, problem.n_hidden, dtype=weight.dtype, device=device)
+        parts = tiles(problem.n_vocab)
+        z_label, sums, shifts = torch.empty(2 * parts + 1, n, dtype=problem.wide, device=device).split((1, parts, parts))
+        results = empty_results(n, (), problem.wide, device)
+        pack_tokens(hidden, element_offsets(hidden, positions), weight, labels, scale, packed, z_label)
+        linear_keep(packed, weight, labels, scale, z_label, e, sums, shifts)
+        seal(z_label, sums, shifts, e, labels, scale, results["logps"], results["lse"], factor)
+        return results
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         stats = self.new_stats(problem.n_tokens, problem.wide, problem.logits.device)

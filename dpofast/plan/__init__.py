@@ -6,7 +6,7 @@
 from dpofast.plan.choice import choose, chosen
 from dpofast.plan.report import Plan, plan
 from dpofast.plan.schedule import DEFAULT_MEMORY_BUDGET, Request, Schedule, parse_bytes
-from dpofast.plan.tiled import cached_columns
+from dpofast.plan.tiled import cached_columns, can_fuse
 
 __all__ = [
     "DEFAULT_MEMORY_BUDGET",
@@ -14,6 +14,7 @@ __all__ = [
     "Request",
     "Schedule",
     "cached_columns",
+    "can_fuse",
     "choose",
     "chosen",
     "parse_bytes",

@@ -20,6 +20,7 @@ Predictions, never measurements: `bench/gpu.sh` holds them against a real device
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 from typing import NamedTuple
 
@@ -129,8 +130,16 @@ def _device_of(device: torch.device) -> DataSheet:
         sheet = sheet._replace(flops_16=sheet.flops_16 * share, flops_32=sheet.flops_32 * share)
     return sheet._replace(
         l2_bytes=there.L2_cache_size, memory_bytes=there.total_memory, sms=there.multi_processor_count,
-        fuses=there.major == 9,
+        fuses=there.major == 9 and _has_descriptors(),
     )  # fmt: skip
+
+
+def _has_descriptors() -> bool:
+    """Whether Triton is here and can describe a tensor to the hardware that copies its tiles."""
+    try:
+        return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    except ImportError:
+        return False
 
 
 class Traffic(NamedTuple):

@@ -209,7 +209,7 @@ def _best(request: Request, traits: TiledTraits, device: DataSheet) -> Candidate
 
 def can_fuse(device: DataSheet, backend: str, hidden: torch.dtype, weight: torch.dtype, n_hidden: int) -> bool:
     """Whether `linear_keep` has a variant for these, without bias, softcap and statistics."""
-    return device.fuses and backend == "cuda" and {hidden, weight} == {torch.bfloat16} and n_hidden % 8 == 0
+    return device.fuses and backend in ("cuda", "triton") and {hidden, weight} == {torch.bfloat16} and n_hidden % 8 == 0
 
 
 def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
