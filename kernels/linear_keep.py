@@ -248,7 +248,8 @@ def linear_keep(
         weight: [V, H].
         labels: [N], int64.
         z_label: [N] of `pack_tokens`.
-        e: [N, V], bf16, of a multiple of 8 elements from row to row; or None, where only a score is wanted.
+        e: [N, V], bf16, of a multiple of 8 elements from row to row, all of them in memory: the last 16 bytes of a row
+            are written whole. None where only a score is wanted.
         sums: [tiles(V), N], fp32, the labels left out.
         shifts: [tiles(V), N], fp32: z_label, or the largest z of a tile whose sum would be more than exp(40).
     """
