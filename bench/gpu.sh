@@ -172,7 +172,7 @@ step ratios 90 40 "$PYTHON" bench/gpu.py --only 8192,llama-3-8b,qwen3,gemma --ba
 step gemm 55 70 "$PYTHON" bench/gpu_gemm.py --seconds 40 --out "$state/gemm.json" $rehearse
 step profile 60 30 "$PYTHON" bench/gpu_profile.py --out "$state/profile.txt" $rehearse
 tests tests-cuda 120 -n $n_cuda -k "$cuda" $numeric
-tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/test_gpu.py
+tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/test_gpu.py tests/test_linear_keep.py
 tests tests-gpu.alone 60 -n $n_alone -k "$alone" tests/test_gpu.py
 
 peers=$PYTHONPATH
