@@ -11,7 +11,8 @@ data sheets. What it takes for granted:
 - The host is in front by what it has issued. A phase takes as long as the slower of host and device, and each call
   waits for the host once.
 - Of 33 whole steps measured (four shapes, cached and jacobian, tiles of 25 MB to 1.2 GB) 32 are within 15 %, with the
-  host times of that day, and one is 16 % off. Mixed and recompute are up to 13 % longer than predicted at N 8192.
+  host times of that day, and one is 16 % off. Three mixed ones at N 5735 and 8192 are predicted 9 to 13 % too short;
+  mixed ones of H around 1024, in which the host was the slower, up to a third.
 - Not measured: other devices, `linear_keep` in a whole step, chunks below 410 tokens, and what `HostTimes` will be.
 
 Predictions, never measurements: `bench/gpu.sh` holds them against a real device.

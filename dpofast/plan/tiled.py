@@ -221,8 +221,8 @@ def can_fuse(device: DataSheet, backend: str, hidden: torch.dtype, weight: torch
 def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
     """The cheapest by `dpofast.plan.cost`, or what needs less memory and is nearly as fast.
 
-    On a GPU it is looked for once for numbers of tokens that differ by less than 3 %: the number is another in every step
-    of a training run, and the search takes milliseconds.
+    On a GPU it is looked for once for numbers of tokens that differ by less than 3 %: the number is another in every
+    step of a training run, and the search takes milliseconds.
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     n, h, v = request[:3]
