@@ -208,8 +208,7 @@ def linear_logprob(
         names = _check_outputs(outputs)
         _check_ignore_index(ignore_index)
         _check_exact(grad_filter)
-        sheet = cost.device_of(hidden.device)
-        budget = parse_bytes(memory_budget, default=sheet.default_budget)
+        budget = parse_bytes(memory_budget, default=cost.default_budget(hidden.device))
         device_type = hidden.device.type
         exact_backend = _backend.resolve(backend, device_type)
         if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
@@ -233,7 +232,7 @@ def linear_logprob(
         )  # fmt: skip
         # a compiled graph cannot look into the memory of `chosen`
         ask = choose if torch.compiler.is_compiling() else chosen
-        schedule = ask(request, exact_backend, device=sheet)
+        schedule = ask(request, exact_backend, device=cost.device_of(hidden.device))
     sharded = None, ""
     if name is not None:
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden

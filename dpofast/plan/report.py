@@ -56,7 +56,7 @@ class Plan(NamedTuple):
             ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
             ("backend", self.backend if self.on_gpu else f"{self.backend}, {self.threads} threads"),
             ("schedule", self.schedule),
-            ("tiles", (f"{self.block} vocabulary rows a block, " if self.block else "none (the product exponentiates), ")
+            ("tiles", (f"{self.block} vocabulary rows a block, " if self.block else "none, the product exponentiates; ")
              + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
             ("products", f"{self.gemms:.2f} (the least for these gradients: {self.floor_gemms})"),
             ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
@@ -178,7 +178,7 @@ def plan(
 
 
 def _is_for_gpu(backend: str) -> bool:
-    """Whether the op would be called with tensors on a GPU: where there is one, unless a backend of the CPU is named."""
+    """Whether the op would be called with tensors on a GPU: where there is one, unless a CPU backend is named."""
     if backend == "auto":
         backend = os.environ.get("DPOFAST_BACKEND") or "auto"
     return backend in ("auto", "cuda", "triton") and torch.cuda.is_available()
