@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpofast import _backend, distributed
-from dpofast.backends._tensors import take, wide_dtype
+from dpofast.backends._tensors import places, take, wide_dtype
 from dpofast.backends.base import Backend, InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
@@ -51,17 +51,19 @@ def _built_in(name: str) -> Backend:
 def _positions(labels: Tensor, ignore_index: int | None, n_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions of the labels that count, and these labels; waits for the device only if ``n_tokens`` is -1, unknown"""
     flat = labels.reshape(-1).long().contiguous()
-    everywhere = torch.arange(flat.numel(), device=flat.device)
     if ignore_index is None or n_tokens == flat.numel():
-        return everywhere, flat
-    if n_tokens < 0:
-        positions = torch.nonzero(flat != ignore_index).squeeze(-1)
-    else:  # each position goes to its place among those that count, the others to one place too many
-        counts = flat != ignore_index
-        place = torch.where(counts, counts.cumsum(0) - 1, n_tokens)
-        positions = torch.empty(n_tokens + 1, dtype=torch.int64, device=flat.device)
-        positions = positions.scatter_(0, place, everywhere)[:-1]
+        return torch.arange(flat.numel(), device=flat.device), flat
+    counts = flat != ignore_index
+    positions = torch.nonzero(counts).squeeze(-1) if n_tokens < 0 else _places(counts, n_tokens)
     return positions, flat[positions]
+
+
+def _places(counts: Tensor, n: int) -> Tensor:
+    """Where ``counts`` [*] is true, which is n times; the device is not waited for."""
+    # Each position goes to its place among those that count, the others to one place too many.
+    place = torch.where(counts, counts.cumsum(0) - 1, n)
+    positions = torch.empty(n + 1, dtype=torch.int64, device=counts.device)
+    return positions.scatter_(0, place, torch.arange(counts.numel(), device=counts.device))[:-1]
 
 
 def _check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
@@ -290,10 +292,7 @@ class _LinearLogprob(torch.autograd.Function):
         needs, incoming = list(ctx.needs_input_grad[1:4]), [grad_logps, grad_entropy]
         if torch.is_grad_enabled() or _is_observed(hidden):
             # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
-            # PyTorch asks lists without None whether they need gradients: not the operands, but this, a result.
-            saved = [result]
-            for x in packed[1:]:
-                saved.append(cache.new_empty(0) if x is None else _in_place(labels, positions, x, x.dtype))
+            saved = _seen(labels, positions, result, packed)
             operands = [hidden, weight, bias, labels, bounds]
             grads = linear_logprob_backward(incoming, operands, [*saved, cache], needs, *ctx.options)
         else:
@@ -301,6 +300,15 @@ class _LinearLogprob(torch.autograd.Function):
             arriving = OutputGrads(*_pick(labels, positions, incoming))
             grads = _gradients(problem, bounds, Saved(*packed, cache), arriving, needs, labels.numel(), *where)
         return (None, *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
+
+
+def _seen(labels: Tensor, positions: Tensor, result: Tensor, packed: list[Tensor | None]) -> list[Tensor]:
+    """Of a forward that saved its results packed, what the registered backward takes: logps, lse and entropy [*]."""
+    # PyTorch asks lists without None whether they need gradients: not the operands, but this one, for its first entry.
+    return [result] + [
+        labels.new_empty(0, dtype=result.dtype) if x is None else _in_place(labels, positions, x, x.dtype)
+        for x in packed[1:]
+    ]
 
 
 def _packed(
@@ -362,12 +370,17 @@ def _logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
     positions, y = _positions(labels, ignore_index, n_tokens)
-    _check_range(y, logits.shape[-1], ignore_index)
-    values = {}
-    if positions.numel():
-        problem = LogitsProblem(logits, positions, y, Transform(*transform))
-        values = backend_named(backend).logits_forward(problem, wanted(outputs))
+    problem = LogitsProblem(logits, positions, y, Transform(*transform))
+    values = _logits_forward(problem, ignore_index, outputs, backend)
     return tuple(_results(labels, wide_dtype(logits.dtype), outputs, positions, values))
+
+
+def _logits_forward(
+    problem: LogitsProblem, ignore_index: int | None, outputs: int, backend: str
+) -> dict[str, Tensor]:
+    """What the backend makes of the tokens that count, [N]."""
+    _check_range(problem.labels, problem.n_vocab, ignore_index)
+    return backend_named(backend).logits_forward(problem, wanted(outputs)) if problem.n_tokens else {}
 
 
 def _fake_logprob(logits, labels, ignore_index, n_tokens, transform, outputs, backend):
@@ -375,17 +388,18 @@ def _fake_logprob(logits, labels, ignore_index, n_tokens, transform, outputs, ba
 
 
 def _fill_grad_logits(
-    grad_logits: Tensor, incoming: Sequence[Tensor | None], logits: Tensor, labels: Tensor, saved: Sequence[Tensor],
-    options: tuple,
+    grad_logits: Tensor, problem: LogitsProblem, labels: Tensor, saved: Saved, incoming: OutputGrads,
+    ignore_index: int | None, backend: str,
 ) -> None:  # fmt: skip
-    ignore_index, n_tokens, transform, backend = options
-    positions, y = _positions(labels, ignore_index, n_tokens)
-    if positions.numel():
-        problem = LogitsProblem(logits, positions, y, Transform(*transform))
-        held, arriving = (_pick(labels, positions, tensors) for tensors in (saved, incoming))
-        backend_named(backend).logits_backward(problem, Saved(*held), OutputGrads(*arriving), grad_logits)
-    if ignore_index is not None:
-        grad_logits.masked_fill_((labels == ignore_index).unsqueeze(-1), 0)
+    n, n_others = problem.n_tokens, labels.numel() - problem.n_tokens
+    if n:
+        backend_named(backend).logits_backward(problem, saved, incoming, grad_logits)
+    if n_others:
+        others = _places(labels.reshape(-1) == ignore_index, n_others)
+        if grad_logits.is_contiguous():
+            grad_logits.view(-1, grad_logits.shape[-1]).index_fill_(0, others, 0)
+        else:
+            grad_logits[places(labels.shape, others)] = 0
 
 
 def _logprob_backward(
@@ -394,7 +408,10 @@ def _logprob_backward(
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits, in new memory; ``saved`` are logps, lse and entropy."""
     grad = logits.new_empty(logits.shape)
-    _fill_grad_logits(grad, incoming, logits, labels, saved, (ignore_index, n_tokens, transform, backend))
+    positions, y = _positions(labels, ignore_index, n_tokens)
+    problem = LogitsProblem(logits, positions, y, Transform(*transform))
+    held, arriving = Saved(*_pick(labels, positions, saved)), OutputGrads(*_pick(labels, positions, incoming))
+    _fill_grad_logits(grad, problem, labels, held, arriving, ignore_index, backend)
     return grad
 
 
@@ -421,33 +438,62 @@ logprob = _register(_logprob, _fake_logprob, _backward_logprob, _setup_logprob)
 logprob_backward = _register(_logprob_backward, _fake_logprob_backward, _no_second_derivative)
 
 
-class InplaceLogprob(torch.autograd.Function):
-    """`logprob` whose backward overwrites the logits with their gradient: no second [*, V] buffer ever exists.
+class _Logprob(torch.autograd.Function):
+    """`logprob` without PyTorch's dispatcher; as `_LinearLogprob`.
 
-    Eager only, since an op that hands out its input's memory as its output cannot be registered.
+    With ``inplace`` its backward overwrites the logits with their gradient, and no second [*, V] buffer ever exists: an
+    op that hands out its input's memory as its output could not be registered.
     """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        results = logprob(*inputs)
-        _setup_logprob(ctx, inputs, results)
+    def forward(ctx, positions, inplace, *inputs):
+        logits, labels, ignore_index, n_tokens, transform, outputs, backend = inputs
+        positions, y = _packed(labels, ignore_index, n_tokens, positions)
+        problem = LogitsProblem(logits, positions, y, Transform(*transform))
+        values = _logits_forward(problem, ignore_index, outputs, backend)
+        results = _unpacked(labels, wide_dtype(logits.dtype), outputs, positions, values)
+        ctx.set_materialize_grads(False)
+        packed = (values.get(name) for name in ("logps", "lse", "entropy"))
+        ctx.save_for_backward(logits, labels, positions, y, results[0], *packed)
+        ctx.options, ctx.inplace, ctx.overwritten = (ignore_index, n_tokens, transform, backend), inplace, False
         ctx.mark_non_differentiable(results[1], *results[3:])
-        ctx.overwritten = False
         return results
 
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
-        if torch.is_grad_enabled():
+        if ctx.inplace and torch.is_grad_enabled():
             raise RuntimeError(
                 "dpofast.logprob(inplace_grad=True): second derivatives are not possible; call backward without "
                 "create_graph=True, or pass inplace_grad=False"
             )
         if grad_logps is None and grad_entropy is None:
-            return (None,) * 7
+            return (None,) * 9
         if ctx.overwritten:
             raise RuntimeError("dpofast.logprob(inplace_grad=True): a second backward, but the logits are overwritten")
-        ctx.overwritten = True
-        logits, labels, *saved = ctx.saved_tensors
-        grad = logits.detach()
-        _fill_grad_logits(grad, (grad_logps, grad_entropy), grad, labels, saved, ctx.options)
-        return (grad, *(None,) * 6)
+        logits, labels, positions, y, result, *packed = ctx.saved_tensors
+        incoming, (ignore_index, _, transform, backend) = [grad_logps, grad_entropy], ctx.options
+        if not ctx.inplace and (torch.is_grad_enabled() or _is_observed(logits)):
+            saved = _seen(labels, positions, result, packed)
+            return (None, None, logprob_backward(incoming, logits, labels, saved, *ctx.options), *(None,) * 6)
+        ctx.overwritten = ctx.inplace
+        grad = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+        problem = LogitsProblem(grad if ctx.inplace else logits, positions, y, Transform(*transform))
+        arriving = OutputGrads(*_pick(labels, positions, incoming))
+        _fill_grad_logits(grad, problem, labels, Saved(*packed), arriving, ignore_index, backend)
+        return (None, None, grad, *(None,) * 6)
+
+
+_apply_logprob = super(torch.autograd.Function, _Logprob).apply
+
+
+def call_logprob(positions: Tensor | None, inplace: bool, logits: Tensor, *others):
+    """`logprob`, on the shortest way to the same results; ``positions`` of the labels that count, if known."""
+    if _is_observed(logits, others[0]):
+        return _Logprob.apply(positions, True, logits, *others) if inplace else logprob(logits, *others)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _apply_logprob(positions, inplace, logits, *others)
+    labels, ignore_index, n_tokens, transform, outputs, backend = others
+    positions, y = _packed(labels, ignore_index, n_tokens, positions)
+    problem = LogitsProblem(logits, positions, y, Transform(*transform))
+    values = _logits_forward(problem, ignore_index, outputs, backend)
+    return _unpacked(labels, wide_dtype(logits.dtype), outputs, positions, values)

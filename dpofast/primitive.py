@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from dpofast import _backend, _ops, distributed
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import DTYPE_CODES, flags
-from dpofast.plan import Request, can_fuse, choose, chosen, cost, parse_bytes
+from dpofast.plan import Request, can_fuse, chosen, cost, parse_bytes, traced
 from dpofast.reference import OUTPUTS, LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -223,6 +223,7 @@ def linear_logprob(
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
+        sheet = cost.device_of(hidden.device)
         plain = bias is None and not transform[2] and name is None and weight.stride(1) == 1 and weight.stride(0) % 8 == 0
         request = Request(
             n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
@@ -231,8 +232,8 @@ def linear_logprob(
             fuses=plain and can_fuse(sheet, exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
         )  # fmt: skip
         # a compiled graph cannot look into the memory of `chosen`
-        ask = choose if torch.compiler.is_compiling() else chosen
-        schedule = ask(request, exact_backend, device=cost.device_of(hidden.device))
+        ask = traced if torch.compiler.is_compiling() else chosen
+        schedule = ask(request, exact_backend, device=sheet)
     sharded = None, ""
     if name is not None:
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
@@ -332,6 +333,6 @@ def logprob(
     shares_rows = inplace_grad and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
     if logits.stride(-1) != 1 or shares_rows:
         logits = logits.contiguous()
-    op = _ops.InplaceLogprob.apply if inplace_grad else _ops.logprob
-    n_tokens, _ = _count(labels, ignore_index)
-    return _output(op(logits, labels, ignore_index, n_tokens, transform, flags(names), exact_backend), names)
+    n_tokens, positions = _count(labels, ignore_index)
+    how = ignore_index, n_tokens, transform, flags(names), exact_backend
+    return _output(_ops.call_logprob(positions, inplace_grad, logits, labels, *how), names)

@@ -128,7 +128,9 @@ def aligned(x: torch.Tensor) -> bool:
 
 def on(device: torch.device):
     """Triton launches on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    if device.type == "cpu" or (device.type == "cuda" and torch.cuda.current_device() == device.index):
+        return contextlib.nullcontext()  # entering a device that is current costs as much as a launch
+    return torch.get_device_module(device).device(device)
 
 
 def splits(jobs: int, work: int, least: int, programs: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 `choose` is what the op runs on; `plan` is the same answer with its reasons, for people.
 """
 
-from dpofast.plan.choice import choose, chosen
+from dpofast.plan.choice import choose, chosen, traced
 from dpofast.plan.report import Plan, plan
 from dpofast.plan.schedule import DEFAULT_MEMORY_BUDGET, Request, Schedule, parse_bytes
 from dpofast.plan.tiled import cached_columns, can_fuse
@@ -19,4 +19,5 @@ __all__ = [
     "chosen",
     "parse_bytes",
     "plan",
+    "traced",
 ]

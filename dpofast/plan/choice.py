@@ -23,5 +23,12 @@ def choose(request: Request, backend: str, threads: int = 0, device: DataSheet =
     return cpu.choose(request, isa, threads) if name == "cpu" else tiled.choose(request, backend, device)
 
 
+def traced(request: Request, backend: str, threads: int = 0, device: DataSheet = HOST) -> Schedule:
+    """`choose` in a graph that `torch.compile` follows, where ``request`` may have symbols for numbers."""
+    if device.sms and not backend.startswith("cpu"):
+        return tiled.first_fit(request, backend, device)
+    return choose(request, backend, threads, device)
+
+
 chosen = functools.lru_cache(maxsize=1024)(choose)
 """`choose`, remembered: a training loop asks the same again and again, and a small call is over before the answer."""

@@ -242,6 +242,28 @@ def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
     )
 
 
+def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
+    """`choose` in as few steps as a symbolic number of tokens allows: what keeps most, in the largest tiles that fit.
+
+    `torch.compile` with dynamic shapes takes more than a minute to follow the other.
+    """
+    traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
+    n, _, v = request[:3]
+    if request.fuses and not request.entropy and not request.outputs:
+        for schedule in _fused(request, traits):
+            return schedule
+    fits = None
+    for halvings in range(12):
+        chunk = -(-n // (1 << halvings))
+        block = min(v, max(64, min(256 << 20, request.budget // 8) // (traits.acc * chunk) // 64 * 64))
+        for schedule in _schedules(request, traits, (chunk, block)):
+            if schedule.cache_bytes and schedule.name != "mixed" or schedule.name == "score":
+                return schedule
+            if fits is None:
+                fits = schedule
+    return choose(request, backend, device) if fits is None else fits
+
+
 def _for_fewer(schedule: Schedule, about: int, request: Request, traits: TiledTraits) -> Schedule | None:
     """What was chosen for ``about`` tokens, for the somewhat fewer of the request, in as many chunks."""
     chunk = ceil_div(request.n_tokens, ceil_div(about, schedule.token_chunk))
