@@ -477,6 +477,8 @@ class _Logprob(torch.autograd.Function):
             return (None, None, logprob_backward(incoming, logits, labels, saved, *ctx.options), *(None,) * 6)
         ctx.overwritten = ctx.inplace
         grad = logits.detach() if ctx.inplace else logits.new_empty(logits.shape)
+        if ctx.inplace:  # for whoever else keeps the logits: kernels write where PyTorch does not look
+            torch.autograd.graph.increment_version(logits)
         problem = LogitsProblem(grad if ctx.inplace else logits, positions, y, Transform(*transform))
         arriving = OutputGrads(*_pick(labels, positions, incoming))
         _fill_grad_logits(grad, problem, labels, Saved(*packed), arriving, ignore_index, backend)
