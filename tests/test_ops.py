@@ -8,7 +8,7 @@ from numerics import STATISTICS
 
 import dpofast
 from dpofast import _backend, _ops
-from dpofast.plan import Request, choose
+from dpofast.plan import Request, choose, cost
 
 TRANSFORM = [0.7, 1.3, 4.0]  # temperature, logit scale, softcap
 OPCHECK = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -191,6 +191,18 @@ def test_autocast_inside_a_compiled_step(backend):
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     assert_same(gradients(compiled, (hidden, weight, bias, labels)), gradients(loss, (hidden, weight, bias, labels)))
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_a_graph_that_is_planned_for_a_gpu(dynamic, monkeypatch):
+    """The planner has more to try there, and a graph goes the same way through it for any number of tokens."""
+    monkeypatch.setattr(cost, "_device_of", lambda device: cost.DEVICES["h100"])
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    hidden, weight, bias, labels = inputs()
+    for rows in (2, 1):
+        given = hidden[:rows].detach().requires_grad_(), weight, bias, labels[:rows]
+        got, want = gradients(lambda *x: compiled(*x, backend="torch"), given), gradients(lambda *x: step(*x, backend="torch"), given)
+        assert_same(got, want)
 
 
 @pytest.mark.parametrize("what", ("linear_logprob", "logprob", "logprob in place"))

@@ -28,7 +28,7 @@ void launch(const char* name, int64_t n, int64_t width, void* stream, void (*ker
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error("dpofast: CUDA kernel " + std::string(name) + " on " + std::to_string(n) + " rows of " +
-                             std::to_string(width) + ": " + cudaGetErrorString(error));
+                             std::to_string(width) + ", or a kernel before it: " + cudaGetErrorString(error));
 #endif
 }
 

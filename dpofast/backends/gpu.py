@@ -12,6 +12,10 @@ from dpofast.backends.tiled import Tile
 from dpofast.backends.torch import TorchPasses
 
 
+# Before 2.10 addmm wants the sums in the dtype of the operands, whatever dtype it is asked to write.
+_ADDS_TO_WIDE_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
 class GpuPasses(TorchPasses):
     """`dpofast.backends.tiled.Passes` whose products keep 16-bit operands and write fp32.
 
@@ -43,8 +47,10 @@ class GpuPasses(TorchPasses):
     def accumulate(self, sums: Tensor, a: Tensor, b: Tensor) -> None:
         if a.dtype == sums.dtype:
             sums.addmm_(a, b)
-        elif a.is_cuda:
+        elif a.is_cuda and _ADDS_TO_WIDE_SUMS:
             torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+        elif a.is_cuda:
+            sums += torch.mm(a, b, out_dtype=sums.dtype)
         else:
             sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))
 

@@ -94,7 +94,7 @@ class TritonBackend(TiledBackend):
 
 
 def _is_fused(problem: Problem, schedule: Schedule) -> bool:
-    return schedule.keeps_nothing and problem.wide != torch.float64
+    return not schedule.is_fused and schedule.keeps_nothing and problem.wide != torch.float64
 
 
 def _operands(problem: Problem) -> tuple:
