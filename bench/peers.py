@@ -31,7 +31,8 @@ def _liger(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
     half = len(y) // 2
     pairs = h[: 2 * half].view(2, half, -1)
-    loss = LigerFusedLinearDPOLoss(ignore_index=IGNORE, use_ref_model=False, compiled=False)
+    # Compiled is its default; on a CPU here that takes longer than what it saves.
+    loss = LigerFusedLinearDPOLoss(ignore_index=IGNORE, use_ref_model=False, compiled=h.is_cuda)
     return loss(w, pairs, y[: 2 * half].view(2, half))[0]
 
 
@@ -48,6 +49,13 @@ def _cut_cross_entropy_exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return _cut_cross_entropy(h, w, y, None)
 
 
+def _liger_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """Of the sum of all tokens, which is not enough for a preference loss: its gradients are made in the forward."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(h, w, y, ignore_index=IGNORE, reduction="sum")
+
+
 def _torch_linear_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return F.linear_cross_entropy(h, w, y, reduction="sum", ignore_index=IGNORE)
 
@@ -59,7 +67,10 @@ PEERS = {
     "cut-cross-entropy": _cut_cross_entropy,
     "F.linear_cross_entropy": _torch_linear_cross_entropy,
 }
-ON_GPU = PEERS | {"cut-cross-entropy, exact": _cut_cross_entropy_exact}
+ON_GPU = PEERS | {
+    "cut-cross-entropy, exact": _cut_cross_entropy_exact,
+    "Liger, cross entropy of the sum": _liger_cross_entropy,
+}
 
 
 def times(states, rounds: int, ratio: Callable, products: Callable) -> dict[str, tuple[float, float]]:
