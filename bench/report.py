@@ -99,8 +99,34 @@ def step_table(report: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "head": head_table, "hardware": hardware_table, "step": step_table,
+    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table,
 }  # fmt: skip
+
+
+GPU_ROWS = {
+    "head trained, default budget, cuda": "dpofast, default budget",
+    "head frozen, cuda": "dpofast, head frozen: time / two products",
+    "head trained, small budget, cuda": "dpofast, small budget",
+}
+
+
+def gpu_table(report: dict[str, Any]) -> str:
+    """What `make gpu` measured: a column for each workload, the ratio, milliseconds and the peak above the inputs."""
+
+    def cell(result: dict[str, Any] | None) -> str:
+        if not result or "failed" in result:
+            return "failed" if result else "-"
+        peak = f", {result['peak_bytes'] / 2**20:,.0f} MiB" if result.get("peak_bytes") else ""
+        return f"{result['ratio_to_floor']:.2f} ({result['seconds'] * 1e3:.1f} ms{peak})"
+
+    rows = [(shown, *(cell(w.get(key)) for w in report["workloads"].values())) for key, shown in GPU_ROWS.items()]
+    peers = report["peers"]
+    for key in dict.fromkeys(key for rows_of in peers.values() for key in rows_of):
+        name = key.removeprefix("peer ").removesuffix(", told which tokens count")
+        if name != "dpofast":
+            rows.append((name, *(cell(peers.get(w, {}).get(key)) for w in report["workloads"])))
+    tokens = (f"{name}: {w['bare products']['tokens']:,} tokens" for name, w in report["workloads"].items())
+    return table(("forward + backward, bf16: time / three `torch.mm`", *tokens), rows)
 
 
 def load(file: str) -> dict[str, Any]:
