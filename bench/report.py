@@ -98,11 +98,6 @@ def step_table(report: dict[str, Any]) -> str:
     return "\n".join((STEP_HEADER, *(step_row(name, result) for name, result in report["results"].items()))) + "\n"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table,
-}  # fmt: skip
-
-
 GPU_ROWS = {
     "head trained, default budget, cuda": "dpofast, default budget",
     "head frozen, cuda": "dpofast, head frozen: time / two products",
@@ -127,6 +122,11 @@ def gpu_table(report: dict[str, Any]) -> str:
             rows.append((name, *(cell(peers.get(w, {}).get(key)) for w in report["workloads"])))
     tokens = (f"{name}: {w['bare products']['tokens']:,} tokens" for name, w in report["workloads"].items())
     return table(("forward + backward, bf16: time / three `torch.mm`", *tokens), rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table,
+}  # fmt: skip
 
 
 def load(file: str) -> dict[str, Any]:
