@@ -223,7 +223,9 @@ def linear_logprob(
         n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
-        plain = bias is None and not transform[2] and name is None and weight.stride(1) == 1 and weight.stride(0) % 8 == 0
+        sheet = cost.device_of(hidden.device)
+        aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0
+        plain = bias is None and not transform[2] and name is None and aligned
         request = Request(
             n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers
@@ -232,7 +234,7 @@ def linear_logprob(
         )  # fmt: skip
         # a compiled graph cannot look into the memory of `chosen`
         ask = choose if torch.compiler.is_compiling() else chosen
-        schedule = ask(request, exact_backend, device=cost.device_of(hidden.device))
+        schedule = ask(request, exact_backend, device=sheet)
     sharded = None, ""
     if name is not None:
         same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
