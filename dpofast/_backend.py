@@ -33,7 +33,9 @@ except ImportError as error:  # the package also works as plain Python, on backe
 BACKENDS = ("cpu", "cuda", "triton", "torch")
 added: dict[str, Backend] = {}
 """Backends beside these, by exact name."""
-_ISAS = tuple(_C.cpu_isas()) if _C is not None else ()  # asked once: torch.compile cannot look into _C
+# asked once: torch.compile cannot look into _C
+_ISAS = tuple(_C.cpu_isas()) if _C is not None else ()
+_PAIR_LOSSES = tuple(getattr(_C, "cuda_pair_losses", ()))
 
 
 def register(name: str, backend: Backend) -> None:
@@ -112,6 +114,13 @@ def resolve(backend: str, device_type: str) -> str:
     if why_not is not None:
         raise ValueError(f"backend={backend!r} {why_not}")
     return f"cpu:{_cpu_isa(isa or None)}" if name == "cpu" else name
+
+
+def pair_losses(backend: str) -> tuple[str, ...]:
+    """The losses that an exact backend computes whole; see `dpofast.backends.base.PairBackend`."""
+    if backend in added:
+        return getattr(added[backend], "pair_losses", ())
+    return _PAIR_LOSSES if backend == "cuda" else ()
 
 
 _WHAT = {

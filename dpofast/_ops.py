@@ -15,7 +15,16 @@ from torch import Tensor
 
 from dpofast import _backend, distributed
 from dpofast.backends._tensors import places, take, wide_dtype
-from dpofast.backends.base import Backend, InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
+from dpofast.backends.base import (
+    Backend,
+    InputGrads,
+    LogitsProblem,
+    OutputGrads,
+    PairsProblem,
+    Problem,
+    Saved,
+    Transform,
+)
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
 from dpofast.contract import STATISTICS, wanted
@@ -268,7 +277,7 @@ linear_logprob_backward = _register(_linear_logprob_backward, _fake_linear_logpr
 class _LinearLogprob(torch.autograd.Function):
     """`linear_logprob` without PyTorch's dispatcher, whose way to a Python op is longer than a small head takes.
 
-    What it saves stays packed, and its ``lse`` has no elements: only the results travel to the shape of labels.
+    What it saves stays packed: only what was asked for travels to the shape of labels.
     """
 
     @staticmethod
@@ -282,7 +291,7 @@ class _LinearLogprob(torch.autograd.Function):
         packed = (values.get(name) for name in ("logps", "lse", "entropy"))
         ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, results[0], *packed, cache)
         ctx.options = ignore_index, n_tokens, transform, *where
-        ctx.mark_non_differentiable(results[1], *results[3:])
+        ctx.mark_non_differentiable(*(x for x in (results[1], *results[3:]) if x is not None))
         return results
 
     @staticmethod
@@ -323,13 +332,16 @@ def _packed(
 
 def _unpacked(
     labels: Tensor, dtype: torch.dtype, outputs: int, positions: Tensor, values: dict[str, Tensor]
-) -> tuple[Tensor, ...]:
-    """`_results` without the log-sum-exps, which no caller sees."""
-    lse = values.pop("lse", None)
-    logps, _, *others = _results(labels, dtype, outputs, positions, values)
-    if lse is not None:
-        values["lse"] = lse
-    return logps, labels.new_empty(0, dtype=dtype), *others
+) -> tuple[Tensor | None, ...]:
+    """`_results` for callers who look at those they asked for only: the others are None, and so is the lse."""
+    if not positions.numel():
+        return tuple(_empty_results(labels, dtype, outputs))
+    return tuple(
+        _in_place(labels, positions, values[name], torch.bool if name == "is_top1" else dtype)
+        if name in values and name != "lse"
+        else None
+        for name in ("logps", "lse", *STATISTICS)
+    )
 
 
 # Without the look for transforms of torch.func that `Function.apply` begins with: `_is_observed` has looked.
@@ -456,7 +468,7 @@ class _Logprob(torch.autograd.Function):
         packed = (values.get(name) for name in ("logps", "lse", "entropy"))
         ctx.save_for_backward(logits, labels, positions, y, results[0], *packed)
         ctx.options, ctx.inplace, ctx.overwritten = (ignore_index, n_tokens, transform, backend), inplace, False
-        ctx.mark_non_differentiable(results[1], *results[3:])
+        ctx.mark_non_differentiable(*(x for x in (results[1], *results[3:]) if x is not None))
         return results
 
     @staticmethod
@@ -499,3 +511,118 @@ def call_logprob(positions: Tensor | None, inplace: bool, logits: Tensor, *other
     problem = LogitsProblem(logits, positions, y, Transform(*transform))
     values = _logits_forward(problem, ignore_index, outputs, backend)
     return _unpacked(labels, wide_dtype(logits.dtype), outputs, positions, values)
+
+
+# sequence_dpo
+
+
+def _sequence_dpo(
+    logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ref_logps: Tensor | None, beta: Tensor | None,
+    margin: Tensor | None, weight: Tensor | None, ignore_index: int, loss_type: str, options: list[float],
+    f_divergence: str, reduction: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, sums, lengths, coefficients) of `dpofast.backends.base.PairsProblem`: its losses, reduced, and the rest.
+
+    The sums are of whole sequences, chosen and rejected ones, and the coefficients are those of the losses' mean.
+    """
+    problem = PairsProblem(
+        logps, labels, None, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, loss_type, options, f_divergence
+    )
+    losses, *others = backend_named(backend).sequence_dpo(problem)
+    if reduction == "mean" and losses.numel():
+        losses = losses.mean()
+    elif reduction != "none":
+        losses = losses.sum()
+    return losses, *others
+
+
+def _pairs(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    return (labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
+
+
+def _fake_sequence_dpo(logps, labels, cu_seqlens, *others):
+    pairs, reduction = _pairs(labels, cu_seqlens), others[-2]
+    return (
+        logps.new_empty(pairs if reduction == "none" else ()), logps.new_empty(2 * pairs),
+        logps.new_empty(2 * pairs, dtype=torch.int64), logps.new_empty(logps.shape),
+    )  # fmt: skip
+
+
+def _sequence_dpo_backward(
+    incoming: list[Tensor | None], logps: Tensor, labels: Tensor, cu_seqlens: Tensor | None, coefficients: Tensor,
+    ignore_index: int, reduction: str,
+) -> Tensor:  # fmt: skip
+    """The gradient of logps, which only say whether it has one; ``incoming`` are those of loss and sums."""
+    (of_loss, of_sums), grad = incoming, None
+    if of_loss is not None:
+        if reduction != "mean":
+            of_loss = of_loss * _pairs(labels, cu_seqlens)
+        if reduction == "none":
+            of_loss = _per_token(of_loss.repeat(2), labels, cu_seqlens)
+        grad = coefficients * of_loss
+    if of_sums is not None:
+        each = torch.where(labels != ignore_index, _per_token(of_sums, labels, cu_seqlens), 0.0)
+        grad = each if grad is None else grad + each
+    return torch.zeros_like(coefficients) if grad is None else grad
+
+
+def _per_token(x: Tensor, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A number of each sequence, for each of its tokens."""
+    if cu_seqlens is None:
+        return x.unsqueeze(-1)
+    return x.repeat_interleave(cu_seqlens.long().diff(), output_size=labels.shape[0])
+
+
+def _fake_sequence_dpo_backward(incoming, logps, *_):
+    return logps.new_empty(logps.shape)
+
+
+def _setup_sequence_dpo(ctx, inputs, output):
+    logps, labels, cu_seqlens, *_, reduction, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logps, labels, cu_seqlens, output[-1])
+    ctx.options = inputs[7], reduction
+
+
+def _sequence_dpo_grads(backward, ctx, incoming: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if all(x is None for x in incoming):
+        return (None,) * 13
+    return (backward(incoming, *ctx.saved_tensors, *ctx.options), *(None,) * 12)
+
+
+def _backward_sequence_dpo(ctx, of_loss, of_sums, *_):
+    return _sequence_dpo_grads(sequence_dpo_backward, ctx, [of_loss, of_sums])
+
+
+sequence_dpo = _register(_sequence_dpo, _fake_sequence_dpo, _backward_sequence_dpo, _setup_sequence_dpo)
+sequence_dpo_backward = _register(_sequence_dpo_backward, _fake_sequence_dpo_backward, _no_second_derivative)
+
+
+class _SequenceDPO(torch.autograd.Function):
+    """`sequence_dpo` without PyTorch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        results = _sequence_dpo(*inputs)
+        _setup_sequence_dpo(ctx, inputs, results)
+        ctx.mark_non_differentiable(*results[2:])
+        return results
+
+    @staticmethod
+    def backward(ctx, of_loss, of_sums, *_):
+        seen = torch.is_grad_enabled() or _is_observed(of_loss, of_sums)
+        return _sequence_dpo_grads(sequence_dpo_backward if seen else _sequence_dpo_backward, ctx, [of_loss, of_sums])
+
+
+_apply_sequence_dpo = super(torch.autograd.Function, _SequenceDPO).apply
+
+
+def call_sequence_dpo(problem: PairsProblem, reduction: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, sums and lengths of `sequence_dpo` with labels, on the shortest way to them."""
+    logps, labels, _, *others = problem
+    inputs = logps, labels, *others, reduction, backend
+    if _is_observed(*inputs[:7]):
+        return sequence_dpo(*inputs)[:3]
+    if torch.is_grad_enabled() and inputs[0].requires_grad:
+        return _apply_sequence_dpo(*inputs)[:3]
+    return _sequence_dpo(*inputs)[:3]

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast import distributed, losses
+from dpofast import _backend, _ops, distributed, losses
+from dpofast.backends.sequence import pairs_problem
 from dpofast.primitive import LogprobOutput, check_inputs, check_logits, linear_logprob, logprob
 from dpofast.sequences import Sequences, check_ld_alpha, check_like_labels, sequence_group_name
 
@@ -223,7 +224,7 @@ def linear_dpo_loss(
         return linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_hidden is not None else None
-    return _preference(score, reference, ref_logps, sequences, objective)
+    return _preference(score, reference, ref_logps, sequences, objective, backend)
 
 
 def dpo_loss(
@@ -288,7 +289,7 @@ def dpo_loss(
         return logprob(ref_logits, labels, ignore_index=ignore_index, **head).logps
 
     reference = score_reference if ref_logits is not None else None
-    return _preference(score, reference, ref_logps, sequences, objective)
+    return _preference(score, reference, ref_logps, sequences, objective, backend)
 
 
 def head_options(primitive: Callable[..., Any]) -> frozenset[str]:
@@ -349,6 +350,7 @@ def _preference(
     ref_logps: Tensor | None,
     sequences: Sequences,
     objective: Objective,
+    backend: str,
 ) -> DPOLossOutput:
     """Check everything that is left to check, score the policy and the reference, and apply the losses."""
     group, has_reference = sequences.group, ref_logps is not None or score_reference is not None
@@ -363,17 +365,16 @@ def _preference(
     def weighted(logps: Tensor) -> Tensor:
         return sequences.logps(logps, token_weights=objective.token_weights, ld_alpha=objective.ld_alpha)
 
-    logps = weighted(policy.logps)
-    given = dict(zip(_SIDES, logps.chunk(2), strict=True))
-    given |= dict(zip(("chosen_lengths", "rejected_lengths"), sequences.lengths().chunk(2), strict=True))
     reference = None if ref_logps is None else ref_logps.detach()
     if score_reference is not None:
         with torch.no_grad():
             reference = score_reference()
-    if reference is not None:
-        if reference.shape == sequences.labels.shape:  # with a graph: token_weights may be learned, and weigh these too
-            reference = weighted(reference)
-        given |= dict(zip(_REFERENCE_SIDES, reference.chunk(2), strict=True))
+    if reference is not None and reference.shape == sequences.labels.shape:
+        reference = weighted(reference)  # with a graph: token_weights may be learned, and weigh these too
+    if _is_one_launch(policy.logps, reference, sequences, objective, backend):
+        return _one_launch(policy, reference, sequences, objective, backend)
+    logps = weighted(policy.logps)
+    given = _given(logps, reference, sequences)
     if "chosen_nll" in losses.needed(objective.terms):
         is_weighted = objective.token_weights is not None or objective.ld_alpha is not None
         plain = sequences.logps(policy.logps) if is_weighted else logps
@@ -386,6 +387,64 @@ def _preference(
     loss = losses.preference_loss(**given, weight=weight, **objective.options)
     rewards = losses.implicit_rewards(objective.terms, given)
     given.pop("chosen_nll", None)
+    statistics = _statistics(policy, sequences) if objective.metrics else {}
+    return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
+
+
+def _given(logps: Tensor, reference: Tensor | None, sequences: Sequences) -> dict[str, Tensor]:
+    """The fields of the output that a loss starts from, of sums ``[2B]``."""
+    given = dict(zip(_SIDES, logps.chunk(2), strict=True))
+    given |= dict(zip(("chosen_lengths", "rejected_lengths"), sequences.lengths().chunk(2), strict=True))
+    if reference is not None:
+        given |= dict(zip(_REFERENCE_SIDES, reference.chunk(2), strict=True))
+    return given
+
+
+def _is_one_launch(
+    logps: Tensor, reference: Tensor | None, sequences: Sequences, objective: Objective, backend: str
+) -> bool:
+    """Whether the backend has this loss whole, and nothing is asked for that only the table does."""
+    term = objective.terms[0]
+    if _TABLE.get(term.loss.name) is not term.loss or len(objective.terms) > 1 or term.factor != 1:
+        return False
+    if term.options.get("cpo_alpha") or objective.use_weighting or objective.ld_alpha is not None:
+        return False
+    if sequences.group is not None or objective.token_weights is not None:
+        return False
+    per_pair = [term.options.get("beta"), term.options.get("margin"), objective.pair_weight]
+    tensors = [x for x in (reference, *per_pair) if isinstance(x, Tensor)]
+    if any(distributed.is_dtensor(x) for x in (logps, sequences.labels, *tensors)):
+        return False
+    for x in tensors:
+        # the loss of a wider one is wider, and options may be learned
+        wider = x.dim() > 0 and torch.promote_types(x.dtype, logps.dtype) != logps.dtype
+        if wider or x.device != logps.device or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+    return term.loss.name in _backend.pair_losses(_backend.resolve(backend, logps.device.type))
+
+
+_TABLE = dict(losses.LOSSES)
+"""As it is here: a loss of the same name that was registered later is another."""
+
+
+def _one_launch(
+    policy: LogprobOutput, reference: Tensor | None, sequences: Sequences, objective: Objective, backend: str
+) -> DPOLossOutput:
+    """What `_preference` returns, by the backend's `sequence_dpo`."""
+    (term,) = objective.terms
+    problem = pairs_problem(
+        term, policy.logps, labels=sequences.labels, cu_seqlens=sequences.cu_seqlens,
+        ref_logps=reference if term.loss.reference else None, weight=objective.pair_weight,
+        ignore_index=sequences.ignore_index,
+    )  # fmt: skip
+    exact_backend = _backend.resolve(backend, policy.logps.device.type)
+    loss, logps, lengths = _ops.call_sequence_dpo(problem, objective.options["reduction"], exact_backend)
+    sequences.found_lengths(lengths)
+    given, beta = _given(logps, reference, sequences), term.options["beta"]
+    if reference is None or isinstance(beta, Tensor):
+        rewards = losses.implicit_rewards(objective.terms, given)
+    else:  # the same in half the launches
+        rewards = (beta * (logps.detach() - reference)).chunk(2)
     statistics = _statistics(policy, sequences) if objective.metrics else {}
     return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
 

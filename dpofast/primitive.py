@@ -224,7 +224,8 @@ def linear_logprob(
         if name is not None:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
         sheet = cost.device_of(hidden.device)
-        plain = bias is None and not transform[2] and name is None and weight.stride(1) == 1 and weight.stride(0) % 8 == 0
+        aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0
+        plain = bias is None and not transform[2] and name is None and aligned
         request = Request(
             n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers

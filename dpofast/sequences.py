@@ -24,8 +24,14 @@ class Sequences:
     def __init__(self, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, group: str | None):
         _check_tokens(labels, cu_seqlens, ignore_index)
         self.labels, self.cu_seqlens, self.ignore_index, self.group = labels, cu_seqlens, ignore_index, group
-        self.mask = labels != ignore_index
+        self._mask: Tensor | None = None
         self._lengths: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        if self._mask is None:
+            self._mask = self.labels != self.ignore_index
+        return self._mask
 
     def __len__(self) -> int:
         return self.labels.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
@@ -44,6 +50,10 @@ class Sequences:
             own = self._own_lengths()
             self._lengths = own if self.group is None else distributed.sum_over_ranks(own, self.group)
         return self._lengths
+
+    def found_lengths(self, lengths: Tensor) -> None:
+        """What `lengths` would compute, where somebody has."""
+        self._lengths = lengths
 
     def _own_lengths(self) -> Tensor:
         if self.cu_seqlens is None:

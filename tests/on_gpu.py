@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast.backends.base import Backend, InputGrads, LogitsProblem, OutputGrads, Problem, Saved
+from dpofast.backends.base import (
+    Backend,
+    InputGrads,
+    LogitsProblem,
+    OutputGrads,
+    PairsProblem,
+    PairsResult,
+    Problem,
+    Saved,
+)
 from dpofast.plan import Schedule
 
 
@@ -19,6 +28,7 @@ class OnDevice:
 
     def __init__(self, backend: Backend, device: str):
         self.backend, self.device = backend, torch.device(device)
+        self.pair_losses: tuple[str, ...] = getattr(backend, "pair_losses", ())
 
     def cache(self, n_bytes: int, _device: torch.device) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8)
@@ -53,6 +63,9 @@ class OnDevice:
         there = self._there(grad_logits)
         self.backend.logits_backward(self._there(problem), self._there(saved), self._there(incoming), there)
         grad_logits.copy_(there)
+
+    def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
+        return PairsResult(*(x.cpu() for x in self.backend.sequence_dpo(self._there(problem))))
 
     def _there(self, x: Any) -> Any:
         """The same on the device: a tensor with its strides and alignment, as kernels must take them, or a tuple with

@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import subprocess
+from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -15,9 +17,11 @@ from emu import build
 from torch import Tensor
 
 import dpofast
-from dpofast import losses
-from dpofast.backends.sequence import SequenceDPO, sequence_dpo
+from dpofast import _backend, _ops, functional, losses
+from dpofast.backends.sequence import SequenceDPO, pairs_problem, sequence_dpo
+from dpofast.backends.tiled import TiledBackend
 from dpofast.losses import LOSSES, REQUIRED
+from dpofast.primitive import LogprobOutput
 
 # Losses that the kernel does not have: a pair's loss there depends on the other pairs of its batch.
 NOT_CLAIMED = {
@@ -331,3 +335,294 @@ def test_nvcc_needs_no_stack_and_spills_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert used == [("0", "0", "0")] * 4, done.stderr  # fp32 and fp64, for each architecture
+
+
+# `linear_dpo_loss` and `dpo_loss` on a backend that has the kernel
+
+ON_GPU = torch.cuda.is_available() and _backend._why_not("cuda", "cuda") is None
+ENGINES = (["cuda:emu"] if build.compiler() else []) + (["cuda:gpu"] if ON_GPU else [])
+on_every_engine = pytest.mark.parametrize("backend", ENGINES, indirect=True)
+on_the_emulator = pytest.mark.skipif(build.compiler() is None, reason="no compiler for the emulator")
+VOCABULARY, HIDDEN = 11, 4
+
+
+def public(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Options of `cases` as `dpofast.linear_dpo_loss` has them."""
+    return {"pair_weight" if name == "weight" else name: x for name, x in tensors(options, dtype).items()}
+
+
+class Call(NamedTuple):
+    """A call of `linear_dpo_loss` or of `dpo_loss`."""
+
+    function: str
+    layout: str
+    dtype: torch.dtype
+
+    def __call__(self, backend: str, loss_type: str, **options: Any) -> tuple[dpofast.DPOLossOutput, list[Tensor]]:
+        """The output, and what it can be differentiated by."""
+        x = batch(self.layout, self.dtype, lengths=(6, 0, 9, 2, 1, 7, 4, 3, 5, 2))
+        g = torch.Generator().manual_seed(1)
+        hidden = torch.randn(*x.labels.shape, HIDDEN, generator=g, dtype=torch.float64).to(self.dtype)
+        weight = torch.randn(VOCABULARY, HIDDEN, generator=g, dtype=torch.float64).to(self.dtype)
+        labels = torch.where(x.labels == -100, -100, x.labels % VOCABULARY)
+        ref = {"ref_logps": x.ref_logps} if LOSSES[loss_type].reference else {}
+        common = {"cu_seqlens": x.cu_seqlens, "backend": backend, "loss_type": loss_type, **ref, **options}
+        if self.function == "dpo_loss":
+            leaves = [(hidden @ weight.T).requires_grad_()]
+            return dpofast.dpo_loss(*leaves, labels, **common), leaves
+        leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+        return dpofast.linear_dpo_loss(*leaves, labels, **common), leaves
+
+
+CALLS = [
+    Call(function, layout, dtype)
+    for function in ("linear_dpo_loss", "dpo_loss")
+    for layout in ("padded", "packed")
+    for dtype in (torch.float32, torch.float64)
+]
+LINEAR = CALLS[0]
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[str]:
+    """The losses that a call had of the kernel, as they come."""
+    seen, method = [], TiledBackend.sequence_dpo
+
+    def spy(self, problem):
+        seen.append(problem.loss_type)
+        return method(self, problem)
+
+    monkeypatch.setattr(TiledBackend, "sequence_dpo", spy)
+    return seen
+
+
+@contextmanager
+def by_the_table():
+    """As if no backend had losses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "pair_losses", lambda _: ())
+        yield
+
+
+def differentiable(out: dpofast.DPOLossOutput) -> Tensor:
+    """All that has a gradient, each with a weight of its own."""
+    parts = [torch.atleast_1d(out.loss), out.chosen_logps, out.rejected_logps]
+    factors = [torch.linspace(0.5, 1.5, len(x), dtype=x.dtype) for x in parts]
+    return sum(scale * (x * f).sum() for scale, x, f in zip((1.0, 0.03, -0.02), parts, factors))
+
+
+def assert_like_the_table(call: Call, backend: str, launches: list[str], loss_type: str, **options: Any) -> None:
+    got, leaves = call(backend, loss_type, **options)
+    assert launches == [loss_type]
+    with by_the_table():
+        want, others = call(backend, loss_type, **options)
+    assert launches == [loss_type]
+    near = {"rtol": 3e-5, "atol": 3e-5} if call.dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-12}
+    for name, y in want._asdict().items():
+        x = getattr(got, name)
+        assert (x is None) == (y is None), name
+        if y is not None:
+            torch.testing.assert_close(x, y, **near, msg=lambda text, name=name: f"{name}: {text}")
+            assert x.requires_grad == y.requires_grad, name
+    torch.testing.assert_close(got.metrics(), want.metrics(), **near)
+    for f in (lambda out: out.loss.sum(), differentiable):
+        grads = (torch.autograd.grad(f(o), x, retain_graph=True) for o, x in ((got, leaves), (want, others)))
+        for x, y in zip(*grads, strict=True):
+            scale = max(1.0, y.abs().max().item())
+            torch.testing.assert_close(x / scale, y / scale, **near)
+
+
+@on_every_engine
+@pytest.mark.parametrize("loss_type", CLAIMED)
+def test_a_loss_through_the_kernel_is_the_tables(backend, launches, loss_type):
+    """For every option of it, with each reduction, from hidden states and from logits, padded and packed."""
+    for i, options in enumerate(cases(loss_type)):
+        call, reduction = CALLS[i % len(CALLS)], losses.REDUCTIONS[i % 3]
+        options = public(options, call.dtype)
+        launches.clear()
+        assert_like_the_table(call, backend, launches, loss_type, reduction=reduction, metrics=i % 2 == 0, **options)
+
+
+@on_every_engine
+@pytest.mark.parametrize("reduction", losses.REDUCTIONS)
+@pytest.mark.parametrize("call", CALLS, ids=lambda c: f"{c.function}-{c.layout}-{c.dtype}")
+def test_every_way_to_the_kernel(backend, launches, call, reduction):
+    assert_like_the_table(call, backend, launches, "sigmoid_norm", reduction=reduction, metrics=True, beta=0.4)
+
+
+@on_every_engine
+def test_an_option_of_no_dimensions_is_every_pairs(backend, launches):
+    for options in ({"beta": torch.tensor(0.3, dtype=torch.float64)}, {"margin": torch.tensor(0.2)}):
+        launches.clear()
+        assert_like_the_table(LINEAR, backend, launches, "sigmoid", **options)
+
+
+@on_every_engine
+def test_a_reference_by_token_is_summed_first(backend, launches):
+    labels = batch("padded", torch.float32, lengths=(6, 0, 9, 2, 1, 7, 4, 3, 5, 2)).labels
+    ref_logps = -torch.rand(labels.shape)
+    assert_like_the_table(LINEAR, backend, launches, "sigmoid", ref_logps=ref_logps)
+    launches.clear()
+    hidden, head = torch.randn(*labels.shape, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
+    assert_like_the_table(LINEAR, backend, launches, "sigmoid", ref_logps=None, ref_hidden=hidden, ref_weight=head)
+    launches.clear()
+    # a supervised loss has no reference, and the output still has the one it was given
+    assert_like_the_table(LINEAR, backend, launches, "sft_norm", ref_logps=ref_logps)
+
+
+@on_every_engine
+@pytest.mark.parametrize("name", CLAIMED)
+def test_a_batch_without_pairs_and_one_without_tokens(backend, launches, name):
+    ref = LOSSES[name].reference
+    for pairs, width in ((0, 5), (2, 3), (2, 0)):
+        labels = torch.full((2 * pairs, width), -100)
+        hidden = torch.randn(2 * pairs, width, HIDDEN, requires_grad=True)
+        out = dpofast.linear_dpo_loss(
+            hidden, torch.ones(VOCABULARY, HIDDEN), labels, ref_logps=torch.zeros(2 * pairs) if ref else None,
+            backend=backend, loss_type=name, metrics=True, **least(name),
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.loss.isfinite() and (pairs or out.loss.item() == 0) and not hidden.grad.any()
+        assert all(value.isfinite() for value in out.metrics().values())
+    assert len(launches) == 3
+
+
+FULL = torch.ones(PAIRS)
+PRESENT_WAY = [
+    *((name, {}) for name in NOT_CLAIMED),
+    ("cpo", {}),  # cpo_alpha is 1
+    ("sigmoid", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    ("sigmoid", {"loss_type": ["sigmoid"], "loss_weights": [2.0]}),
+    ("sigmoid", {"token_weights": torch.ones(10, 9)}),
+    ("sigmoid", {"ld_alpha": 0.5}),
+    ("sigmoid", {"use_weighting": True}),
+    ("sigmoid", {"beta": FULL.clone().requires_grad_()}),  # learned
+    ("sigmoid", {"margin": FULL.double()}),  # makes the loss fp64
+    ("sigmoid", {"ref_logps": torch.zeros(10).double()}),
+    ("sigmoid", {"backend": "torch"}),
+]  # fmt: skip
+
+
+@on_the_emulator
+@pytest.mark.parametrize("name, options", PRESENT_WAY, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_what_the_kernel_lacks_goes_by_the_table(emulator, launches, name, options):
+    function = dpofast.linear_dpo_loss
+    x = batch("padded", torch.float32, lengths=(6, 0, 9, 2, 1, 7, 4, 3, 5, 2))
+    labels = torch.where(x.labels == -100, -100, x.labels % VOCABULARY)
+    hidden = torch.randn(*labels.shape, HIDDEN, requires_grad=True)
+    ref = {"ref_logps": x.ref_logps} if LOSSES[name].reference else {}
+    common = {"loss_type": name, "backend": emulator, **ref, **options}
+    out = function(hidden, torch.randn(VOCABULARY, HIDDEN), labels, **common)
+    out.loss.backward()
+    assert not launches and out.loss.isfinite()
+    if "beta" in options:
+        assert options["beta"].grad is not None
+
+
+@on_the_emulator
+def test_another_loss_of_the_same_name_goes_by_the_table(emulator, launches, monkeypatch):
+    monkeypatch.setitem(LOSSES, "sigmoid", replace(LOSSES["sigmoid"], fn=lambda delta, **_: delta))
+    LINEAR(emulator, "sigmoid")
+    assert not launches
+
+
+@on_the_emulator
+def test_a_loss_is_two_launches_behind_its_log_probs(emulator):
+    assert launched(emulator) == (["sequence_dpo", "mean", "sub", "mul"], ["mul"])  # sub and mul: the rewards
+    with by_the_table():
+        forward, backward = launched(emulator)
+    assert len(forward) + len(backward) >= 25, (forward, backward)
+
+
+# What PyTorch does on the host alone, unless it copies
+FREE = {
+    "chunk", "contiguous", "detach", "empty", "empty_like", "expand", "item", "narrow", "new_empty", "promote_types",
+    "reshape", "result_type", "select", "slice", "split", "to", "unsqueeze", "view",
+}  # fmt: skip
+
+
+def launched(backend: str) -> tuple[list[str], list[str]]:
+    """Operators behind 8192 log-probs that do something to tensors: of `dpo_loss`, and of its backward."""
+    logps, labels, ref = torch.rand(8, 1024).neg().requires_grad_(), torch.ones(8, 1024).long(), torch.randn(8)
+    kernels, library = [], _ops.backend_named(backend).passes._library
+    kernel = library.cuda_sequence_dpo
+
+    def operators(f):
+        kernels.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = f()
+        events = [e for e in profile.events() if e.name.startswith("aten::") and not is_aten(e.cpu_parent)]
+        return result, [*kernels, *(e.name.removeprefix("aten::") for e in events if works(e))]
+
+    def is_aten(event) -> bool:
+        return event is not None and (event.name.startswith("aten::") or is_aten(event.cpu_parent))
+
+    def works(event) -> bool:
+        copies = event.name == "aten::copy_" or any(works(child) for child in event.cpu_children)
+        return copies if event.name.removeprefix("aten::") in FREE | {"as_strided", "empty_strided"} else True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "cuda_sequence_dpo", lambda args: (kernels.append("sequence_dpo"), kernel(args)))
+        patch.setattr(functional, "logprob", lambda *_, **__: LogprobOutput(logps))
+        patch.setitem(functional._HEAD_OPTIONS, functional.logprob, frozenset())
+        logits, one = torch.empty(8, 1024, 1), torch.ones(())
+        out, forward = operators(lambda: dpofast.dpo_loss(logits, labels, ref_logps=ref, backend=backend))
+        _, backward = operators(lambda: torch.autograd.grad(out.loss, logps, one))
+    return forward, backward
+
+
+@on_the_emulator
+@pytest.mark.parametrize("reduction", losses.REDUCTIONS)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_opcheck(emulator, layout, reduction):
+    x = batch(layout, torch.float64, lengths=(6, 0, 9, 2, 1, 7, 4, 3, 5, 2))
+    logps = x.logps.nan_to_num().contiguous().requires_grad_()
+    labels = x.labels.contiguous()
+    beta, weight = (torch.tensor(PER_PAIR[name], dtype=torch.float64) for name in ("beta", "weight"))
+    numbers = [0.0, 0.3, 0.1, 0.0, 0.0, 0.0, 0.0, 0.5]
+    how = (-100, "sigmoid", numbers, "reverse_kl", reduction, emulator)
+    args = (logps, labels, x.cu_seqlens, x.ref_logps, beta, None, weight, *how)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(_ops.sequence_dpo, args, test_utils=checks)
+    loss, sums, _, coefficients = (x.detach() for x in _ops.sequence_dpo(*args))
+    for incoming in ([loss, sums], [loss, None], [None, sums]):
+        args = (incoming, logps.detach(), labels, x.cu_seqlens, coefficients, -100, reduction)
+        torch.library.opcheck(_ops.sequence_dpo_backward, args, test_utils=checks)
+
+
+@on_the_emulator
+@pytest.mark.parametrize("packed", [False, True])
+def test_it_compiles_to_one_graph(emulator, launches, packed):
+    x = batch("packed" if packed else "padded", torch.float64, lengths=(6, 0, 9, 2, 1, 7, 4, 3, 5, 2))
+    labels = torch.where(x.labels == -100, -100, x.labels % VOCABULARY).contiguous()
+    weight = torch.randn(VOCABULARY, HIDDEN, dtype=torch.float64)
+    hidden = torch.randn(*labels.shape, HIDDEN, dtype=torch.float64, requires_grad=True)
+
+    def loss(hidden):
+        out = dpofast.linear_dpo_loss(
+            hidden * 1.5, weight, labels, ref_logps=x.ref_logps, cu_seqlens=x.cu_seqlens, backend=emulator, beta=0.3
+        )
+        return out.loss + 0.01 * out.chosen_logps.sum(), out.chosen_rewards
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    want, got = loss(hidden), compiled(hidden)
+    assert len(launches) == 2
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(value[0], hidden)[0] for value in (got, want)]
+    torch.testing.assert_close(*grads)
+
+
+@on_the_emulator
+def test_second_derivatives_are_refused(emulator):
+    logps = torch.rand(4, 3).neg().requires_grad_()
+    problem = pairs_problem(
+        losses.resolve("sigmoid")[0], logps, labels=torch.ones(4, 3).long(), cu_seqlens=None, ref_logps=torch.zeros(4),
+        weight=None, ignore_index=-100,
+    )  # fmt: skip
+    for reduction in losses.REDUCTIONS:
+        loss, sums, _ = _ops.call_sequence_dpo(problem, reduction, emulator)
+        for value in (loss.sum(), sums.sum()):
+            (grad,) = torch.autograd.grad(value, logps, create_graph=True)
+            assert torch.equal(grad.detach(), torch.autograd.grad(value, logps, retain_graph=True)[0])
+            with pytest.raises(RuntimeError, match="second derivatives"):
+                grad.sum().backward(retain_graph=True)

@@ -6,6 +6,7 @@ N positions count, and results are [N].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -107,6 +108,39 @@ class OutputGrads(NamedTuple):
         return OutputGrads(*(chunk(x, part) for x in self))
 
 
+PAIR_OPTIONS = (
+    "beta", "margin", "label_smoothing", "discopop_tau", "simpo_gamma", "alphapo_alpha", "dpop_lambda",
+    "f_alpha_divergence_coef",
+)  # fmt: skip
+"""The options of `PairsProblem`, in its order."""
+
+
+class PairsProblem(NamedTuple):
+    """From log-probs to a loss that each pair of ``[chosen; rejected]`` decides alone."""
+
+    logps: Tensor  # [2B, T], or packed [N] with cu_seqlens; fp32 or fp64
+    labels: Tensor | None  # as logps, integers, ignore_index where a token does not count; or
+    mask: Tensor | None  # as logps, bool
+    cu_seqlens: Tensor | None  # [2B + 1], integers
+    ref_logps: Tensor | None  # [2B], where the loss has a reference
+    beta: Tensor | None  # [B] or [], and likewise the next two; None: `options` has it, and the weight is 1
+    margin: Tensor | None
+    weight: Tensor | None
+    ignore_index: int
+    loss_type: str  # among the backend's ``pair_losses``
+    options: Sequence[float]  # `PAIR_OPTIONS`
+    f_divergence: str
+
+
+class PairsResult(NamedTuple):
+    """Of logps' dtype, but for the lengths."""
+
+    losses: Tensor  # [B], times the weight
+    sums: Tensor  # [2B]
+    lengths: Tensor  # [2B], int64, tokens that count
+    coefficients: Tensor  # d losses.mean() / d logps, of their shape; exactly 0 where a token does not count
+
+
 class InputGrads(NamedTuple):
     """The gradients to fill; None: not wanted.
 
@@ -154,3 +188,13 @@ class Backend(Protocol):
 
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
         """Fills ``grad_logits`` at the problem's positions; it may be the logits themselves."""
+
+
+class PairBackend(Backend, Protocol):
+    """A backend that also has whole losses. Those that it does not name are computed by `dpofast.losses`."""
+
+    pair_losses: tuple[str, ...]
+    """The losses of `dpofast.losses.LOSSES` that `sequence_dpo` has; in cpo's, ``cpo_alpha`` is 0."""
+
+    def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
+        """Sums, losses and their gradient."""

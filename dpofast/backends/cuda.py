@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dpofast.backends._tensors import element_offsets, empty_results, pointer, take
-from dpofast.backends.base import OutputGrads, Saved, Transform
+from dpofast.backends.base import PAIR_OPTIONS, OutputGrads, PairsProblem, PairsResult, Saved, Transform
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import Exps, Tile
 from dpofast.backends.torch import nothing_folded, put_label, slope
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
+from dpofast.losses import F_DIVERGENCES
 
 _PART = 4096  # columns of a row that one block reads at least, where rows are split
 
@@ -41,6 +42,7 @@ class CudaPasses(GpuPasses):
     def __init__(self, library: Any, blocks: int | None = None):
         super().__init__(blocks)
         self._library = library
+        self.pair_losses: tuple[str, ...] = tuple(getattr(library, "cuda_pair_losses", ()))
 
     def _most_splits(self, n: int, device: torch.device) -> int:
         """Parts of a row that make enough blocks of n rows."""
@@ -139,3 +141,35 @@ class CudaPasses(GpuPasses):
             "out_offsets": pointer(out_offsets), "out_ld": out.stride(0) if out_offsets is None else 0,
         }  # fmt: skip
         self._launch("logprob_grad", tile.x.device, args)
+
+    def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
+        p, logps = problem, problem.logps.contiguous()
+        dtype, device = logps.dtype, logps.device
+        pairs = (len(logps) if p.cu_seqlens is None else len(p.cu_seqlens) - 1) // 2
+        inputs = {
+            "logps": logps,
+            "labels": None if p.labels is None else p.labels.long().contiguous(),
+            "mask": None if p.mask is None else p.mask.contiguous(),
+            "cu_seqlens": None if p.cu_seqlens is None else p.cu_seqlens.long().contiguous(),
+            "ref_logps": None if p.ref_logps is None else p.ref_logps.to(dtype).contiguous(),
+        }
+        for name in ("beta", "margin", "weight"):
+            x = getattr(p, name)
+            inputs[name] = None if x is None else x.to(dtype).expand(pairs).contiguous()
+        result = PairsResult(
+            torch.empty(pairs, dtype=dtype, device=device),
+            torch.empty(2 * pairs, dtype=dtype, device=device),
+            torch.empty(2 * pairs, dtype=torch.int64, device=device),
+            torch.empty_like(logps),
+        )
+        args = {name: pointer(x) for name, x in {**inputs, **result._asdict()}.items()}
+        numbers = dict(zip(PAIR_OPTIONS, p.options, strict=True))
+        args |= {f"{name}_value": numbers.pop(name) for name in ("beta", "margin")}
+        args |= numbers
+        args |= {
+            "dtype": DTYPE_CODES[dtype], "ignore_index": p.ignore_index, "pairs": pairs,
+            "width": 0 if p.cu_seqlens is not None else logps.shape[1], "loss": self.pair_losses.index(p.loss_type),
+            "f_divergence": F_DIVERGENCES.index(p.f_divergence),
+        }  # fmt: skip
+        self._launch("sequence_dpo", device, args)
+        return result

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor
 
 from dpofast import losses
-from dpofast.backends._tensors import pointer
-from dpofast.backends.cuda import launch
-from dpofast.contract import DTYPE_CODES
-
-_NUMBERS = (
-    "label_smoothing", "discopop_tau", "simpo_gamma", "alphapo_alpha", "dpop_lambda", "f_alpha_divergence_coef",
-)  # fmt: skip
+from dpofast.backends.base import PAIR_OPTIONS, PairsProblem
+from dpofast.backends.cuda import CudaPasses
 
 
 class SequenceDPO(NamedTuple):
@@ -88,37 +83,39 @@ def sequence_dpo(
             f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point [{2 * pairs}]"
         )
     losses.check_per_pair((term,), pairs)
-    logps = logps.detach().contiguous()
-    per_pair = {name: _per_pair(term, name, pairs, logps) for name in ("beta", "margin", "weight")}
-    inputs = {
-        "logps": logps,
-        "labels": None if labels is None else labels.long().contiguous(),
-        "mask": None if mask is None else mask.contiguous(),
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long().contiguous(),
-        "ref_logps": None if ref_logps is None else ref_logps.detach().to(logps.dtype).contiguous(),
-        **per_pair,
-    }
-    for name, x in inputs.items():
-        if x is not None and x.device != logps.device:
+    problem = pairs_problem(
+        term, logps, labels=labels, mask=mask, cu_seqlens=cu_seqlens,
+        ref_logps=ref_logps, weight=term.options.get("weight"), ignore_index=ignore_index,
+    )  # fmt: skip
+    for name, x in problem._asdict().items():
+        if isinstance(x, Tensor) and x.device != logps.device:
             raise ValueError(f"{name} is on {x.device}; expected logps' device, {logps.device}")
-    results = {
-        "losses": logps.new_empty(pairs),
-        "sums": logps.new_empty(2 * pairs),
-        "lengths": torch.empty(2 * pairs, dtype=torch.int64, device=logps.device),
-        "coefficients": torch.empty_like(logps),
-    }
-    args = {name: pointer(x) for name, x in {**inputs, **results}.items()}
-    args |= {name: term.options.get(name, 0.0) for name in _NUMBERS}
-    args |= {f"{name}_value": _number(term, name) for name in ("beta", "margin")}
-    divergence = term.options.get("f_divergence_type", losses.F_DIVERGENCES[0])
-    args |= {
-        "dtype": DTYPE_CODES[logps.dtype], "ignore_index": ignore_index, "pairs": pairs,
-        "width": 0 if cu_seqlens is not None else logps.shape[1], "loss": library.cuda_pair_losses.index(loss_type),
-        "f_divergence": losses.F_DIVERGENCES.index(divergence),
-    }  # fmt: skip
-    launch(library, "sequence_dpo", logps.device, args)
-    sums, lengths = results["sums"].chunk(2), results["lengths"].chunk(2)
-    return SequenceDPO(results["losses"], *sums, results["coefficients"], *lengths)
+    with torch.no_grad():
+        result = CudaPasses(library).sequence_dpo(problem)
+    return SequenceDPO(result.losses, *result.sums.chunk(2), result.coefficients, *result.lengths.chunk(2))
+
+
+def pairs_problem(
+    term: losses.Term,
+    logps: Tensor,
+    *,
+    labels: Tensor | None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> PairsProblem:
+    """One loss of a batch, with the options of ``term`` and the weight of each pair."""
+    given = term.options
+    beta, margin = (x if isinstance(x, Tensor) else None for x in (given.get("beta"), given.get("margin")))
+    numbers = [given.get(name, 0.0) for name in PAIR_OPTIONS]
+    options = [0.0 if isinstance(x, Tensor) else float(x) for x in numbers]
+    divergence = given.get("f_divergence_type", losses.F_DIVERGENCES[0])
+    return PairsProblem(
+        logps, labels, mask, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, term.loss.name, options,
+        divergence,
+    )  # fmt: skip
 
 
 def _term(library: Any, loss_type: str, options: Mapping[str, Any]) -> losses.Term:
@@ -165,15 +162,3 @@ def _check_tokens(logps: Tensor, labels: Tensor | None, mask: Tensor | None, cu_
     if sequences % 2:
         raise ValueError(f"logps hold {sequences} sequences; expected [chosen; rejected], an even number")
     return sequences // 2
-
-
-def _per_pair(term: losses.Term, name: str, pairs: int, logps: Tensor) -> Tensor | None:
-    """An option as ``[pairs]`` of logps' dtype where it is a tensor."""
-    value = term.options.get(name)
-    return value.detach().to(logps.dtype).expand(pairs).contiguous() if isinstance(value, Tensor) else None
-
-
-def _number(term: losses.Term, name: str) -> float:
-    """An option where it is a number; 0 where it is a tensor, or the loss has none."""
-    value = term.options.get(name, 0.0)
-    return 0.0 if isinstance(value, Tensor) else value

@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from dpofast.backends._tensors import take
-from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform, chunk
+from dpofast.backends.base import (
+    InputGrads,
+    LogitsProblem,
+    OutputGrads,
+    PairsProblem,
+    PairsResult,
+    Problem,
+    Saved,
+    Transform,
+    chunk,
+)
 from dpofast.plan import Schedule, cached_columns
 from dpofast.plan.schedule import up
 
@@ -98,12 +108,16 @@ class Passes(Protocol):
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
         """As `dpofast.backends.base.Backend.logits_backward`."""
 
+    def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
+        """As `dpofast.backends.base.PairBackend.sequence_dpo`. Only asked for where there are ``pair_losses``."""
+
 
 class TiledBackend:
     """`dpofast.backends.base.Backend` on top of ``passes``."""
 
     def __init__(self, passes: Passes):
         self.passes = passes
+        self.pair_losses: tuple[str, ...] = getattr(passes, "pair_losses", ())
 
     def cache(self, n_bytes: int, device: torch.device) -> Tensor:
         return torch.empty(n_bytes, dtype=torch.uint8, device=device)
@@ -132,6 +146,9 @@ class TiledBackend:
 
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
         self.passes.logits_backward(problem, saved, incoming, grad_logits)
+
+    def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
+        return self.passes.sequence_dpo(problem)
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
