@@ -297,7 +297,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
         hidden, weight, bias, labels, bounds, positions, y, result, *packed, cache = ctx.saved_tensors
-        ignore_index, n_tokens, transform, *where = ctx.options
+        _, _, transform, *where = ctx.options
         needs, incoming = list(ctx.needs_input_grad[1:4]), [grad_logps, grad_entropy]
         if torch.is_grad_enabled() or _is_observed(hidden):
             # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
@@ -320,9 +320,7 @@ def _seen(labels: Tensor, positions: Tensor, result: Tensor, packed: list[Tensor
     ]
 
 
-def _packed(
-    labels: Tensor, ignore_index: int | None, n_tokens: int, positions: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _packed(labels: Tensor, ignore_index: int | None, n_tokens: int, positions: Tensor | None) -> tuple[Tensor, Tensor]:
     """`_positions`, where somebody may have found them already."""
     if positions is None:
         return _positions(labels, ignore_index, n_tokens)
@@ -387,9 +385,7 @@ def _logprob(
     return tuple(_results(labels, wide_dtype(logits.dtype), outputs, positions, values))
 
 
-def _logits_forward(
-    problem: LogitsProblem, ignore_index: int | None, outputs: int, backend: str
-) -> dict[str, Tensor]:
+def _logits_forward(problem: LogitsProblem, ignore_index: int | None, outputs: int, backend: str) -> dict[str, Tensor]:
     """What the backend makes of the tokens that count, [N]."""
     _check_range(problem.labels, problem.n_vocab, ignore_index)
     return backend_named(backend).logits_forward(problem, wanted(outputs)) if problem.n_tokens else {}

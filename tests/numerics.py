@@ -148,7 +148,11 @@ def _last_place(got: Tensor, want: Tensor) -> float:
     """A unit and a quarter in the last place of the largest of 16-bit results: where plain PyTorch happens to be within
     half of one, two roundings of operands and one of the result are still as good."""
     scale = _scale(want)
-    return 1.25 * torch.finfo(got.dtype).eps * 2 ** math.floor(math.log2(scale)) if got.element_size() == 2 and scale else 0.0
+    return (
+        1.25 * torch.finfo(got.dtype).eps * 2 ** math.floor(math.log2(scale))
+        if got.element_size() == 2 and scale
+        else 0.0
+    )
 
 
 def assert_as_good_as_plain(p: Problem, got: dict[str, Tensor], **kwargs) -> None:
@@ -157,7 +161,9 @@ def assert_as_good_as_plain(p: Problem, got: dict[str, Tensor], **kwargs) -> Non
     for name, x in want.items():
         error = (other[name].double() - x.double()).abs()
         error = float(error[error.isfinite()].max()) if error.isfinite().any() else 0.0
-        limits[name] = 0.0 if name == "is_top1" else max(2 * error + _roundings(p) * _scale(x), _last_place(got[name], x))
+        limits[name] = (
+            0.0 if name == "is_top1" else max(2 * error + _roundings(p) * _scale(x), _last_place(got[name], x))
+        )
     assert_close(got, want, limits)
 
 

@@ -14,11 +14,12 @@ import torch
 pytest.importorskip("triton")
 
 import triton
+from dpofast.kernels import linear_keep as kernels
+
 from dpofast.backends.base import InputGrads, OutputGrads, Saved, Transform
 from dpofast.backends.base import Problem as HeadProblem
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import TiledBackend
-from dpofast.kernels import linear_keep as kernels
 from dpofast.plan import Schedule
 from dpofast.plan.schedule import up
 
@@ -307,7 +308,9 @@ def test_the_loops_that_run_on_it(name):
     positions = given.offsets // n_hidden
     case = HeadProblem(hidden, given.weight, None, positions, given.labels, Transform(logit_scale=0.25))
     engine = TiledBackend(GpuPasses(blocks=4))
-    cache = torch.empty(n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE)
+    cache = torch.empty(
+        n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE
+    )
     how = Schedule.of(name, (0, chunk, 0 if name == "score" else cache.numel()))
     values = engine.forward(case, how, (), cache)
 

@@ -201,7 +201,10 @@ def test_a_graph_that_is_planned_for_a_gpu(dynamic, monkeypatch):
     hidden, weight, bias, labels = inputs()
     for rows in (2, 1):
         given = hidden[:rows].detach().requires_grad_(), weight, bias, labels[:rows]
-        got, want = gradients(lambda *x: compiled(*x, backend="torch"), given), gradients(lambda *x: step(*x, backend="torch"), given)
+        got, want = (
+            gradients(lambda *x: compiled(*x, backend="torch"), given),
+            gradients(lambda *x: step(*x, backend="torch"), given),
+        )
         assert_same(got, want)
 
 

@@ -40,7 +40,7 @@ struct KeepArgs : TileArgs {
 };
 
 struct SealArgs {
-  const void* stats;  // [kStats, n]
+  const void* stats;        // [kStats, n]
   const void *lse, *shift;  // [n, 2] and [n] of acc
   const int64_t* labels;
   int64_t n, width;  // tokens, and columns that are kept

@@ -10,7 +10,7 @@ template <class T>
 void fold(const FoldArgs& a, void* stream) {
   using A = acc_t<T>;
   const Transform<A> t = make_transform<A>(a.temperature, a.logit_scale, a.softcap);
-  auto* const kernel = a.outputs      ? &logprob_fold_kernel<T, true, false>
+  auto* const kernel = a.outputs     ? &logprob_fold_kernel<T, true, false>
                        : is_plain(a) ? &logprob_fold_kernel<T, false, true>
                                      : &logprob_fold_kernel<T, false, false>;
   launch("logprob_fold", a.n, a.width, stream, kernel, a.n * a.splits, a, t);

@@ -78,8 +78,8 @@ __device__ __forceinline__ void store_piece(A* stats, int64_t n, int64_t row, co
 }
 
 template <bool kExtra, bool kPlain, class A, class T, int N>
-__device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& transform, const A* bias, int label,
-                                             int v, const T* x, std::integral_constant<int, N>) {
+__device__ __forceinline__ void add_elements(Piece<A>& p, const Transform<A>& transform, const A* bias, int label, int v,
+                                             const T* x, std::integral_constant<int, N>) {
   const A none = -A(INFINITY);
   A z[N], top = none;
 #pragma unroll

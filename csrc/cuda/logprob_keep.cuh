@@ -108,8 +108,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     const int64_t label = a.labels[row] - a.v0;
     G* const first = static_cast<G*>(a.out) + row * a.out_ld;
     const KeptRow<T, G, kPlain> part = {
-        transform, static_cast<const T*>(a.x) + row * a.ld, static_cast<const A*>(a.bias),
-        first + a.v0, int(begin), int(end), label >= 0 && label < a.width ? int(label) : -1};
+        transform, static_cast<const T*>(a.x) + row * a.ld,        static_cast<const A*>(a.bias), first + a.v0, int(begin),
+        int(end),  label >= 0 && label < a.width ? int(label) : -1};
     A* const stats = static_cast<A*>(a.stats) + row;
     const A before = a.shift_before ? static_cast<const A*>(a.shift_before)[row] : none;
 

@@ -106,7 +106,13 @@ class CudaPasses(GpuPasses):
             self._launch("logprob_keep", device, args | more)
 
     def seal(
-        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+        self,
+        exps: Exps,
+        labels: Tensor,
+        transform: Transform,
+        stats: Tensor,
+        results: dict[str, Tensor],
+        factor: Tensor,
     ) -> None:
         e = exps.e
         args = {

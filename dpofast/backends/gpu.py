@@ -11,7 +11,6 @@ from dpofast.backends.base import LogitsProblem, OutputGrads, Problem, Saved
 from dpofast.backends.tiled import Tile
 from dpofast.backends.torch import TorchPasses
 
-
 # Before 2.10 addmm wants the sums in the dtype of the operands, whatever dtype it is asked to write.
 _ADDS_TO_WIDE_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
@@ -66,7 +65,9 @@ class GpuPasses(TorchPasses):
             weight = weight.clone()
         packed = torch.empty(n, problem.n_hidden, dtype=weight.dtype, device=device)
         parts = tiles(problem.n_vocab)
-        z_label, sums, shifts = torch.empty(2 * parts + 1, n, dtype=problem.wide, device=device).split((1, parts, parts))
+        z_label, sums, shifts = torch.empty(2 * parts + 1, n, dtype=problem.wide, device=device).split(
+            (1, parts, parts)
+        )
         results = empty_results(n, (), problem.wide, device)
         pack_tokens(hidden, element_offsets(hidden, positions), weight, labels, scale, packed, z_label)
         linear_keep(packed, weight, labels, scale, z_label, e, sums, shifts)

@@ -89,7 +89,13 @@ class Passes(Protocol):
         """
 
     def seal(
-        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+        self,
+        exps: Exps,
+        labels: Tensor,
+        transform: Transform,
+        stats: Tensor,
+        results: dict[str, Tensor],
+        factor: Tensor,
     ) -> None:
         """Completes what `fold` stored, the label's entry too, so that ``d logps / d x = factor e`` (factor [n])."""
 
@@ -351,7 +357,10 @@ class _Loops:
     def kept(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """What ``cache`` holds: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
         n, h, wide = self.problem.n_tokens, self.problem.n_hidden, self.problem.wide
-        dtype, (columns, stride) = self.dtype, cached_columns(self.schedule, n, self.problem.n_vocab, self.dtype.itemsize)
+        dtype, (columns, stride) = (
+            self.dtype,
+            cached_columns(self.schedule, n, self.problem.n_vocab, self.dtype.itemsize),
+        )
         if self.schedule.keeps_jacobian:
             columns, stride, dtype = h, h, wide
         if not columns:

@@ -141,7 +141,13 @@ class TorchPasses:
         return {name: results[name] for name in ("logps", "lse", *outputs)}
 
     def seal(
-        self, exps: Exps, labels: Tensor, transform: Transform, stats: Tensor, results: dict[str, Tensor], factor: Tensor
+        self,
+        exps: Exps,
+        labels: Tensor,
+        transform: Transform,
+        stats: Tensor,
+        results: dict[str, Tensor],
+        factor: Tensor,
     ) -> None:
         z_max, log_sum = results["lse"].unbind(-1)
         factors = ((exps.shifts - z_max) - log_sum).exp().neg_().unsqueeze(-1)

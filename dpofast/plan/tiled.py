@@ -257,7 +257,7 @@ def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
         chunk = -(-n // (1 << halvings))
         block = min(v, max(64, min(256 << 20, request.budget // 8) // (traits.acc * chunk) // 64 * 64))
         for schedule in _schedules(request, traits, (chunk, block)):
-            if schedule.cache_bytes and schedule.name != "mixed" or schedule.name == "score":
+            if schedule.name in ("cached", "jacobian", "score"):
                 return schedule
             if fits is None:
                 fits = schedule

@@ -484,8 +484,7 @@ void check_few_blocks() {
   Case c{n, v, v, DType::f32, DType::f32};
   Rows x(DType::f32, n, v, v, 0), out(DType::f32, n, v, v, 0);
   std::vector<int64_t> labels(size_t(n), 7);
-  Vector stats(DType::f32, kStats * n, 0), lse(DType::f32, 2 * n, 0), ones(DType::f32, n, 1),
-      logps(DType::f32, n);
+  Vector stats(DType::f32, kStats * n, 0), lse(DType::f32, 2 * n, 0), ones(DType::f32, n, 1), logps(DType::f32, n);
   std::vector<Naive> want;
   for (int64_t row = 0; row < n; ++row) {
     std::vector<double> logits;
@@ -601,7 +600,8 @@ int kernels() {
   for (emu::seed = 1; emu::seed <= kSeeds; ++emu::seed) {
     if (const int wrong = wrong_shuffles()) std::printf("%d shuffles are wrong\n", wrong), ++failures;
     for (const Case& c : cases()) check(c);
-    const DType kinds[][2] = {{DType::f32, DType::bf16}, {DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::f32, DType::f16}};
+    const DType kinds[][2] = {
+        {DType::f32, DType::bf16}, {DType::f32, DType::f32}, {DType::f64, DType::f64}, {DType::f32, DType::f16}};
     for (const auto& kind : kinds)
       for (int trouble = 0; trouble <= int(Trouble::sure); ++trouble)
         for (bool folds : {true, false}) {
