@@ -287,7 +287,7 @@ def seal_kernel(
     n, V, parts, scale, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     none = float("-inf")
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < n
     n = n.to(tl.int64)
     at = tl.arange(0, TILES)[:, None] * n + row[None, :]

@@ -164,49 +164,49 @@ __device__ __forceinline__ A biased(A x, const A* bias, int v) {
 }
 
 // Elements [begin, end) of one row, N at a time for each thread, then a tail one by one. `visit(v, count, x)` gets
-// x[0 .. count), elements v, v + 1, ... Two vectors are on their way at once. Which thread gets which elements does not
+// x[0 .. count), elements v, v + 1, ... kAhead vectors are on their way at once. Which thread gets which elements does not
 // depend on the row's address, so that a row has the same bits wherever it lies; one that does not start at a multiple
 // of 16 bytes is only read in pieces.
-template <int N, class T, class F>
+template <int N, int kAhead = 2, class T, class F>
 __device__ __forceinline__ void for_vectors(const T* row, int begin, int end, const F& visit) {
-  constexpr int kPiece = 16 / int(sizeof(T)), kAhead = 2;
+  constexpr int kPiece = 16 / int(sizeof(T));
   static_assert(N % kPiece == 0, "whole pieces of 16 bytes");
   struct Vec {
     Piece16<T> pieces[N / kPiece];
   };
-  const T* const from = row + begin;
-  const int vectors = (end - begin) / N;
-  const bool aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
-  auto load = [&](int i, Vec& some) {
+  constexpr int kStep = kThreads * N;  // elements that the block visits at a time
+  const int whole = begin + (end - begin) / N * N;
+  const bool aligned = reinterpret_cast<uintptr_t>(row + begin) % 16 == 0;
+  auto load = [&](int v, Vec& some) {
     if (aligned) {
 #pragma unroll
-      for (int j = 0; j < N / kPiece; ++j) some.pieces[j] = load_16_bytes(from + i * N + j * kPiece);
+      for (int j = 0; j < N / kPiece; ++j) some.pieces[j] = load_16_bytes(row + v + j * kPiece);
     } else {
 #pragma unroll
-      for (int j = 0; j < N; ++j) some.pieces[j / kPiece].x[j % kPiece] = from[i * N + j];
+      for (int j = 0; j < N; ++j) some.pieces[j / kPiece].x[j % kPiece] = row[v + j];
     }
   };
-  auto give = [&](int i, const Vec& some) {
+  auto give = [&](int v, const Vec& some) {
     T x[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = some.pieces[j / kPiece].x[j % kPiece];
-    visit(begin + i * N, std::integral_constant<int, N>(), x);
+    visit(v, std::integral_constant<int, N>(), x);
   };
-  int i = int(threadIdx.x);
-  for (; i + (kAhead - 1) * kThreads < vectors; i += kAhead * kThreads) {
+  int v = begin + int(int64_t(threadIdx.x) * N);
+  for (; v < whole - (kAhead - 1) * kStep; v += kAhead * kStep) {
     Vec some[kAhead];
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) load(i + j * kThreads, some[j]);
+    for (int j = 0; j < kAhead; ++j) load(v + j * kStep, some[j]);
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) give(i + j * kThreads, some[j]);
+    for (int j = 0; j < kAhead; ++j) give(v + j * kStep, some[j]);
   }
-  for (; i < vectors; i += kThreads) {
+  for (; v < whole; v += kStep) {
     Vec some;
-    load(i, some);
-    give(i, some);
+    load(v, some);
+    give(v, some);
   }
-  for (int v = begin + vectors * N + int(threadIdx.x); v < end; v += kThreads)
-    visit(v, std::integral_constant<int, 1>(), row + v);
+  for (int tail = whole + int(threadIdx.x); tail < end; tail += kThreads)
+    visit(tail, std::integral_constant<int, 1>(), row + tail);
 }
 
 // Stores N values, in one piece of 16 bytes where they make one and `to` is aligned. (A struct of small elements is

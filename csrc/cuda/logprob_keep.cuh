@@ -39,6 +39,7 @@ template <class T, class G, bool kPlain>
 struct KeptRow {
   using A = acc_t<T>;
   static constexpr int kVec = 16 / int(sizeof(G) < sizeof(T) ? sizeof(G) : sizeof(T));
+  static constexpr int kAhead = kPlain ? 2 : 1;  // a second vector would not fit the registers beside tanh's
 
   const Transform<A>& transform;
   const T* x;
@@ -54,7 +55,7 @@ struct KeptRow {
   // The largest z that is not the label's.
   __device__ __forceinline__ A largest() const {
     A top = -A(INFINITY);
-    for_vectors<kVec>(x, begin, end, [&](int v, auto count, const T* some) {
+    for_vectors<kVec, kAhead>(x, begin, end, [&](int v, auto count, const T* some) {
 #pragma unroll
       for (int i = 0; i < decltype(count)::value; ++i)
         if (v + i != label) top = larger(top, z(v + i, some[i]));
@@ -65,7 +66,7 @@ struct KeptRow {
   // Stores exp(z - shift); returns the thread's sum of them, and the label's z through `z_label` if it meets it.
   __device__ __forceinline__ A keep(A shift, A& z_label) const {
     A sum = 0;
-    for_vectors<kVec>(x, begin, end, [&](int v, auto count, const T* some) {
+    for_vectors<kVec, kAhead>(x, begin, end, [&](int v, auto count, const T* some) {
       constexpr int N = decltype(count)::value;
       A e[N], all[N];
 #pragma unroll

@@ -105,7 +105,7 @@ class Passes(Protocol):
     def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
         """logps and lse without logits; ``e`` [n, V] and ``factor`` [n], if given, as after `fold` and `seal`.
 
-        Only asked for where `dpofast._backend.fuses` says so.
+        Only asked for where `dpofast.plan.can_fuse` says so.
         """
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
