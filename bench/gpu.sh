@@ -157,10 +157,10 @@ print("tested:", dpofast.__file__, flush=True)
 sys.exit(pytest.main(sys.argv[2:]))' "${rehearse:+rehearse}" -q --maxfail 40 -p no:cacheprovider --color=no --tb=short "$@"
 }
 
-numeric="tests/test_primitive.py tests/test_logprob.py tests/test_fold.py tests/test_equal_bits.py tests/test_ops.py"
+numeric="tests/test_primitive.py tests/test_logprob.py tests/test_fold.py tests/test_equal_bits.py tests/test_ops.py tests/test_sequence_dpo.py"
 alone="never_wait or captured" # a failure of these may leave the process unusable for others
 smoked=cuda,torch fused=triton
-cuda="cuda:gpu" triton="triton:gpu" n_cuda=4 n_triton=8 n_alone=6
+cuda="cuda:gpu" triton="triton:gpu" n_cuda=8 n_triton=8 n_alone=6
 if [ -n "$rehearse" ]; then
   numeric="tests/test_logprob.py" smoked=cuda fused=torch cuda="cuda:emu and strides" triton="torch and strides" n_cuda=0 n_triton=0 n_alone=0
 fi
