@@ -179,7 +179,7 @@ class TiledTraits(NamedTuple):
 class Product(NamedTuple):
     """``count`` products [m, k] x [k, n]."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count, which nobody calls
     m: int
     n: int
     k: int
@@ -213,7 +213,7 @@ def _product_seconds(
 class Pass(NamedTuple):
     """``count`` passes over ``elements`` each."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     elements: int
     logits: int  # bytes an element, of a tile that may be in L2
     others: int  # bytes an element, of what else is read and written
@@ -315,7 +315,8 @@ class _Counter:
             self.launches += self.parts  # and sealed
         if self.schedule.keeps_jacobian:
             self.times_weight(v, self.parts)
-        last = self.work[-1]._replace(count=1) if self.schedule.keeps_jacobian else None
+        last = self.work[-1] if self.schedule.keeps_jacobian else None
+        last = last._replace(count=1) if isinstance(last, Product) else None
         self.end_phase(issued, self.parts, last)
 
     def from_cached(self) -> None:

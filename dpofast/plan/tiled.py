@@ -200,9 +200,7 @@ def best_of(found: Iterable[Candidate], as_fast: float = AS_FAST) -> Candidate |
         fastest = min(fastest, c.seconds)
     for c in found:
         if c.seconds <= as_fast * fastest:
-            rank = c.memory, c.seconds
-            if as_fast == 1.0:
-                rank = c.seconds, c.memory
+            rank = (c.memory, c.seconds) if as_fast != 1.0 else (c.seconds, c.memory)
             if best is None or rank < best[0]:
                 best = rank, c
     return None if best is None else best[1]
