@@ -159,7 +159,8 @@ def measure(w: Workload, device: torch.device, backends: list[str], rounds: int)
     bare = Bare(packed, weight, timer)
     names = ("logits", "d hidden", "d weight")
     products = {f"{name}_seconds": seconds for name, seconds in zip(names, bare.seconds)}
-    yield "bare products", products | {"tflops": 3 * 2e-12 * n * w.hidden * w.vocab / sum(bare.seconds), "tokens": n}
+    sizes = {"tokens": n, "hidden": w.hidden, "vocab": w.vocab}
+    yield "bare products", products | {"tflops": 3 * 2e-12 * n * w.hidden * w.vocab / sum(bare.seconds)} | sizes
     chip = torch.cuda.get_device_name(device).lower().replace(" ", "") if device.type == "cuda" else ""
     known = next((key for key in cost.DEVICES if key in chip), None)
 
