@@ -19,7 +19,9 @@ from dpofast.backends.torch import TorchPasses
 from dpofast.plan import Request, Schedule, cached_columns, choose, cost, tiled
 from dpofast.plan.tiled import tiled_traits
 
-SWEEP = json.loads((Path(__file__).parents[1] / "bench/results/gpu-h100-sweep-2026-11-26.json").read_text())
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+SWEEP = json.loads((RESULTS / "gpu-h100-sweep-2026-11-26.json").read_text())
+MEASURED = json.loads((RESULTS / "gpu-h100-2026-11-26.json").read_text())["workloads"]
 BF16, H100 = torch.bfloat16, cost.DEVICES["h100"]
 TRAITS = tiled_traits("cuda", BF16, BF16)
 
@@ -218,3 +220,16 @@ def test_a_device_of_another_name_is_not_mistaken():
 def test_a_device_that_is_unknown_or_of_another_backend_is_refused(device, backend):
     with pytest.raises(ValueError, match=f"device: got '{device}' with backend='{backend}', expected one of a100"):
         dpofast.plan(8, 8, 8, device=device, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "row", ("head trained, g kept, cuda", "head frozen, cuda", "head trained, default budget, cuda")
+)
+@pytest.mark.parametrize("workload", MEASURED)
+def test_what_is_planned_takes_about_as_long_as_was_measured(workload, row):
+    """`make gpu`'s own steps, which no constant of the model was fitted to but the speed of the fused product."""
+    bare, measured = MEASURED[workload]["bare products"], MEASURED[workload][row]
+    sizes = bare["tokens"], bare["hidden"], bare["vocab"], "bf16"
+    plan = dpofast.plan(*sizes, device="h100", train_head="trained" in row, memory_budget=measured["budget"])
+    assert plan.schedule == measured["schedule"]
+    assert plan.predicted_seconds == pytest.approx(measured["seconds"], rel=0.15)

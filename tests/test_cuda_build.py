@@ -109,6 +109,18 @@ def test_every_kernel_keeps_to_the_limits_and_to_the_table(compiled):
     assert as_text(version, table).splitlines() == want.splitlines()
 
 
+@pytest.mark.parametrize("kernel", ("logprob_keep", "logprob_grad", "scale_rows"))
+def test_results_are_stored_16_bytes_at_a_time(tmp_path, kernel):
+    """The compiler takes a struct of small elements apart, without a word."""
+    ptx = tmp_path / "kernel.ptx"
+    command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-ptx", "-o", str(ptx)]
+    subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{kernel}.cu")], check=True, timeout=300)
+    entries = re.split(r"\.visible \.entry (\w+)\(", ptx.read_text())[1:]
+    for name, body in zip(entries[::2], entries[1::2]):
+        if "seal" not in name:
+            assert "st.global.v4" in body or "st.global.v2.f64" in body, name
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [

@@ -123,14 +123,15 @@ __device__ __forceinline__ double expm1_of(double x) { return expm1(x); }
 // z and dz/dx of core/transform: softcap * tanh(logit_scale * x / softcap) / temperature, each part optional.
 template <class A>
 struct Transform {
-  A scale;   // logit_scale / temperature
-  A before;  // logit_scale / softcap
-  A after;   // softcap / temperature; 0: no softcap
+  A scale;    // logit_scale / temperature
+  A before;   // logit_scale / softcap
+  A after;    // softcap / temperature; 0: no softcap
+  A inverse;  // temperature / softcap; 0: no softcap
 
   __device__ __forceinline__ A operator()(A x) const { return after != 0 ? after * tanh_of(before * x) : scale * x; }
   // dz/dx / scale
   __device__ __forceinline__ A bend(A z) const {
-    const A t = after != 0 ? z / after : 0;
+    const A t = after != 0 ? z * inverse : A(0);
     return 1 - t * t;
   }
   __device__ __forceinline__ A slope(A z) const { return scale * bend(z); }
@@ -138,8 +139,8 @@ struct Transform {
 
 template <class A>
 inline Transform<A> make_transform(double temperature, double logit_scale, double softcap) {
-  if (softcap == 0) return {A(logit_scale / temperature), 0, 0};
-  return {A(logit_scale / temperature), A(logit_scale / softcap), A(softcap / temperature)};
+  if (softcap == 0) return {A(logit_scale / temperature), 0, 0, 0};
+  return {A(logit_scale / temperature), A(logit_scale / softcap), A(softcap / temperature), A(temperature / softcap)};
 }
 
 template <class T>

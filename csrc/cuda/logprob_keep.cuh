@@ -179,11 +179,10 @@ __global__ void __launch_bounds__(kThreads) logprob_seal_kernel(const SealArgs a
     if (lane != 0) continue;
     // No other token is possible: every e is 0. And if the label is not, either, nothing is.
     const bool none = shift == -A(INFINITY);
+    const int64_t label = a.labels[row];
+    if (label >= 0 && label < a.width) narrow(none ? 0 : -p.sum * exp_of(p.m - shift) * transform.bend(p.z_label), e[label]);
     const A factor = none ? (p.z_label == -A(INFINITY) ? A(NAN) : A(0)) : -exp_of((shift - lse[0]) - lse[1]);
     static_cast<A*>(a.factor)[row] = factor * transform.scale;
-    const int64_t label = a.labels[row];
-    if (label < 0 || label >= a.width) continue;
-    narrow(none ? 0 : -p.sum * exp_of(p.m - shift) * transform.bend(p.z_label), e[label]);
   }
 }
 

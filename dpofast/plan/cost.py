@@ -13,7 +13,9 @@ data sheets. What it takes for granted:
 - Of 33 whole steps measured (four shapes, cached and jacobian, tiles of 25 MB to 1.2 GB) 32 are within 15 %, with the
   host times of that day, and one is 16 % off. Three mixed ones at N 5735 and 8192 are predicted 9 to 13 % too short;
   mixed ones of H around 1024, in which the host was the slower, up to a third.
-- Not measured: other devices, `linear_keep` in a whole step, chunks below 410 tokens, and what `HostTimes` will be.
+- Fused steps of four workloads, trained and frozen, were 1 to 9 % longer than predicted. Small budgets at H ~1024, in
+  tiles of a few MB, took up to 40 % longer.
+- Not measured: other devices, and chunks below 410 tokens.
 
 Predictions, never measurements: `bench/gpu.sh` holds them against a real device.
 """
