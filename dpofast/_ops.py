@@ -288,7 +288,8 @@ class _LinearLogprob(torch.autograd.Function):
         values, cache = _forward(problem, bounds, ignore_index, outputs, *where)
         results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
         ctx.set_materialize_grads(False)
-        packed = (values.get(name) for name in ("logps", "lse", "entropy"))
+        wide = problem.wide  # what is merged over ranks comes in double
+        packed = (values[name].to(wide) if name in values else None for name in ("logps", "lse", "entropy"))
         ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, results[0], *packed, cache)
         ctx.options = ignore_index, n_tokens, transform, *where
         ctx.mark_non_differentiable(*(x for x in (results[1], *results[3:]) if x is not None))

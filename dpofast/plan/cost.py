@@ -117,16 +117,19 @@ def sheet_named(name: str) -> DataSheet | None:
     return next((names[n] for n in names if re.search(rf"(?<![a-z0-9]){n}(?![0-9])", name.lower())), None)
 
 
-@torch.compiler.assume_constant_result
 def device_of(device: torch.device) -> DataSheet:
     """The figures of a CUDA device, `HOST` for others. Opaque to `torch.compile`."""
     return _device_of(device)
 
 
-@torch.compiler.assume_constant_result
 def default_budget(device: torch.device) -> int:
     """`DataSheet.default_budget` of a device. Opaque to `torch.compile`."""
     return _device_of(device).default_budget
+
+
+for _function in (device_of, default_budget):
+    # What torch.compiler.assume_constant_result does, which imports all of torch._dynamo first.
+    _function._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
 @functools.cache
