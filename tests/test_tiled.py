@@ -16,6 +16,9 @@ from dpofast.backends.torch import TorchPasses
 from dpofast.plan import Schedule
 
 
+aten = torch.ops.aten
+
+
 class Watching(TorchDispatchMode):
     """Counts results of at least ``size`` elements in memory that is not an argument's, and questions to the device."""
 
@@ -32,7 +35,8 @@ class Watching(TorchDispatchMode):
         mine = storages(results)
         new = mine.keys() - storages((args, kwargs or {})).keys()
         self.buffers += sum(mine[pointer].numel() >= self.size for pointer in new)
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+        # A number asked for, a count, and a list or number made a tensor, which on a GPU is a copy that is waited for.
+        if function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.lift_fresh.default):
             self.waits.append(function)
         return results
 
