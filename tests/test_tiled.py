@@ -15,7 +15,6 @@ from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
 from dpofast.plan import Schedule
 
-
 aten = torch.ops.aten
 
 
