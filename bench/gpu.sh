@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-bench/results}
 BUDGET=${BUDGET:-570}
-ORDER="info smoke ratios gemm profile tests-cuda tests-gpu peers triton tests-triton memcheck racecheck bench"
+ORDER="info smoke ratios gemm steps profile tests-cuda tests-gpu peers triton tests-triton memcheck racecheck bench"
 rehearse=${REHEARSE:+--rehearse}
 began=$SECONDS
 state=$PWD/build/gpu${REHEARSE:+-rehearsal}
@@ -170,6 +170,7 @@ step smoke 60 16 "$PYTHON" bench/gpu_smoke.py --backends "$smoked" $rehearse
 step ratios 90 40 "$PYTHON" bench/gpu.py --only 8192,llama-3-8b,qwen3,gemma --backends cuda,torch --rounds 7 \
   --seconds 75 --no-picture --out "$state/ratios.json" $rehearse
 step gemm 55 70 "$PYTHON" bench/gpu_gemm.py --seconds 40 --out "$state/gemm.json" $rehearse
+step steps 60 40 "$PYTHON" bench/gpu_steps.py --seconds 40 --out "$state/steps.json" $rehearse
 step profile 60 30 "$PYTHON" bench/gpu_profile.py --out "$state/profile.txt" $rehearse
 tests tests-cuda 120 -n $n_cuda -k "$cuda" $numeric
 tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/test_gpu.py tests/test_linear_keep.py

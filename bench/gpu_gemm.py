@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu_common import Timer, cuda_library, device_for, first_line, synchronize
+from gpu_common import Timer, cuda_library, device_for, first_line
 from torch import Tensor
 
 import dpofast
@@ -230,38 +230,32 @@ def from_logits(sweep: Sweep, n: int, v: int) -> None:
     sweep.write()
 
 
-def host(sweep: Sweep, n: int, h: int, v: int) -> None:
-    """Seconds of the host in one small call, the device's queue never waited for."""
-    hidden, weight = sweep.rand(n, h).requires_grad_(), sweep.rand(v, h).requires_grad_()
+def fused(sweep: Sweep, n: int, h: int, v: int) -> None:
+    """The product that exponentiates, what comes before and after it, and the bare product beside them."""
+    from dpofast.kernels import linear_keep as kernels
+
+    weight, hidden, e = sweep.rand(v, h), sweep.rand(n, h), sweep.empty(n, -(-v // 8) * 8)[:, :v]
+    if not kernels.supported(sweep.device, weight.dtype, h, weight):
+        print("the kernel linear_keep is not for this device")
+        return
+    since = len(sweep.results)
     labels = torch.randint(v, (n,), device=sweep.device)
-    count = 3 if sweep.rehearse else 60
+    offsets, packed = torch.arange(n, device=sweep.device) * h, torch.empty_like(hidden)
+    parts, wide = kernels.tiles(v), {"device": sweep.device, "dtype": FP32}
+    z_label, factor, logps, lse = (torch.empty(*shape, **wide) for shape in ((n,), (n,), (n,), (n, 2)))
+    sums, shifts = torch.empty(2, parts, n, **wide)
+    scale, flops = h**-0.5, 2.0 * n * h * v
+    sweep.add("bare product, bf16", [n, h, v], lambda: mm(hidden, weight.T, e), flops=flops)
+    pack = hidden, offsets, weight, labels, scale, packed, z_label
+    sweep.add("pack_tokens", [n, h, v], lambda: kernels.pack_tokens(*pack))
+    for name, kept in (("linear_keep", e), ("linear_keep, score", None)):
 
-    def forward() -> Tensor:
-        return dpofast.linear_logprob(hidden, weight, labels, ignore_index=None, backend="cuda").logps
+        def product(kept: Tensor | None = kept) -> None:
+            kernels.linear_keep(packed, weight, labels, scale, z_label, kept, sums, shifts)
 
-    def forward_only() -> None:
-        with torch.no_grad():
-            forward()
-
-    def step() -> None:
-        hidden.grad = weight.grad = None
-        forward().sum().backward()
-
-    for name, work in (("forward, no grad", forward_only), ("forward", forward), ("forward + backward", step)):
-        for _ in range(3):
-            work()
-        synchronize(sweep.device)
-        start = time.perf_counter()
-        for _ in range(count):
-            work()
-        queued = (time.perf_counter() - start) / count
-        synchronize(sweep.device)
-        done = (time.perf_counter() - start) / count
-        entry = {"name": f"host, {name}", "shape": [n, h, v], "seconds": queued, "seconds_with_device": done}
-        sweep.results.append(entry)
-        print(
-            f"host, {name:<20} {[n, h, v]} {queued * 1e6:7.0f} us a call, {done * 1e6:7.0f} with the device", flush=True
-        )
+        sweep.add(name, [n, h, v], product, flops=flops)
+    sweep.add("seal", [n, v], lambda: kernels.seal(z_label, sums, shifts, e, labels, scale, logps, lse, factor))
+    last_lines(sweep, since)
     sweep.write()
 
 
@@ -290,14 +284,14 @@ def groups(sweep: Sweep) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "large products", lambda: large_products(sweep, 16, 8, 96, (32,))
         yield "passes", lambda: passes(sweep, 4, (0.002, 0.01))
         yield "from logits", lambda: from_logits(sweep, 4, 300)
-        yield "host", lambda: host(sweep, 4, 8, 200)
         yield "reduced precision", lambda: reduced_precision(sweep, 64, 8, (16,))
         return
     chunks, blocks = (512, 1024, 2048, 4096, 8192), (1056, 2112, 4224, 8448, 16896, 33792)
     yield "large products", lambda: large_products(sweep, 8192, 4096, 151936, (3200, 8448, 33792))
     yield "passes", lambda: passes(sweep, 2048, (8, 25, 70, 300))
     yield "from logits", lambda: from_logits(sweep, 4096, 151936)
-    yield "host", lambda: host(sweep, 64, 1024, 32000)
+    yield "fused 4096", lambda: fused(sweep, 8192, 4096, 151936)
+    yield "fused 1024", lambda: fused(sweep, 1638, 1024, 151936)
     yield "products 4096", lambda: products(sweep, 4096, chunks, blocks, 151936)
     yield "products 1024", lambda: products(sweep, 1024, chunks, blocks, 151936)
     yield "large products, small", lambda: large_products(sweep, 1638, 1024, 151936, (3200, 8448, 33792))

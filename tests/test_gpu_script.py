@@ -29,7 +29,7 @@ def run(out: Path, **environment: str) -> subprocess.CompletedProcess:
 @needs_tools
 def test_every_step_runs_and_its_results_are_there(tmp_path):
     build.module()  # not in a step's time
-    steps = "info smoke ratios gemm profile tests-cuda memcheck"  # each script once, with every kind of result
+    steps = "info smoke ratios gemm steps profile tests-cuda memcheck"  # each script once, with every kind of result
     done = run(tmp_path, STEPS=steps)
     assert done.returncode == 0, done.stdout + done.stderr
     report = (tmp_path / "gpu-report.txt").read_text()
@@ -37,7 +37,8 @@ def test_every_step_runs_and_its_results_are_there(tmp_path):
         assert f"== {step}: ok" in report, report
     results = json.loads((tmp_path / "gpu-results.json").read_text())
     assert "cached" in {row.get("schedule") for row in results["ratios"]["workloads"]["tiny"].values()}
-    assert not [r for r in results["gemm"] if "failed" in r]
+    assert not [r for r in (*results["gemm"], *results["steps"]["steps"]) if "failed" in r]
+    assert {r["name"] for r in results["steps"]["host"]} >= {"forward", "forward + backward"}
     assert "head frozen" in (tmp_path / "gpu-tables.md").read_text()
     assert "products" in (tmp_path / "gpu-profile.txt").read_text()
     with tarfile.open(tmp_path / "gpu-logs.tar.gz") as logs:
