@@ -174,36 +174,30 @@ def passes(sweep: Sweep, chunk: int, megabytes: tuple[float, ...]) -> None:
 
 
 def passes_of(sweep: Sweep, kernels: CudaPasses, chunk: int, width: int, size: str) -> None:
-    x, e = sweep.rand(chunk, width, dtype=FP32), sweep.empty(chunk, width)
+    x, e = sweep.rand(chunk, width, dtype=FP32), sweep.empty(chunk, 2 * width)
     labels = torch.randint(width, (chunk,), device=sweep.device)
-    beyond = torch.full_like(labels, -1)  # no label lies in this tile
     stats = kernels.new_stats(chunk, FP32, sweep.device)
-    shifts = sweep.empty(1, chunk, dtype=FP32)  # one for each block of columns, of which there is one
-    exps = Exps(e, shifts, width) if "block" in Exps._fields else Exps(e, shifts[0])
-    tile, plain = Tile(x, None, labels, 0, Transform()), Tile(x, None, beyond, 0, Transform())
+    exps = Exps(e, sweep.empty(2, chunk, dtype=FP32), width)
+    first, later = (Tile(x, None, labels, v0, Transform()) for v0 in (0, width))
     outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     n, shape = chunk * width, [chunk, width]
 
-    def add(name: str, bytes_each: int, work: Callable[[], object]) -> float | None:
-        return sweep.add(f"{name} {size}", shape, work, n_bytes=bytes_each * n)
+    def add(name: str, bytes_each: int, work: Callable[[], object]) -> None:
+        sweep.add(f"{name} {size}", shape, work, n_bytes=bytes_each * n)
 
-    fold = add("fold", 4, lambda: kernels.fold(tile, stats, (), None))
-    both = add("fold + keep", 10, lambda: kernels.fold(tile, stats, (), exps))
-    if fold and both:
-        keep = {"seconds": both - fold, "gb_per_s": 6 * n / max(both - fold, 1e-9) / 1e9}
-        sweep.results.append({"name": f"keep {size} (difference)", "shape": shape} | keep)
-    add("fold, all outputs", 4, lambda: kernels.fold(tile, stats, outputs, None))
+    add("fold", 4, lambda: kernels.fold(first, stats, (), None))
+    add("fold, all outputs", 4, lambda: kernels.fold(first, stats, outputs, None))
+    # For its shift a row's first tile is read twice.
+    add("fold + keep, first", 10, lambda: kernels.fold(first, stats, (), exps))
+    add("fold + keep, later", 6, lambda: kernels.fold(later, stats, (), exps))
     fresh = kernels.new_stats(chunk, FP32, sweep.device)
-    kernels.fold(tile, fresh, (), exps)
-    results = kernels.finish(fresh, labels, width, ())
+    for tile in (first, later):
+        kernels.fold(tile, fresh, (), exps)
+    results = kernels.finish(fresh, labels, 2 * width, ())
     saved, c = Saved(results["logps"], results["lse"]), OutputGrads(torch.ones_like(results["logps"]))
-    add("grad", 6, lambda: kernels.grad(tile, saved, c, e))
-    add("grad, no labels", 6, lambda: kernels.grad(plain, saved, c, e))
-    if hasattr(kernels, "normalise"):
-        add("normalise", 4, lambda: kernels.normalise(e, shifts, width, labels, Transform(), fresh, results))
-    else:
-        factor = sweep.empty(chunk, dtype=FP32)
-        add("seal", 4, lambda: kernels.seal(exps, labels, Transform(), fresh, results, factor))
+    add("grad", 6, lambda: kernels.grad(first, saved, c, e[:, :width]))
+    factor = sweep.empty(chunk, dtype=FP32)
+    sweep.add(f"seal {size}", shape, lambda: kernels.seal(exps, labels, Transform(), fresh, results, factor))
 
 
 def from_logits(sweep: Sweep, n: int, v: int) -> None:

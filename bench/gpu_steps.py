@@ -3,8 +3,9 @@
     python bench/gpu_steps.py --out steps.json
     python bench/gpu_steps.py --rehearse       on the CPU, the kernels emulated, tiny
 
-A schedule is forced, whatever the planner would take. Ratios are medians in turns with three (two, of a frozen head) bare
-``torch.mm`` of the same shapes. Shapes come from the most to the least telling; those left after --seconds are not run.
+A schedule is forced, whatever the planner would take. Ratios are medians in turns with three (two, of a frozen head)
+bare ``torch.mm`` of the same shapes. Shapes come from the most to the least telling; those left after --seconds are not
+run.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
 from dpofast.backends.tiled import Exps, Tile
 from dpofast.contract import FLOOR_LOGP, Stat
 
+_ROWS = 1024
+"""That are scaled at a time: their temporaries are small beside what the planner counts."""
+
 
 def nothing_folded(stats: Tensor) -> Tensor:
     """``stats``, filled with the statistics of no logits."""
@@ -72,14 +75,16 @@ class TorchPasses:
     def scale_rows(
         self, x: Tensor, x_rows: Tensor | None, scales: tuple[Tensor, ...], out: Tensor, out_rows: Tensor | None
     ) -> None:
-        y = x if x_rows is None else take(x, x_rows)
-        for scale in scales:
-            y = y * scale.unsqueeze(-1)
-        y = y.to(out.dtype)
-        if out_rows is None:
-            out.copy_(y)
-        else:
-            out[out_rows] = y
+        n = len(x) if x_rows is None else len(x_rows)
+        for i in range(0, n, _ROWS):
+            part = slice(i, i + _ROWS)
+            y = x[part] if x_rows is None else take(x, x_rows[part])
+            for scale in scales:
+                y = y * scale[part].unsqueeze(-1)
+            if out_rows is None:
+                out[part] = y
+            else:
+                out[out_rows[part]] = y.to(out.dtype)
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         return nothing_folded(torch.empty(Stat.COUNT, n, dtype=wide, device=device))
