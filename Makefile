@@ -56,13 +56,13 @@ test-llamafactory: ## LLaMA-Factory's trainer on dpofast, in an environment of i
 	build/llamafactory/bin/python -m pip install --quiet '$(TORCH)' pytest . $(LLAMAFACTORY)
 	build/llamafactory/bin/python -m pip install --quiet --no-deps llamafactory==0.9.5 pillow omegaconf \
 	    antlr4-python3-runtime==4.9.3
-	build/llamafactory/bin/pytest tests/test_integrations_llamafactory.py $(ARGS)
+	build/llamafactory/bin/pytest tests/integrations/test_llamafactory.py $(ARGS)
 
 test-axolotl: ## Axolotl's trainer on dpofast, in an environment of its own (3 GB)
 	$(PYTHON) -m venv build/axolotl
 	build/axolotl/bin/python -m pip install --quiet '$(TORCH)' pytest . $(AXOLOTL)
 	build/axolotl/bin/python -m pip install --quiet --no-deps axolotl==0.19.0 bitsandbytes==0.50.2 pillow
-	AXOLOTL_DO_NOT_TRACK=1 build/axolotl/bin/pytest tests/test_integrations_axolotl.py $(ARGS)
+	AXOLOTL_DO_NOT_TRACK=1 build/axolotl/bin/pytest tests/integrations/test_axolotl.py $(ARGS)
 
 # A throw-away environment: the CUDA torch is 5.5 GB.
 CUDA_TORCH ?= torch==2.14.1
@@ -119,7 +119,7 @@ SANITIZE     := -O1 -g1 -std=c++17 -ffp-contract=off -fsanitize=address,undefine
 SANITIZE_OBJ := $(patsubst %.cpp,build/sanitize/%.o,$(wildcard csrc/cpu/*.cpp tests/sanitize/*.cpp))
 
 sanitize: $(VENV)/.installed-test ## the C++ core under AddressSanitizer and UBSan
-	$(BIN)/pytest tests/test_sanitize.py $(ARGS)
+	$(BIN)/pytest tests/sanitize/test_sanitize.py $(ARGS)
 
 build/sanitize/test_kernels: $(SANITIZE_OBJ)
 	$(CXX) $(SANITIZE) $^ -o $@

@@ -46,7 +46,7 @@ CUDA_ARCHS = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 NVCCFLAGS = "-O3 -std=c++17 -Xcompiler=-fPIC,-fvisibility=hidden"
 JOB_MEMORY = 2 << 30  # bytes that one compiler call may take; nvcc's are the large ones
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "backslashreplace"}
-NOTES = "_build_notes.json"  # beside the module; read by dpofast/_backend.py and dpofast/env_info
+NOTES = "_build_notes.json"  # beside the module; read by dpofast/backends/registry.py and dpofast/env_info
 
 # The names that torch.utils.cpp_extension (2.13) takes in TORCH_CUDA_ARCH_LIST, and its "native", for which it asks the
 # GPUs: a build that needs none takes the default for it.

@@ -29,7 +29,7 @@ from peers import ON_GPU, PEERS
 from torch import Tensor
 
 import dpofast
-from dpofast import _backend
+from dpofast.backends import registry
 from dpofast.plan import cost
 
 RESULTS = Path(__file__).parent / "results"
@@ -320,7 +320,7 @@ def main() -> None:
     out = args.out or RESULTS / f"gpu-{name}-{facts['date']}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(out.read_text()) if out.exists() else {"about": facts, "workloads": {}, "complete": []}
-    backends = [b for b in args.backends.split(",") if b in _backend.added or not _backend._why_not(b, device.type)]
+    backends = [b for b in args.backends.split(",") if b in registry.added or not registry.why_not(b, device.type)]
     print(" ".join(f"{key}={value}" for key, value in facts.items()), "backends:", *backends, flush=True)
 
     def write() -> None:

@@ -157,7 +157,7 @@ print("tested:", dpofast.__file__, flush=True)
 sys.exit(pytest.main(sys.argv[2:]))' "${rehearse:+rehearse}" -q --maxfail 40 -p no:cacheprovider --color=no --tb=short "$@"
 }
 
-numeric="tests/test_primitive.py tests/test_logprob.py tests/test_fold.py tests/test_equal_bits.py tests/test_ops.py tests/test_sequence_dpo.py"
+numeric="tests/test_primitive.py tests/test_logprob.py tests/backends/test_fold.py tests/whole/test_equal_bits.py tests/test_ops.py tests/backends/test_sequence_dpo.py"
 alone="never_wait or captured" # a failure of these may leave the process unusable for others
 smoked=cuda,torch fused=triton
 cuda="cuda:gpu" triton="triton:gpu" n_cuda=8 n_triton=8 n_alone=6
@@ -173,8 +173,8 @@ step gemm 55 70 "$PYTHON" bench/gpu_gemm.py --seconds 40 --out "$state/gemm.json
 step steps 60 40 "$PYTHON" bench/gpu_steps.py --seconds 40 --out "$state/steps.json" $rehearse
 step profile 60 30 "$PYTHON" bench/gpu_profile.py --out "$state/profile.txt" $rehearse
 tests tests-cuda 120 -n $n_cuda -k "$cuda" $numeric
-tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/test_gpu.py tests/test_linear_keep.py
-tests tests-gpu.alone 60 -n $n_alone -k "$alone" tests/test_gpu.py
+tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/backends/test_gpu.py tests/backends/test_linear_keep.py
+tests tests-gpu.alone 60 -n $n_alone -k "$alone" tests/backends/test_gpu.py
 
 peers=$PYTHONPATH
 if compgen -G '.gpu/wheels/*.whl' > /dev/null && [ ! -d "$state/peers" ]; then

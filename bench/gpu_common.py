@@ -34,11 +34,11 @@ def device_for(rehearse: bool) -> torch.device:
     """The GPU; in a rehearsal the CPU, with the emulator in the place of backend "cuda"."""
     if not rehearse:
         return torch.device("cuda", torch.cuda.current_device())
-    from dpofast import _backend
+    from dpofast.backends import registry
     from dpofast.backends.cuda import CudaPasses
     from dpofast.backends.tiled import TiledBackend
 
-    _backend.added["cuda"] = TiledBackend(CudaPasses(cuda_library(True), blocks=8))
+    registry.added["cuda"] = TiledBackend(CudaPasses(cuda_library(True), blocks=8))
     return torch.device("cpu")
 
 

@@ -20,7 +20,7 @@ import torch
 from gpu_common import device_for, first_line, synchronize
 
 import dpofast
-from dpofast import _backend
+from dpofast.backends import registry
 
 # Three times what rounding the results and one factor to 16 bits costs. Logits are summed in fp32.
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -127,7 +127,7 @@ def main() -> None:
     device = device_for(args.rehearse)
     failed = 0
     for backend in args.backends.split(","):
-        why_not = None if backend in _backend.added else _backend._why_not(backend, device.type)
+        why_not = None if backend in registry.added else registry.why_not(backend, device.type)
         if why_not:
             print(f"FAIL {backend}: {why_not}" if backend == "cuda" else f"---- {backend}: {why_not}", flush=True)
             failed += backend == "cuda"

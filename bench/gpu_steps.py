@@ -23,7 +23,8 @@ from gpu_common import Timer, device_for, first_line, synchronize
 from torch import Tensor
 
 import dpofast
-from dpofast import _backend, primitive
+from dpofast import primitive
+from dpofast.backends import registry
 from dpofast.plan import Schedule, cost
 from dpofast.plan.schedule import up
 
@@ -134,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     began, device = time.monotonic(), device_for(args.rehearse)
     fuses = cost.device_of(device).fuses
-    older = not args.rehearse and not _backend._why_not("triton", device.type)
+    older = not args.rehearse and not registry.why_not("triton", device.type)
     tiles = (0, 0.002, 0.01) if args.rehearse else TILES
     rounds, results = 1 if args.rehearse else 5, {"host": [], "steps": []}
 

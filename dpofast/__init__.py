@@ -39,6 +39,6 @@ else:
     from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
     from dpofast.losses import RunningMean, preference_loss, unpaired_preference_loss
     from dpofast.modules import DPOLoss, LinearDPOLoss, LinearLogprob
-    from dpofast.plan import Plan, plan
+    from dpofast.plan.report import Plan, plan
     from dpofast.primitive import LogprobOutput, linear_logprob, logprob
     from dpofast.sequences import sequence_logps, wpo_weights

@@ -6,17 +6,16 @@ completion tokens stays inside, in the cache buffer, whose size in bytes is an a
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from dpofast import _backend, distributed
+from dpofast import distributed
+from dpofast.backends import registry
 from dpofast.backends._tensors import places, take, wide_dtype
 from dpofast.backends.base import (
-    Backend,
     InputGrads,
     LogitsProblem,
     OutputGrads,
@@ -25,34 +24,8 @@ from dpofast.backends.base import (
     Saved,
     Transform,
 )
-from dpofast.backends.tiled import TiledBackend
-from dpofast.backends.torch import TorchPasses
 from dpofast.contract import STATISTICS, wanted
 from dpofast.plan import Schedule
-
-
-def backend_named(name: str) -> Backend:
-    """What runs an exact backend, as `dpofast._backend.resolve` names it."""
-    return _backend.added.get(name) or _built_in(name)
-
-
-@functools.cache
-def _built_in(name: str) -> Backend:
-    kind, _, isa = name.partition(":")
-    if kind == "cpu":
-        from dpofast.backends.cpu import CpuBackend
-
-        return CpuBackend(isa)
-    if kind == "cuda":
-        from dpofast.backends.cuda import CudaPasses
-
-        return TiledBackend(CudaPasses(_backend._C))
-    if kind == "triton":
-        from dpofast.backends.triton import TritonBackend, TritonPasses
-
-        return TritonBackend(TritonPasses())
-    return TiledBackend(TorchPasses())
-
 
 # Tokens: from [*] to the N that count, and back
 
@@ -177,7 +150,7 @@ def _forward(
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """What the backend makes of the tokens that count, [N], and the cache."""
     _check_range(problem.labels, problem.n_vocab if bounds is None else int(bounds[-1]), ignore_index)
-    engine, how, names = backend_named(backend), Schedule.of(schedule, sizes), wanted(outputs)
+    engine, how, names = registry.get(backend), Schedule.of(schedule, sizes), wanted(outputs)
     cache = engine.cache(how.cache_bytes, problem.hidden.device)
     if not problem.n_tokens:
         return {}, cache
@@ -219,7 +192,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_linear_logprob_backward`, of the tokens that count among ``n_labels``."""
     hidden, weight, bias, positions = problem[:4]
-    engine, how = backend_named(backend), Schedule.of(schedule, sizes)
+    engine, how = registry.get(backend), Schedule.of(schedule, sizes)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
         grads[1] = engine.grad_weight(weight)
@@ -389,7 +362,7 @@ def _logprob(
 def _logits_forward(problem: LogitsProblem, ignore_index: int | None, outputs: int, backend: str) -> dict[str, Tensor]:
     """What the backend makes of the tokens that count, [N]."""
     _check_range(problem.labels, problem.n_vocab, ignore_index)
-    return backend_named(backend).logits_forward(problem, wanted(outputs)) if problem.n_tokens else {}
+    return registry.get(backend).logits_forward(problem, wanted(outputs)) if problem.n_tokens else {}
 
 
 def _fake_logprob(logits, labels, ignore_index, n_tokens, transform, outputs, backend):
@@ -402,7 +375,7 @@ def _fill_grad_logits(
 ) -> None:  # fmt: skip
     n, n_others = problem.n_tokens, labels.numel() - problem.n_tokens
     if n:
-        backend_named(backend).logits_backward(problem, saved, incoming, grad_logits)
+        registry.get(backend).logits_backward(problem, saved, incoming, grad_logits)
     if n_others:
         others = _places(labels.reshape(-1) == ignore_index, n_others)
         if grad_logits.is_contiguous():
@@ -525,7 +498,7 @@ def _sequence_dpo(
     problem = PairsProblem(
         logps, labels, None, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, loss_type, options, f_divergence
     )
-    losses, *others = backend_named(backend).sequence_dpo(problem)
+    losses, *others = registry.get(backend).sequence_dpo(problem)
     if reduction == "mean" and losses.numel():
         losses = losses.mean()
     elif reduction != "none":

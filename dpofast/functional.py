@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast import _backend, _ops, distributed, losses
+from dpofast import _ops, distributed, losses
+from dpofast.backends import registry
 from dpofast.backends.sequence import pairs_problem
 from dpofast.primitive import LogprobOutput, check_inputs, check_logits, linear_logprob, logprob
 from dpofast.sequences import Sequences, check_ld_alpha, check_like_labels, sequence_group_name
@@ -420,7 +421,7 @@ def _is_one_launch(
         wider = x.dim() > 0 and torch.promote_types(x.dtype, logps.dtype) != logps.dtype
         if wider or x.device != logps.device or (x.requires_grad and torch.is_grad_enabled()):
             return False
-    return term.loss.name in _backend.pair_losses(_backend.resolve(backend, logps.device.type))
+    return term.loss.name in registry.pair_losses(registry.resolve(backend, logps.device.type))
 
 
 _TABLE = dict(losses.LOSSES)
@@ -437,7 +438,7 @@ def _one_launch(
         ref_logps=reference if term.loss.reference else None, weight=objective.pair_weight,
         ignore_index=sequences.ignore_index,
     )  # fmt: skip
-    exact_backend = _backend.resolve(backend, policy.logps.device.type)
+    exact_backend = registry.resolve(backend, policy.logps.device.type)
     loss, logps, lengths = _ops.call_sequence_dpo(problem, objective.options["reduction"], exact_backend)
     sequences.found_lengths(lengths)
     given, beta = _given(logps, reference, sequences), term.options["beta"]

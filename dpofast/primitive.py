@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dpofast import _backend, _ops, distributed
+from dpofast import _ops, distributed
+from dpofast.backends import registry
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import DTYPE_CODES, flags
 from dpofast.plan import Request, can_fuse, chosen, cost, parse_bytes, traced
@@ -210,7 +211,7 @@ def linear_logprob(
         _check_exact(grad_filter)
         budget = parse_bytes(memory_budget, default=cost.default_budget(hidden.device))
         device_type = hidden.device.type
-        exact_backend = _backend.resolve(backend, device_type)
+        exact_backend = registry.resolve(backend, device_type)
         if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(device_type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -330,7 +331,7 @@ def logprob(
     _check_exact(grad_filter)
     if inplace_grad and torch.compiler.is_compiling():
         raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
-    exact_backend = _backend.resolve(backend, logits.device.type)
+    exact_backend = registry.resolve(backend, logits.device.type)
     shares_rows = inplace_grad and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
     if logits.stride(-1) != 1 or shares_rows:
         logits = logits.contiguous()

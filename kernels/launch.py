@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 # By kernel and whether the operands are 16-bit; the first of each is the default. None may spill with any flag, rows
-# that are not aligned included (tests/triton_resources.txt), which is what limits them: 255 registers a thread.
+# that are not aligned included (tests/backends/triton_resources.txt), and that limits them: 255 registers a thread.
 _NVIDIA = {
     ("forward", True): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
     ("forward", False): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),

@@ -22,15 +22,16 @@ import numerics  # noqa: E402
 from emu import build  # noqa: E402
 from on_gpu import OnDevice  # noqa: E402
 
-from dpofast import _backend, _ops  # noqa: E402
+from dpofast import native  # noqa: E402
+from dpofast.backends import registry  # noqa: E402
 from dpofast.backends.cuda import CudaPasses  # noqa: E402
 from dpofast.backends.tiled import TiledBackend  # noqa: E402
 
 EMULATOR = "cuda:emu"  # the CUDA kernels on the CPU: see emu/cuda_emu.h
 ON_GPU = {"cuda:gpu": "cuda", "triton:gpu": "triton"}  # real kernels, see on_gpu.py
 KNOWN = ("cpu:avx512_bf16", "cpu:avx512", "cpu:avx2", "cpu:neon", "cpu:scalar", "torch", EMULATOR, *ON_GPU)
-CPU = tuple(f"cpu:{isa}" for isa in _backend.cpu_isas())
-GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() and not _backend._why_not(real, "cuda"))
+CPU = tuple(f"cpu:{isa}" for isa in native.cpu_isas())
+GPU = tuple(name for name, real in ON_GPU.items() if torch.cuda.is_available() and not registry.why_not(real, "cuda"))
 PRESENT = ("torch", *CPU, *((EMULATOR,) if build.compiler() else ()), *GPU)
 # A minute or more of one core, the longest first.
 LONGEST = tuple(
@@ -66,7 +67,7 @@ def pytest_testnodedown(node: object, error: object) -> None:
 def emulator() -> str:
     """The backend whose kernels the emulator runs, compiled when a test first wants it."""
     # 8 blocks: few enough that ordinary tests meet one block a row, enough that a few long rows are split
-    _backend.added[EMULATOR] = TiledBackend(CudaPasses(build.module(), blocks=8))
+    registry.added[EMULATOR] = TiledBackend(CudaPasses(build.module(), blocks=8))
     return EMULATOR
 
 
@@ -76,7 +77,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == EMULATOR:
         request.getfixturevalue("emulator")
     if request.param in GPU:
-        _backend.added[request.param] = OnDevice(_ops.backend_named(ON_GPU[request.param]), "cuda")
+        registry.added[request.param] = OnDevice(registry.get(ON_GPU[request.param]), "cuda")
     request.config.stash[_RAN].add(request.param)
     with numerics.threads(torch.get_num_threads() if request.param in CPU else 1):
         yield request.param

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpofast import _backend, contract
+from dpofast import contract, native
 
-pytestmark = pytest.mark.skipif(_backend._C is None, reason="the compiled module is not there")
+pytestmark = pytest.mark.skipif(native.C is None, reason="the compiled module is not there")
 
 
 def test_the_numbers_are_those_of_the_compiled_module():
-    compiled = _backend._C.contract()
+    compiled = native.C.contract()
     names = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16", torch.float16: "f16"}
     assert compiled["dtypes"] == {names[dtype]: code for dtype, code in contract.DTYPE_CODES.items()}
     assert compiled["outputs"] == {name: contract.flags((name,)) for name in contract.STATISTICS}

@@ -7,7 +7,7 @@ import torch
 from numerics import STATISTICS
 
 import dpofast
-from dpofast import _backend, _ops
+from dpofast import _ops, native
 from dpofast.plan import Request, choose, cost
 
 TRANSFORM = [0.7, 1.3, 4.0]  # temperature, logit scale, softcap
@@ -99,7 +99,7 @@ def _fresh_dynamo():
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_linear_logprob_compiles_to_one_graph(backend, dynamic):
-    if dynamic and backend.startswith("cpu:") and backend != f"cpu:{_backend.cpu_isas()[0]}":
+    if dynamic and backend.startswith("cpu:") and backend != f"cpu:{native.cpu_isas()[0]}":
         pytest.skip("the graph is the same for every instruction set")
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     args = inputs()

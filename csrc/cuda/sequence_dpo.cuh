@@ -3,7 +3,7 @@
 //
 // Sums and losses are double, whatever the tokens are: they are a few operations, and the summed log-probs of two long
 // completions differ by little. A sum's order is that of its sequence's tokens, wherever the batch has them. The losses
-// are those of dpofast/losses.py that a pair decides alone, and tests/test_sequence_dpo.py holds them to that table.
+// are those of dpofast/losses.py that a pair decides alone, and tests/backends/test_sequence_dpo.py holds them to that table.
 #pragma once
 #include "cuda/device.h"
 #include "cuda/kernels.h"

@@ -1,5 +1,5 @@
 """Backends: what one is (`dpofast.backends.base`), those that there are, and a door for more."""
 
-from dpofast._backend import register
+from dpofast.backends.registry import register
 
 __all__ = ["register"]

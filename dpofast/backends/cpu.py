@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast._backend import _C
 from dpofast.backends import _pages
 from dpofast.backends._tensors import element_offsets, empty_results, pointer
 from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, chunk
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
+from dpofast.native import C
 from dpofast.plan import Schedule
 
 _SMALL_WORKSPACE = 1 << 16  # bytes; a small head needs no more, and is called once
@@ -37,7 +37,7 @@ class CpuBackend:
         for part in schedule.chunks(problem.n_tokens):
             args, alive = _operands(problem.chunk(part), schedule)
             args |= {name: pointer(chunk(results.get(name), part)) for name in ("logps", "lse", *STATISTICS)}
-            self._run(_C.forward, args | {"outputs": flags(outputs), "stats": None} | _kept(schedule, cache))
+            self._run(C.forward, args | {"outputs": flags(outputs), "stats": None} | _kept(schedule, cache))
             del alive
         return results
 
@@ -48,7 +48,7 @@ class CpuBackend:
             args, alive = _operands(problem.chunk(part), schedule)
             folded.append(torch.empty(Stat.COUNT, args["n"], dtype=problem.wide))
             args |= no_results | {"outputs": flags(outputs), "stats": folded[-1].data_ptr()}
-            self._run(_C.forward, args | _kept(schedule, None))
+            self._run(C.forward, args | _kept(schedule, None))
             del alive
         return torch.cat(folded, 1)
 
@@ -85,7 +85,7 @@ class CpuBackend:
             "grad_weight": pointer(grads.weight), "grad_bias": pointer(grads.bias),
             "token_chunk": schedule.token_chunk if grads.of_head else 0,
         }  # fmt: skip
-        self._run(_C.backward, args | _kept(schedule, saved.cache if from_saved else None))
+        self._run(C.backward, args | _kept(schedule, saved.cache if from_saved else None))
         del alive
 
     def _run(self, function: Callable[[str, dict[str, Any]], int], args: dict[str, Any]) -> None:
@@ -100,7 +100,7 @@ class CpuBackend:
         args, alive = _logits_operands(problem)
         args |= {name: pointer(results.get(name)) for name in ("logps", "lse", *STATISTICS)}
         no_gradients = dict.fromkeys(("grad_logps", "grad_entropy", "grad_logits", "grad_offsets"))
-        _C.rows_forward(self.isa, args | no_gradients | {"outputs": flags(outputs)})
+        C.rows_forward(self.isa, args | no_gradients | {"outputs": flags(outputs)})
         del alive
         return results
 
@@ -112,7 +112,7 @@ class CpuBackend:
             "grad_logps": pointer(incoming.logps), "grad_entropy": pointer(incoming.entropy),
             "grad_logits": grad_logits.data_ptr(), "grad_offsets": grad_offsets.data_ptr(), "outputs": 0,
         }  # fmt: skip
-        _C.rows_backward(self.isa, args)
+        C.rows_backward(self.isa, args)
         del alive
 
 

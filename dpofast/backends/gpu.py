@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from dpofast import _backend
 from dpofast.backends._tensors import element_offsets, empty_results, take
 from dpofast.backends.base import LogitsProblem, OutputGrads, Problem, Saved
 from dpofast.backends.tiled import Tile
@@ -13,6 +14,12 @@ from dpofast.backends.torch import TorchPasses
 
 # Before 2.10 addmm wants the sums in the dtype of the operands, whatever dtype it is asked to write.
 _ADDS_TO_WIDE_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the CUDA device has; 1 on any other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 class GpuPasses(TorchPasses):
@@ -30,7 +37,7 @@ class GpuPasses(TorchPasses):
         self._blocks = blocks
 
     def blocks(self, device: torch.device) -> int:
-        return self._blocks or 4 * _backend.multiprocessors(device)
+        return self._blocks or 4 * multiprocessors(device)
 
     def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
         return torch.promote_types(hidden, weight)

@@ -128,7 +128,7 @@ def _build() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str]:
-    backend = importlib.import_module("dpofast._backend")
+    backend = importlib.import_module("dpofast.backends.registry")
     devices = ["cpu", *(["cuda"] if importlib.import_module("torch").cuda.is_available() else [])]
     return {
         **{f"auto on {device}": _probe(backend.resolve, "auto", device) for device in devices},

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from dpofast import _backend
+from dpofast import native
 from dpofast.contract import DTYPE_CODES
 from dpofast.plan.schedule import Request, Schedule, too_little, up
 
@@ -40,8 +40,8 @@ class Traits(NamedTuple):
 
 
 TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
-    (isa, hidden, weight): Traits(*_backend._C.traits(isa, DTYPE_CODES[hidden], DTYPE_CODES[weight]))
-    for isa in _backend.cpu_isas()
+    (isa, hidden, weight): Traits(*native.C.traits(isa, DTYPE_CODES[hidden], DTYPE_CODES[weight]))
+    for isa in native.cpu_isas()
     for hidden in DTYPE_CODES
     for weight in DTYPE_CODES
 }

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from dpofast import _backend
+from dpofast import native
+from dpofast.backends import registry
 from dpofast.contract import DTYPE_CODES
 from dpofast.env_info import amx_note
 from dpofast.plan import cost, tiled
@@ -86,7 +87,7 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[float, float]:
     """Flop/s of one core and of the micro-kernel on it, measured here and now (about 30 ms)."""
-    return _backend._C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
+    return native.C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
 
 
 def plan(
@@ -145,7 +146,7 @@ def plan(
         gpu, exact = cost.DEVICES[device], "cuda"
     else:
         on_gpu = _is_for_gpu(backend)
-        exact = _backend.resolve(backend, "cuda" if on_gpu else "cpu")
+        exact = registry.resolve(backend, "cuda" if on_gpu else "cpu")
     sheet = gpu or cost.device_of(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
     budget = parse_bytes(memory_budget, default=sheet.default_budget)
     request = Request(

@@ -1,0 +1,246 @@
+"""LLaMA-Factory's own DPO runs with dpofast and without it: every logged number and every parameter, on a tiny model.
+
+A run is LLaMA-Factory's whole: arguments, template, data set, model loaded from a folder, training, evaluation, what it
+writes. Steps are taken with SGD, as in `test_trl.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import json
+import random
+import sys
+import types
+
+import pytest
+import torch
+
+pytest.importorskip("llamafactory")
+
+if importlib.util.find_spec("torchaudio") is None:
+    # It reads audio files, and LLaMA-Factory imports it in any case; what pip has of it wants a CUDA torch.
+    torchaudio = types.ModuleType("torchaudio")
+    torchaudio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+    sys.modules["torchaudio"] = torchaudio
+
+from llamafactory.train.dpo import trainer as their_trainer
+from llamafactory.train.tuner import run_exp
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dpofast.integrations import llamafactory as integration
+
+WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
+V = len(WORDS)
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def model(seed: int, family: str):
+    torch.manual_seed(seed)
+    sizes = dict(
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    if family == "gemma2":  # a tied head and a softcap
+        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0))
+    return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Models and data as LLaMA-Factory wants to find them."""
+    root = tmp_path_factory.mktemp("llamafactory")
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template="{{ messages }}"
+    )
+    for name, seed, family in (("llama", 0, "llama"), ("ref", 1, "llama"), ("gemma2", 0, "gemma2")):
+        model(seed, family).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    choice = random.Random(0)
+
+    def text(most: int) -> str:
+        return " ".join(choice.choice(WORDS[3:]) for _ in range(choice.randint(2, most)))
+
+    rows = [{"instruction": text(6), "input": "", "chosen": text(5), "rejected": text(5)} for _ in range(22)]
+    (root / "train.json").write_text(json.dumps(rows[:16]))
+    (root / "eval.json").write_text(json.dumps(rows[16:]))
+    (root / "dataset_info.json").write_text(
+        json.dumps(
+            {
+                name: {
+                    "file_name": f"{name}.json",
+                    "ranking": True,
+                    "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"},
+                }
+                for name in ("train", "eval")
+            }
+        )
+    )
+    return root
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[int, ...]]:
+    """The shape of hidden at each call of dpofast's function."""
+    linear_logprob, seen = integration.linear_logprob, []
+
+    def counted(hidden, *args, **kwargs):
+        seen.append(tuple(hidden.shape))
+        return linear_logprob(hidden, *args, **kwargs)
+
+    monkeypatch.setattr(integration, "linear_logprob", counted)
+    yield seen
+    integration.unpatch()
+
+
+TIMINGS = ("runtime", "per_second", "total_flos", "time")
+
+
+def run(folder, output, policy: str = "llama", **options) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """What a run of 20 steps logged, and the weights it saved."""
+    run_exp(
+        {
+            "stage": "dpo",
+            "do_train": True,
+            "model_name_or_path": str(folder / policy),
+            "ref_model": str(folder / "ref"),
+            "finetuning_type": "full",
+            "template": "empty",
+            "dataset_dir": str(folder),
+            "dataset": "train",
+            "cutoff_len": 64,
+            "output_dir": str(output),
+            "max_steps": 20,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 0.05,
+            "optim": "sgd",
+            "max_grad_norm": 0.0,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "disable_gradient_checkpointing": True,
+            "seed": 0,
+            **options,
+        }
+    )
+    history = [
+        {name: value for name, value in entry.items() if not any(word in name for word in TIMINGS)}
+        for entry in json.loads((output / "trainer_state.json").read_text())["log_history"]
+    ]
+    return history, load_file(next(output.glob("*model.safetensors")))
+
+
+def assert_same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
+    assert len(found) == len(wanted) > 20
+    for mine, theirs in zip(found, wanted):
+        assert mine.keys() == theirs.keys()
+        # rewards are beta times a difference of log-probabilities of some tens, in fp32
+        atol = 2e-6 + 1e-7 * max((abs(value) for name, value in theirs.items() if "logps" in name), default=1.0)
+        for name, value in theirs.items():
+            if name.endswith("rewards/accuracies") and abs(theirs[name.replace("accuracies", "margins")]) < atol:
+                continue  # policy and reference are the same, and which reward is larger is rounding
+            assert mine[name] == pytest.approx(value, rel=1e-5, abs=atol), name
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, weight in found.items():
+        error = (weight - wanted[name]).abs().max()
+        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
+
+
+LORA = {"finetuning_type": "lora", "lora_rank": 2, "lora_target": "q_proj,down_proj", "ref_model": None}
+EVALUATION = {"eval_dataset": "eval", "eval_strategy": "steps", "eval_steps": 10, "per_device_eval_batch_size": 3}
+CASES = {
+    "sigmoid": ({}, 20 * 2),
+    "sigmoid, accumulation, evaluation": ({**EVALUATION, "gradient_accumulation_steps": 2}, 20 * 2 * 2 + 3 * 2 * 2),
+    "ipo": ({"pref_loss": "ipo"}, 20 * 2),
+    "hinge": ({"pref_loss": "hinge"}, 20 * 2),
+    "kto_pair": ({"pref_loss": "kto_pair"}, 20 * 2),
+    "orpo": ({"pref_loss": "orpo", "ref_model": None}, 20),
+    "simpo": ({"pref_loss": "simpo", "ref_model": None}, 20),
+    "bco, ftx, ld_alpha": ({"pref_bco_weight": 0.3, "pref_ftx": 0.2, "ld_alpha": 0.4}, 20 * 2),
+    "lora": (LORA, 20 * 2),
+    "gradient checkpointing": ({"disable_gradient_checkpointing": False}, 20 * 2),
+    "gemma2": ({"policy": "gemma2"}, 20 * 2 + 20),  # the softcap's mean logits are a call of their own
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
+    options, count = CASES[case]
+    theirs, their_weights = run(folder, tmp_path / "theirs", **options)
+    assert not calls
+    with integration.patched():
+        ours, our_weights = run(folder, tmp_path / "ours", **options)
+    assert len(calls) == count
+    assert_same_numbers(ours, theirs)
+    assert_same_weights(our_weights, their_weights)
+    first, last = theirs[0]["loss"], theirs[19]["loss"]
+    assert abs(last - first) > 1e-3, "training changed nothing, and so the comparison shows nothing"
+
+
+def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):
+    """Four batches of two pairs are one of eight."""
+    runs = {}
+    with integration.patched():
+        for accumulate in (4, 1):
+            options = {"gradient_accumulation_steps": accumulate, "per_device_train_batch_size": 8 // accumulate}
+            runs[accumulate] = run(folder, tmp_path / str(accumulate), max_steps=3, **options)
+    (parts, part_weights), (whole, whole_weights) = runs[4], runs[1]
+    assert calls
+    steps = [[entry for entry in history if "loss" in entry] for history in (parts, whole)]
+    assert len(steps[0]) == 3
+    for mine, theirs in zip(*steps, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
+    assert_same_weights(part_weights, whole_weights)
+
+
+def test_importing_patches_nothing_and_unpatch_puts_everything_back():
+    before = their_trainer.CustomDPOTrainer.concatenated_forward
+    assert before.__module__ == their_trainer.__name__
+    integration.patch()
+    integration.patch()
+    with integration.patched():
+        pass  # leaves an outer patch alone
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is integration._concatenated_forward
+    integration.unpatch()
+    integration.unpatch()
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is before
+    with pytest.raises(KeyError), integration.patched():
+        raise KeyError
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is before
+
+
+def test_an_unknown_trainer_is_refused_and_nothing_is_patched(monkeypatch):
+    def other(self, model, batch):
+        pass
+
+    def elsewhere(self, model, batch, is_ref_model=False):
+        pass
+
+    with monkeypatch.context() as context:
+        context.setattr(integration, "get_batch_logps", lambda logits, labels: None)
+        with pytest.raises(ImportError, match=r"expected get_batch_logps to take .*ld_alpha.*; found .*logits"):
+            integration.patch()
+    for forward, message in ((other, "to take .*is_ref_model.*; found"), (elsewhere, "calling get_batch_logps")):
+        monkeypatch.setattr(their_trainer.CustomDPOTrainer, "concatenated_forward", forward)
+        with pytest.raises(ImportError, match=message):
+            integration.patch()
+        assert their_trainer.CustomDPOTrainer.concatenated_forward is forward
