@@ -210,6 +210,15 @@ def local_head(
     return whole("hidden", hidden), weight.to_local(), whole("labels", labels), bias, found
 
 
+def plain_head(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, group: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, str | None]:
+    """Plain tensors and the group's name, of a head that may be a DTensor; None: this process has all of it."""
+    if is_dtensor(weight):
+        hidden, weight, labels, bias, group = local_head(hidden, weight, labels, bias, group)
+    return hidden, weight, labels, bias, None if group is None else group_name(group)
+
+
 _BEYOND = 1 << 40  # stands for any label after a slice: none reaches into what a kernel pads
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -10,16 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpofast import _ops, distributed, losses
+from dpofast import _ops, checks, distributed, losses
 from dpofast.backends import registry
-from dpofast.backends.sequence import pairs_problem
-from dpofast.primitive import LogprobOutput, check_inputs, check_logits, linear_logprob, logprob
-from dpofast.sequences import Sequences, check_ld_alpha, check_like_labels, sequence_group_name
+from dpofast.backends.base import PAIR_OPTIONS, PairsProblem
+from dpofast.options import LinearLossOptions, LogitsLossOptions, LossOptions
+from dpofast.primitive import HeadScorer, LogitsScorer, LogprobOutput, head_options, logits_options
+from dpofast.sequences import Sequences, sequence_group_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-    from dpofast.options import LinearLossOptions, LogitsLossOptions
 
 __all__ = ["DPOLossOutput", "dpo_loss", "linear_dpo_loss"]
 
@@ -82,7 +80,7 @@ class Objective:
     """The options of a loss, checked as far as they can be before there is any data."""
 
     terms: Sequence[losses.Term]
-    options: Mapping[str, Any]
+    reduction: str
     pair_weight: Tensor | None
     token_weights: Tensor | None
     use_weighting: bool
@@ -114,23 +112,21 @@ def make_objective(
 ) -> Objective:
     """Check the options of `linear_dpo_loss`, `dpo_loss` and their modules: all that is not data."""
     if "weight" in options:
-        raise TypeError("weight is the head's; the weight of each pair is pair_weight")
+        raise TypeError("weight: the head's own name; the weight of each pair is pair_weight")
     losses.check_reduction(reduction)
-    check_ld_alpha(ld_alpha)
+    checks.ld_alpha(ld_alpha)
     if token_weights is not None:
-        losses.check_dense("token_weights", token_weights)
-    for name, value in {"use_weighting": use_weighting, "metrics": metrics}.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; expected True or False")
+        checks.dense("token_weights", token_weights)
+    checks.flag("use_weighting", use_weighting)
+    checks.flag("metrics", metrics)
     terms = losses.resolve(loss_type, loss_weights, **options)
     for term in terms:
         if "weight" not in term.loss.options and (use_weighting or pair_weight is not None):
             name = "use_weighting" if use_weighting else "pair_weight"
-            raise ValueError(f"{name} is not defined for loss_type={term.loss.name!r}, which sorts its pairs")
+            raise ValueError(f"{name}: not defined for loss_type={term.loss.name!r}, which sorts its pairs")
         if pair_weight is not None:
             losses.check_value("pair_weight", pair_weight, term.loss, losses.OPTIONS["weight"])
-    options = {"loss_type": loss_type, "loss_weights": loss_weights, "reduction": reduction, **options}
-    return Objective(terms, options, pair_weight, token_weights, use_weighting, ld_alpha, metrics)
+    return Objective(terms, reduction, pair_weight, token_weights, use_weighting, ld_alpha, metrics)
 
 
 def linear_dpo_loss(
@@ -200,32 +196,25 @@ def linear_dpo_loss(
     tensor(0.6931)
     """
     ranks = sequence_group_name(sequence_group)
-    with distributed.refusing_together(ranks):
+    hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
+    with distributed.refusing_together(ranks), distributed.refusing_together(name):
         if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-            raise ValueError("ref_weight and ref_bias belong to ref_hidden, which is None")
+            raise ValueError("ref_weight: goes with ref_hidden, which is None, and so does ref_bias")
         if ref_hidden is not None and ref_weight is None:
             raise ValueError(
-                "ref_weight is None; pass the reference's head beside ref_hidden (weight, if they share it)"
+                "ref_weight: is None; pass the reference's head beside ref_hidden (weight, if they share it)"
             )
-        _check_rows({"hidden": hidden, "ref_hidden": ref_hidden}, labels)
         sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
-        head, rest = _split(options, linear_logprob)
-        head |= {"memory_budget": memory_budget, "backend": backend, "group": group}
+        of_head, of_loss = _split(options, _OF_HEAD)
+        how = head_options(ignore_index=ignore_index, memory_budget=memory_budget, backend=backend, **of_head)
         objective = make_objective(
-            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **rest
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
         )
-        # that of a vocabulary in slices is left to linear_logprob, which refuses on all of its ranks together
-        if ref_hidden is not None and group is None and not distributed.is_dtensor(ref_weight):
-            check_inputs(ref_hidden, ref_weight, labels, ref_bias, prefix="ref_")
-
-    def score(outputs: tuple[str, ...]) -> LogprobOutput:
-        return linear_logprob(hidden, weight, labels, bias=bias, ignore_index=ignore_index, outputs=outputs, **head)
-
-    def score_reference() -> Tensor:
-        return linear_logprob(ref_hidden, ref_weight, labels, bias=ref_bias, ignore_index=ignore_index, **head).logps
-
-    reference = score_reference if ref_hidden is not None else None
-    return _preference(score, reference, ref_logps, sequences, objective, backend)
+        policy, reference = HeadScorer(hidden, weight, bias, sequences.labels, name, how), None
+        if ref_hidden is not None:
+            h, w, _, b, ref_name = distributed.plain_head(ref_hidden, ref_weight, labels, ref_bias, group)
+            reference = HeadScorer(h, w, b, sequences.labels, ref_name, how, prefix="ref_")
+    return _preference(policy, reference, ref_logps, sequences, objective)
 
 
 def dpo_loss(
@@ -273,122 +262,94 @@ def dpo_loss(
     """
     ranks = sequence_group_name(sequence_group)
     with distributed.refusing_together(ranks):
-        _check_rows({"logits": logits, "ref_logits": ref_logits}, labels)
         sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
-        head, rest = _split(options, logprob)
-        head |= {"backend": backend}
+        of_logits, of_loss = _split(options, _OF_LOGITS)
+        how = logits_options(ignore_index=ignore_index, backend=backend, **of_logits)
         objective = make_objective(
-            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **rest
+            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
         )
+        policy, reference = LogitsScorer(logits, sequences.labels, how), None
         if ref_logits is not None:
-            check_logits(ref_logits, labels, "ref_logits")
-
-    def score(outputs: tuple[str, ...]) -> LogprobOutput:
-        return logprob(logits, labels, ignore_index=ignore_index, outputs=outputs, **head)
-
-    def score_reference() -> Tensor:
-        return logprob(ref_logits, labels, ignore_index=ignore_index, **head).logps
-
-    reference = score_reference if ref_logits is not None else None
-    return _preference(score, reference, ref_logps, sequences, objective, backend)
+            reference = LogitsScorer(ref_logits, sequences.labels, how, name="ref_logits")
+    return _preference(policy, reference, ref_logps, sequences, objective)
 
 
-def head_options(primitive: Callable[..., Any]) -> frozenset[str]:
-    """The keywords of a primitive that a loss hands through to it; the others it sets itself."""
-    return _HEAD_OPTIONS[primitive]
+_OF_HEAD = LinearLossOptions.__optional_keys__ - LossOptions.__optional_keys__
+_OF_LOGITS = LogitsLossOptions.__optional_keys__ - LossOptions.__optional_keys__
+"""Those of the losses' options that go to the head, or to the logits."""
+_ELSEWHERE = frozenset(("ignore_index", "memory_budget", "backend", "group", "sequence_group"))
+"""Those of their named arguments that say nothing of the loss."""
 
 
-# read once: torch.compile does not trace inspect
-_HEAD_OPTIONS = {
-    primitive: frozenset(
-        parameter.name
-        for parameter in inspect.signature(primitive).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in ("bias", "ignore_index", "outputs")
-    )
-    for primitive in (linear_logprob, logprob)
-}
+def _split(options: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options among ``names``, and the others."""
+    chosen = {name: value for name, value in options.items() if name in names}
+    return chosen, {name: value for name, value in options.items() if name not in names}
 
 
-def _split(options: Mapping[str, Any], primitive: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the primitive, and those of the loss."""
-    names = head_options(primitive)
-    head = {name: value for name, value in options.items() if name in names}
-    return head, {name: value for name, value in options.items() if name not in names}
+def objective_of(options: Mapping[str, Any]) -> Objective:
+    """The objective among the keywords of `linear_dpo_loss` or `dpo_loss`, checked."""
+    return make_objective(**_split(options, _OF_HEAD | _OF_LOGITS | _ELSEWHERE)[1])
 
 
-def check_head(primitive: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """Let the primitive check its options on no rows. Not backend and group: the device is not known yet."""
-    options = {name: value for name, value in options.items() if name not in ("backend", "group")}
-    tensors = (torch.zeros(0, 1),) if primitive is logprob else (torch.zeros(0, 1), torch.zeros(1, 1))
-    with torch.no_grad():
-        primitive(*tensors, torch.zeros(0, dtype=torch.long), **options)
+def scoring_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords of `linear_dpo_loss` by which it scores, which `linear_logprob` takes, too."""
+    return _split(options, _OF_HEAD | {"memory_budget", "backend", "group"})[0]
 
 
-def check_options(primitive: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    """What the module of a loss checks before it has data."""
-    own = ("ignore_index", "sequence_group")
-    head, rest = _split({name: value for name, value in options.items() if name not in own}, primitive)
-    make_objective(**rest)
-    check_head(primitive, head)
-
-
-def _check_rows(tensors: Mapping[str, Tensor | None], labels: Tensor) -> None:
-    losses.check_dense("labels", labels)
-    for name, value in tensors.items():
-        if value is None:
-            continue
-        losses.check_dense(name, value)
-        if value.shape[:-1] != labels.shape:
-            raise ValueError(
-                f"{name} has shape {list(value.shape)}; expected that of labels, "
-                f"{list(labels.shape)}, and one dimension more"
-            )
+def check_options(function: Callable[..., DPOLossOutput], options: Mapping[str, Any]) -> None:
+    """What the module of `linear_dpo_loss` or `dpo_loss` checks before it has data: neither backend nor ranks."""
+    check, names = (head_options, _OF_HEAD) if function is linear_dpo_loss else (logits_options, _OF_LOGITS)
+    given = {name: x for name, x in options.items() if name not in ("backend", "group", "sequence_group")}
+    own, of_loss = _split(given, names | {"ignore_index", "memory_budget"})
+    make_objective(**of_loss)
+    check(**own)
 
 
 def _preference(
-    score: Callable[[tuple[str, ...]], LogprobOutput],
-    score_reference: Callable[[], Tensor] | None,
+    policy: HeadScorer | LogitsScorer,
+    reference: HeadScorer | LogitsScorer | None,
     ref_logps: Tensor | None,
     sequences: Sequences,
     objective: Objective,
-    backend: str,
 ) -> DPOLossOutput:
-    """Check everything that is left to check, score the policy and the reference, and apply the losses."""
-    group, has_reference = sequences.group, ref_logps is not None or score_reference is not None
+    """Check what is left to check, score the policy and the reference, and apply the losses."""
+    group, has_reference = sequences.group, ref_logps is not None or reference is not None
     with distributed.refusing_together(group):
-        if ref_logps is not None and score_reference is not None:
-            raise ValueError("ref_logps and a reference to score are both given; pass one of them")
+        if ref_logps is not None and reference is not None:
+            raise ValueError("ref_logps: given beside a reference to score; pass one of them")
         _check_pairs(objective, sequences, ref_logps, has_reference)
-        policy = score(objective.outputs)
+        scored = policy.score(objective.outputs)
     if group is not None:
         _agree(group, sequences, objective, ref_logps, has_reference)
 
     def weighted(logps: Tensor) -> Tensor:
         return sequences.logps(logps, token_weights=objective.token_weights, ld_alpha=objective.ld_alpha)
 
-    reference = None if ref_logps is None else ref_logps.detach()
-    if score_reference is not None:
+    ref = None if ref_logps is None else ref_logps.detach()
+    if reference is not None:
         with torch.no_grad():
-            reference = score_reference()
-    if reference is not None and reference.shape == sequences.labels.shape:
-        reference = weighted(reference)  # with a graph: token_weights may be learned, and weigh these too
-    if _is_one_launch(policy.logps, reference, sequences, objective, backend):
-        return _one_launch(policy, reference, sequences, objective, backend)
-    logps = weighted(policy.logps)
-    given = _given(logps, reference, sequences)
+            ref = reference.score(()).logps
+    if ref is not None and ref.shape == sequences.labels.shape:
+        ref = weighted(ref)  # with a graph: token_weights may be learned, and weigh these too
+    if _is_one_launch(scored.logps, ref, sequences, objective, policy.exact_backend):
+        return _one_launch(scored, ref, sequences, objective, policy.exact_backend)
+    logps = weighted(scored.logps)
+    given = _given(logps, ref, sequences)
+    beside = {}
     if "chosen_nll" in losses.needed(objective.terms):
         is_weighted = objective.token_weights is not None or objective.ld_alpha is not None
-        plain = sequences.logps(policy.logps) if is_weighted else logps
-        given["chosen_nll"] = -plain.chunk(2)[0]
-
+        beside["chosen_nll"] = -(sequences.logps(scored.logps) if is_weighted else logps).chunk(2)[0]
     weight = objective.pair_weight
     if objective.use_weighting:
-        chosen, rejected = sequences.wpo_weights(policy.logps, policy.log_sum_sq_probs).chunk(2)
+        chosen, rejected = sequences.wpo_weights(scored.logps, scored.log_sum_sq_probs).chunk(2)
         weight = chosen * rejected if weight is None else weight * chosen * rejected
-    loss = losses.preference_loss(**given, weight=weight, **objective.options)
-    rewards = losses.implicit_rewards(objective.terms, given)
-    given.pop("chosen_nll", None)
-    statistics = _statistics(policy, sequences) if objective.metrics else {}
+    loss = losses.evaluate(losses.weighted(objective.terms, weight), given | beside, objective.reduction)
+    return _result(loss, given, losses.implicit_rewards(objective.terms, given | beside), scored, sequences, objective)
+
+
+def _result(loss, given, rewards, scored: LogprobOutput, sequences: Sequences, objective: Objective) -> DPOLossOutput:
+    statistics = _statistics(scored, sequences) if objective.metrics else {}
     return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
 
 
@@ -402,7 +363,7 @@ def _given(logps: Tensor, reference: Tensor | None, sequences: Sequences) -> dic
 
 
 def _is_one_launch(
-    logps: Tensor, reference: Tensor | None, sequences: Sequences, objective: Objective, backend: str
+    logps: Tensor, reference: Tensor | None, sequences: Sequences, objective: Objective, exact_backend: str
 ) -> bool:
     """Whether the backend has this loss whole, and nothing is asked for that only the table does."""
     term = objective.terms[0]
@@ -421,7 +382,7 @@ def _is_one_launch(
         wider = x.dim() > 0 and torch.promote_types(x.dtype, logps.dtype) != logps.dtype
         if wider or x.device != logps.device or (x.requires_grad and torch.is_grad_enabled()):
             return False
-    return term.loss.name in registry.pair_losses(registry.resolve(backend, logps.device.type))
+    return term.loss.name in registry.pair_losses(exact_backend)
 
 
 _TABLE = dict(losses.LOSSES)
@@ -429,47 +390,64 @@ _TABLE = dict(losses.LOSSES)
 
 
 def _one_launch(
-    policy: LogprobOutput, reference: Tensor | None, sequences: Sequences, objective: Objective, backend: str
+    scored: LogprobOutput, reference: Tensor | None, sequences: Sequences, objective: Objective, exact_backend: str
 ) -> DPOLossOutput:
     """What `_preference` returns, by the backend's `sequence_dpo`."""
     (term,) = objective.terms
     problem = pairs_problem(
-        term, policy.logps, labels=sequences.labels, cu_seqlens=sequences.cu_seqlens,
+        term, scored.logps, labels=sequences.labels, cu_seqlens=sequences.cu_seqlens,
         ref_logps=reference if term.loss.reference else None, weight=objective.pair_weight,
         ignore_index=sequences.ignore_index,
     )  # fmt: skip
-    exact_backend = registry.resolve(backend, policy.logps.device.type)
-    loss, logps, lengths = _ops.call_sequence_dpo(problem, objective.options["reduction"], exact_backend)
+    loss, logps, lengths = _ops.call_sequence_dpo(problem, objective.reduction, exact_backend)
     sequences.found_lengths(lengths)
     given, beta = _given(logps, reference, sequences), term.options["beta"]
     if reference is None or isinstance(beta, Tensor):
         rewards = losses.implicit_rewards(objective.terms, given)
     else:  # the same in half the launches
         rewards = (beta * (logps.detach() - reference)).chunk(2)
-    statistics = _statistics(policy, sequences) if objective.metrics else {}
-    return DPOLossOutput(loss=loss, chosen_rewards=rewards[0], rejected_rewards=rewards[1], **given, **statistics)
+    return _result(loss, given, rewards, scored, sequences, objective)
+
+
+def pairs_problem(
+    term: losses.Term,
+    logps: Tensor,
+    *,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    ref_logps: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> PairsProblem:
+    """One loss of a batch, with the options of ``term`` and the weight of each pair."""
+    given = term.options
+    beta, margin = (x if isinstance(x, Tensor) else None for x in (given.get("beta"), given.get("margin")))
+    numbers = [given.get(name, 0.0) for name in PAIR_OPTIONS]
+    options = [0.0 if isinstance(x, Tensor) else float(x) for x in numbers]
+    divergence = given.get("f_divergence_type", losses.F_DIVERGENCES[0])
+    return PairsProblem(
+        logps, labels, None, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, term.loss.name, options,
+        divergence,
+    )  # fmt: skip
 
 
 def _check_pairs(objective: Objective, sequences: Sequences, ref_logps: Tensor | None, has_reference: bool) -> None:
     """What can only be checked with an objective and data at hand."""
     labels, n = sequences.labels, len(sequences)
     if n % 2:
-        raise ValueError(f"labels hold {n} sequences; a paired loss expects [chosen; rejected], an even number")
+        raise checks.wrong("labels", f"{n} sequences", "[chosen; rejected], an even number, for a loss of pairs")
     if ref_logps is not None:
-        losses.check_dense("ref_logps", ref_logps, labels=labels)
-        if ref_logps.shape not in (labels.shape, (n,)) or not ref_logps.is_floating_point():
-            raise ValueError(
-                f"ref_logps is {list(ref_logps.shape)} of {ref_logps.dtype}; expected floating point, per "
-                f"token {list(labels.shape)} or per sequence [{n}]"
-            )
+        checks.dense("ref_logps", ref_logps, labels=labels)
+        checks.floating("ref_logps", ref_logps)
+        per_token = tuple(labels.shape)
+        checks.shape("ref_logps", ref_logps, per_token, (n,), what=f"one per token {per_token} or per sequence ({n},)")
     losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
     losses.check_per_pair(objective.terms, n // 2, labels=labels)
     if objective.pair_weight is not None:
-        losses.check_dense("pair_weight", objective.pair_weight, labels=labels)
-        if objective.pair_weight.shape != (n // 2,):
-            raise ValueError(f"pair_weight has shape {list(objective.pair_weight.shape)}; expected [{n // 2}]")
+        checks.dense("pair_weight", objective.pair_weight, labels=labels)
+        checks.shape("pair_weight", objective.pair_weight, (n // 2,), what=f"({n // 2},), one for each pair")
     if objective.token_weights is not None:
-        check_like_labels("token_weights", objective.token_weights, labels)
+        checks.like_labels("token_weights", objective.token_weights, labels)
 
 
 def _agree(
@@ -478,7 +456,7 @@ def _agree(
     """An error on every rank, unless all are about to add up the same things."""
     weights = objective.token_weights
     options = (
-        objective.outputs, objective.ld_alpha, objective.options["loss_type"], has_reference,
+        objective.outputs, objective.ld_alpha, [term.loss.name for term in objective.terms], has_reference,
         None if ref_logps is None else ref_logps.ndim, None if weights is None else weights.dtype,
     )  # fmt: skip
     distributed.agree_on_sequences(group, len(sequences), str(options))

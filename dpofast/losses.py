@@ -22,12 +22,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dpofast import checks
+from dpofast.checks import is_number, shown, wrong
 
 __all__ = [
     "LOSSES",
@@ -75,6 +78,8 @@ OPTIONS: dict[str, Option] = {
 _BOTH = ("chosen", "rejected")
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
 _REFERENCE = tuple(f"ref_{side}_logps" for side in _BOTH)
+TENSORS = (*(f"{side}_logps" for side in _BOTH), *_REFERENCE, *_LENGTHS, "chosen_nll")
+"""What a caller may pass to a loss of pairs; the others are derived."""
 _RATIOS = tuple(f"{side}_logratios" for side in _BOTH)
 _NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys((*_RATIOS, "delta"), _REFERENCE),
@@ -373,27 +378,27 @@ def resolve(
     ``None`` and ``label_smoothing=0.0`` mean "not given". A mapping gives an option to the losses it names.
     """
     if not isinstance(loss_type, (str, list, tuple)):
-        raise TypeError(f"loss_type={loss_type!r}; expected a name or a list of names")
+        raise wrong("loss_type", shown(loss_type), "a name or a list of names", TypeError)
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
         if not isinstance(name, str) or name not in table:
-            raise ValueError(f"loss_type: {name!r} is unknown; the loss types are {', '.join(sorted(table))}")
+            raise wrong("loss_type", f"{name!r}", f"one of {', '.join(sorted(table))}")
     if not names:
-        raise ValueError("loss_type is an empty list; name at least one loss")
+        raise wrong("loss_type", "an empty list", "at least one name")
     if loss_weights is not None and not isinstance(loss_weights, (list, tuple)):
-        raise TypeError(f"loss_weights={loss_weights!r}; expected a list of numbers, one for each loss")
+        raise wrong("loss_weights", shown(loss_weights), "a list of numbers, one for each loss", TypeError)
     factors = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(factors) != len(names):
-        raise ValueError(f"loss_weights has {len(factors)} entries for {len(names)} loss types {names}")
+        raise wrong("loss_weights", f"{len(factors)} numbers", f"{len(names)}, one for each of {names}")
     for factor in factors:
-        if not _is_number(factor) or not math.isfinite(factor):
-            raise ValueError(f"loss_weights holds {factor!r}; every entry must be a finite number")
+        if not is_number(factor) or not math.isfinite(factor):
+            raise wrong("loss_weights", f"{factor!r} among them", "finite numbers")
     losses = [table[name] for name in names]
     given: list[dict[str, Any]] = [{} for _ in losses]
     for option, value in options.items():
         if option not in OPTIONS:
             known = sorted({name for loss in losses for name in loss.options})
-            raise TypeError(f"{option}={value!r} is not an option; those of loss_type={names} are {known}")
+            raise TypeError(f"{option}: not an option; those of loss_type={names} are {', '.join(known)}")
         if _is_unset(option, value):
             continue
         for target, loss_value in _targets(option, value, losses).items():
@@ -403,24 +408,20 @@ def resolve(
     for loss, chosen in zip(losses, given, strict=True):
         if "f_alpha_divergence_coef" in chosen and chosen.get("f_divergence_type") != "alpha_divergence":
             raise ValueError(
-                f"f_alpha_divergence_coef={chosen['f_alpha_divergence_coef']!r} is defined for "
-                f"f_divergence_type='alpha_divergence', not {chosen.get('f_divergence_type', 'reverse_kl')!r}"
+                "f_alpha_divergence_coef: defined for f_divergence_type='alpha_divergence', not "
+                f"{chosen.get('f_divergence_type', 'reverse_kl')!r}"
             )
         for option, default in loss.options.items():
             if default is REQUIRED and option not in chosen:
-                raise ValueError(f"{option} must be given, and not be 0, for loss_type={loss.name!r}: {loss.equation}")
+                raise ValueError(f"{option}: must be given, and not be 0, for loss_type={loss.name!r}: {loss.equation}")
     return tuple(
         Term(loss, float(factor), {**loss.options, **chosen})
         for loss, factor, chosen in zip(losses, factors, given, strict=True)
     )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _is_unset(option: str, value: Any) -> bool:
-    return value is None or (option == "label_smoothing" and _is_number(value) and value == 0)
+    return value is None or (option == "label_smoothing" and is_number(value) and value == 0)
 
 
 def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
@@ -429,7 +430,7 @@ def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
         strangers = sorted(set(value) - {loss.name for loss in losses})
         if strangers:
             names = [loss.name for loss in losses]
-            raise ValueError(f"{option} names {strangers}, which loss_type={names} does not")
+            raise ValueError(f"{option}: names {strangers}, which loss_type={names} does not")
         targets = {i: value[loss.name] for i, loss in enumerate(losses) if loss.name in value}
         undefined = [losses[i] for i in targets if option not in losses[i].options]
     else:
@@ -437,10 +438,9 @@ def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
         undefined = [loss for loss in losses if option not in loss.options and (loss.compares or not targets)]
     if undefined:
         table = LOSSES if undefined[0].name in LOSSES else UNPAIRED_LOSSES
-        shown = f"{option}=<tensor>" if isinstance(value, Tensor) else f"{option}={value!r}"
         hint = f"; in a list, name its losses: {option}={{name: value}}" if len(losses) > 1 else ""
         raise ValueError(
-            f"{shown} is not defined for loss_type={undefined[0].name!r}; it is for "
+            f"{option}: not defined for loss_type={undefined[0].name!r}; it is for "
             f"{', '.join(sorted(name for name, loss in table.items() if option in loss.options))}{hint}"
         )
     return targets
@@ -450,18 +450,17 @@ def check_value(option: str, value: Any, loss: Loss, rule: Option | None = None)
     """``rule``: that of the option, if the value has another name."""
     rule = rule or OPTIONS[option]
     if isinstance(value, Tensor):
-        check_dense(option, value)
+        checks.dense(option, value)
         if not rule.per_pair or "weight" not in loss.options:
-            raise TypeError(f"{option} is a tensor, and loss_type={loss.name!r} expects {rule.expected}")
+            raise wrong(option, "a tensor", f"{rule.expected} for loss_type={loss.name!r}", TypeError)
         if not value.is_floating_point() or value.dim() > 1:
-            raise TypeError(
-                f"{option} is a tensor {list(value.shape)} of {value.dtype}; expected a floating tensor [B]"
-            )
+            found = f"a tensor {tuple(value.shape)} of {value.dtype}"
+            raise wrong(option, found, "a floating tensor [B]", TypeError)
         return
-    if not (isinstance(value, str) if rule.text else _is_number(value)) or rule.valid is None:
-        raise TypeError(f"{option}={value!r} is a {type(value).__name__}; expected {rule.expected}")
+    if not (isinstance(value, str) if rule.text else is_number(value)) or rule.valid is None:
+        raise wrong(option, shown(value), rule.expected, TypeError)
     if not rule.valid(value):
-        raise ValueError(f"{option}={value!r}; expected {rule.expected}")
+        raise wrong(option, f"{value!r}", rule.expected)
 
 
 def needed(terms: Sequence[Term]) -> set[str]:
@@ -474,50 +473,34 @@ def check_reference(terms: Sequence[Term], given: bool, how: str) -> None:
     names = [term.loss.name for term in terms]
     uses = any(term.loss.reference for term in terms)
     if uses and not given:
-        raise ValueError(f"loss_type={names} needs a reference model; pass {how}")
+        raise ValueError(f"loss_type: {names} needs a reference model; pass {how}")
     if given and not uses and any(term.loss.compares for term in terms):
-        raise ValueError(f"loss_type={names} uses no reference model, and one was given; drop {how}")
-
-
-def check_dense(name: str, value: Any, **beside: Tensor) -> None:
-    """A tensor with all its elements in memory, on the device of those that it is used with, ``beside``."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor")
-    if value.is_nested or value.layout is not torch.strided:
-        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-        raise TypeError(f"{name} is a {kind} tensor; expected a dense one")
-    if value.is_floating_point() and value.dtype.itemsize < 2:
-        raise TypeError(f"{name} is of {value.dtype}; expected at least 16 bits")
-    for other, tensor in beside.items():
-        if value.device != tensor.device:
-            raise ValueError(f"{name} is on device {value.device}; expected {tensor.device}, where {other} is")
+        raise ValueError(f"loss_type: {names} uses no reference model, and one was given; drop {how}")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor | None], like: str, required: Sequence[str]) -> None:
     """Every tensor there is must be a vector as long as ``tensors[like]``, and on its device."""
     for name in required:
-        check_dense(name, tensors[name])
+        checks.dense(name, tensors[name])
     pattern: Any = tensors[like]
-    length = pattern.shape
     for name, value in tensors.items():
         if value is None:
             continue
-        check_dense(name, value, **{like: pattern})
-        if value.dim() != 1 or value.shape != length:
-            raise ValueError(f"{name} has shape {list(value.shape)}; expected [B], as long as {like}")
-        if name.endswith(("logps", "nll")) and not value.is_floating_point():
-            raise TypeError(f"{name} is of {value.dtype}; expected floating point")
+        checks.dense(name, value, **{like: pattern})
+        if value.dim() != 1 or value.shape != pattern.shape:
+            raise wrong(name, f"shape {tuple(value.shape)}", f"[B], as long as {like}")
+        if name.endswith(("logps", "nll")):
+            checks.floating(name, value)
         if value.is_complex():
-            raise TypeError(f"{name} is of {value.dtype}; expected real numbers")
+            raise wrong(name, f"dtype {value.dtype}", "real numbers", TypeError)
 
 
 def check_per_pair(terms: Sequence[Term], batch: int, **beside: Tensor) -> None:
     for term in terms:
         for name, value in term.options.items():
             if isinstance(value, Tensor) and value.dim() == 1:
-                check_dense(name, value, **beside)
-                if value.shape[0] != batch:
-                    raise ValueError(f"{name} has {value.shape[0]} values; expected one for each of {batch}")
+                checks.dense(name, value, **beside)
+                checks.shape(name, value, (batch,), what=f"({batch},), one for each")
 
 
 def _score(logratios: Tensor, divergence: str, alpha: float) -> Tensor:
@@ -576,7 +559,7 @@ def _evaluate(terms: Sequence[Term], values: Sequence[Mapping[str, Tensor]], red
 
 def check_reduction(reduction: str) -> None:
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction={reduction!r}; expected one of {REDUCTIONS}")
+        raise wrong("reduction", f"{reduction!r}", f"one of {REDUCTIONS}")
 
 
 def implicit_rewards(terms: Sequence[Term], given: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -658,29 +641,32 @@ def preference_loss(
     tensor(0.6931)
     >>> preference_loss(logps, logps, loss_type="hinge", label_smoothing=0.1)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    ValueError: label_smoothing=0.1 is not defined for loss_type='hinge'; it is for alphapo, aot, ...
+    ValueError: label_smoothing: not defined for loss_type='hinge'; it is for alphapo, aot, ...
     """
     check_reduction(reduction)
     terms = resolve(loss_type, loss_weights, beta=beta, label_smoothing=label_smoothing, **options)
-    given = {
-        "chosen_logps": chosen_logps,
-        "rejected_logps": rejected_logps,
-        "ref_chosen_logps": ref_chosen_logps,
-        "ref_rejected_logps": ref_rejected_logps,
-        "chosen_lengths": chosen_lengths,
-        "rejected_lengths": rejected_lengths,
-        "chosen_nll": chosen_nll,
-    }
+    references, lengths = (ref_chosen_logps, ref_rejected_logps), (chosen_lengths, rejected_lengths)
+    given = dict(zip(TENSORS, (chosen_logps, rejected_logps, *references, *lengths, chosen_nll), strict=True))
     if (ref_chosen_logps is None) != (ref_rejected_logps is None):
-        raise ValueError("ref_chosen_logps and ref_rejected_logps go together; one of them is None")
+        raise ValueError("ref_chosen_logps: goes with ref_rejected_logps; one of them is None")
     check_reference(terms, ref_chosen_logps is not None, "ref_chosen_logps and ref_rejected_logps")
     for name in sorted(needed(terms)):
         if given[name] is None:
-            raise ValueError(f"{name} is None, and loss_type={[term.loss.name for term in terms]} needs it")
+            raise ValueError(f"{name}: is None, and loss_type={[term.loss.name for term in terms]} needs it")
     _check_tensors(given, like="chosen_logps", required=("chosen_logps", "rejected_logps"))
     check_per_pair(terms, chosen_logps.shape[0], chosen_logps=chosen_logps)
-    given = _upcast(given)
-    return _evaluate(terms, [_derive(term, given) for term in terms], reduction)
+    return evaluate(terms, given, reduction)
+
+
+def evaluate(terms: Sequence[Term], given: Mapping[str, Tensor | None], reduction: str) -> Tensor:
+    """`preference_loss` of terms and tensors that were checked."""
+    tensors = _upcast(given)
+    return _evaluate(terms, [_derive(term, tensors) for term in terms], reduction)
+
+
+def weighted(terms: Sequence[Term], weight: Tensor | None) -> Sequence[Term]:
+    """``terms`` with the weight of each pair; None: as they are."""
+    return terms if weight is None else [replace(x, options={**x.options, "weight": weight}) for x in terms]
 
 
 class RunningMean(torch.nn.Module):
@@ -713,7 +699,7 @@ class RunningMean(torch.nn.Module):
     @torch.no_grad()
     def update(self, rewards: Tensor) -> Tensor:
         """Take in rewards of any shape, and return the mean; in eval mode only return it."""
-        check_dense("rewards", rewards)
+        checks.dense("rewards", rewards)
         if self.training and rewards.numel() > 0:
             self.count += rewards.numel()
             self.mean += (rewards.to(self.mean.dtype).mean() - self.mean) * (rewards.numel() / self.count)
@@ -767,7 +753,7 @@ def unpaired_preference_loss(
     """
     check_reduction(reduction)
     if not isinstance(loss_type, str):
-        raise TypeError(f"loss_type={loss_type!r} is a {type(loss_type).__name__}; expected one name")
+        raise wrong("loss_type", shown(loss_type), "one name", TypeError)
     terms = resolve(loss_type, table=UNPAIRED_LOSSES, beta=beta, **options)
     (term,) = terms
     for name, value in {"kl": kl, "reward_shift": reward_shift}.items():
@@ -777,7 +763,7 @@ def unpaired_preference_loss(
     tensors = {"logps": logps, "ref_logps": ref_logps, "is_chosen": is_chosen}
     _check_tensors(tensors, like="logps", required=tuple(tensors))
     if is_chosen.dtype != torch.bool:
-        raise TypeError(f"is_chosen is of {is_chosen.dtype}; expected torch.bool")
+        raise wrong("is_chosen", f"dtype {is_chosen.dtype}", "torch.bool", TypeError)
     check_per_pair(terms, logps.shape[0], logps=logps)
     given = _upcast({"logps": logps, "ref_logps": ref_logps, "sign": is_chosen})
     values = {"logratios": given["logps"] - given["ref_logps"], "sign": 2 * given["sign"] - 1}
@@ -792,5 +778,5 @@ def unpaired_preference_loss(
     if reward_shift is not None:
         shape = values["reward_shift"].shape
         if shape not in ((), (1,), logps.shape):  # else it would be broadcast, to no loss or to one for each two
-            raise ValueError(f"reward_shift has shape {list(shape)}; expected one value, or [{logps.shape[0]}]")
+            raise wrong("reward_shift", f"shape {tuple(shape)}", f"one value, or ({logps.shape[0]},)")
     return _evaluate(terms, [values], reduction)

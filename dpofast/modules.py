@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dpofast import functional
+from dpofast import functional, primitive
 from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
 from dpofast.losses import RunningMean
-from dpofast.primitive import LogprobOutput, linear_logprob, logprob
+from dpofast.primitive import LogprobOutput, linear_logprob
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -32,7 +32,7 @@ class _Options(nn.Module):
         for name, value in options.items():
             for x in value.values() if isinstance(value, Mapping) else (value,):
                 if isinstance(x, Tensor):
-                    raise TypeError(f"{name} is a tensor; a module's options are plain values, pass it to forward()")
+                    raise TypeError(f"{name}: got a tensor, expected a plain value; pass tensors to forward()")
         self.options = options
 
     def extra_repr(self) -> str:
@@ -61,11 +61,8 @@ class LinearLogprob(_Options):
     """
 
     def __init__(self, **options: Any) -> None:
-        unknown = sorted(set(options) - functional.head_options(linear_logprob) - {"ignore_index", "outputs"})
-        if unknown:
-            raise TypeError(f"{unknown[0]}={options[unknown[0]]!r} is not an option of linear_logprob")
         super().__init__(options)
-        functional.check_head(linear_logprob, options)
+        primitive.check_options(**options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None) -> LogprobOutput:
         return linear_logprob(hidden, weight, labels, bias=bias, **self.options)
@@ -84,7 +81,7 @@ class LinearDPOLoss(_Options):
     LinearDPOLoss(loss_type='ipo', beta=0.05)
     >>> LinearDPOLoss(beta=-1.0)
     Traceback (most recent call last):
-    ValueError: beta=-1.0; expected a finite number > 0
+    ValueError: beta: got -1.0, expected a finite number > 0
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class LinearDPOLoss(_Options):
             "ignore_index": ignore_index,
         }  # fmt: skip
         super().__init__(_not_defaults(linear_dpo_loss, given) | options)
-        functional.check_options(linear_logprob, self.options)
+        functional.check_options(linear_dpo_loss, self.options)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
         """``tensors``: ref_logps, ref_hidden, ref_weight, bias, cu_seqlens, token_weights, and per-pair beta, margin,
@@ -147,7 +144,7 @@ class DPOLoss(_Options):
             "backend": backend, "sequence_group": sequence_group, "ignore_index": ignore_index,
         }  # fmt: skip
         super().__init__(_not_defaults(dpo_loss, given) | options)
-        functional.check_options(logprob, self.options)
+        functional.check_options(dpo_loss, self.options)
 
     def forward(self, logits: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
         """``tensors``: ref_logps or ref_logits, cu_seqlens, token_weights, and per-pair beta, margin, pair_weight."""

@@ -1,110 +1,87 @@
 """The one primitive: per-token log-probabilities of labels under a language-model head.
 
-Arguments are checked here, all of them, before anything is computed; `dpofast._ops` assumes them right.
+A scorer is made of arguments, which are checked then, and asked for statistics; `dpofast._ops` assumes all of it right.
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
-from typing import Any
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from dpofast import _ops, distributed
+from dpofast import _ops, checks, distributed
 from dpofast.backends import registry
 from dpofast.backends._tensors import wide_dtype
-from dpofast.contract import DTYPE_CODES, flags
+from dpofast.contract import flags
 from dpofast.plan import Request, can_fuse, chosen, cost, parse_bytes, traced
-from dpofast.reference import OUTPUTS, LogprobOutput
+from dpofast.reference import LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
 
 
-def _check_tensor(name: str, x: Tensor, ndim: int | None = None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a torch.Tensor")
-    _check_dense(name, x)
-    if distributed.is_dtensor(x):
-        raise TypeError(
-            f"{name}: got a DTensor, which is understood beside a weight that is one; pass {name}.to_local() or "
-            f"{name}.full_tensor()"
-        )
-    if x.is_meta:
-        raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
-    packed = getattr(x, "quant_state", None) is not None  # bitsandbytes stores four bits in any dtype
-    if x.dtype not in DTYPE_CODES or packed:
-        what = f"{x.dtype} (quantised)" if packed else str(x.dtype)
-        hint = "" if x.is_complex() else "; dequantise it first"
-        raise TypeError(f"{name}: got dtype {what}, expected float32, float64, bfloat16 or float16{hint}")
-    if ndim is not None and x.ndim != ndim:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected {ndim} dimensions")
-    # the ops have no rule for tangents, and PyTorch would drop them, which makes derivatives of 0
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise RuntimeError(
-            f"{name}: forward-mode differentiation (torch.func.jvp, jacfwd, forward_ad) is not implemented; use "
-            "reverse mode, or dpofast.reference for a problem small enough"
-        )
+class HeadOptions(NamedTuple):
+    """What `linear_logprob` is told beside tensors, checked as far as it can be without them."""
+
+    transform: list[float]
+    ignore_index: int | None
+    memory_budget: int | str | None
+    backend: str
 
 
-def _check_dense(name: str, x: Tensor) -> None:
-    if x.is_nested or x.layout is not torch.strided:
-        what = "nested" if x.is_nested else f"{x.layout}".removeprefix("torch.")
-        how = "packed rows (values())" if x.is_nested else "to_dense()"
-        raise TypeError(f"{name}: got a {what} tensor, expected a dense one; pass {how}")
+def head_options(
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    grad_filter: None = None,
+    ignore_index: int | None = -100,
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+) -> HeadOptions:
+    """Checks the options of `linear_logprob`, but for those that only its tensors can decide."""
+    checks.exact(grad_filter)
+    checks.ignored(ignore_index, optional=True)
+    parse_bytes(memory_budget)
+    return HeadOptions(checks.transform(temperature, logit_scale, softcap), ignore_index, memory_budget, backend)
 
 
-def _check_labels(labels: Tensor, lead: torch.Size, device: torch.device, of: str) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: got {type(labels).__name__}, expected a torch.Tensor of integers")
-    _check_dense("labels", labels)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"labels: got dtype {labels.dtype}, expected int64 (or int32)")
-    if labels.shape != lead:
-        raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected {tuple(lead)}, {of} without its last dimension"
-        )
-    if labels.device != device:
-        raise ValueError(f"labels: on device {labels.device}, expected {device}, where {of} is")
-    return labels.long()  # compared in eight bits, a label of 156 would be an ignore_index of -100
-
-
-def _check_transform(temperature: float, logit_scale: float, softcap: float | None) -> list[float]:
-    for name, value in (("temperature", temperature), ("logit_scale", logit_scale), ("softcap", softcap)):
-        if value is None and name == "softcap":
-            continue
-        if isinstance(value, (bool, Tensor)) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: got {type(value).__name__}, expected a number")
-        if not -math.inf < value < math.inf:  # math.isfinite does not trace under torch.compile(dynamic=True)
-            raise ValueError(f"{name}: got {value}, expected a finite number")
-        if name != "logit_scale" and value <= 0:
-            raise ValueError(f"{name}: got {value}, expected a number > 0")
-    return [float(temperature), float(logit_scale), float(softcap or 0.0)]
-
-
-def _check_outputs(outputs) -> tuple[str, ...]:
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: got the string {outputs!r}, expected a tuple of names, such as ({outputs!r},)")
-    if not isinstance(outputs, (tuple, list, set, frozenset)):
-        raise TypeError(f"outputs: got {type(outputs).__name__}, expected a tuple of names")
-    unknown = [name for name in outputs if name not in OUTPUTS]
+def check_options(*, outputs: tuple[str, ...] = (), backend: str = "auto", group: Any = None, **options: Any) -> None:
+    """What the module of `linear_logprob` checks before it has tensors, by which backend and group are judged."""
+    unknown = sorted(set(options) - set(inspect.signature(head_options).parameters))
     if unknown:
-        raise ValueError(f"outputs: got {unknown[0]!r}, expected names among {', '.join(OUTPUTS)}")
-    return tuple(outputs)
+        raise TypeError(f"{unknown[0]}: not an option of linear_logprob")
+    checks.output_names(outputs)
+    head_options(**options)
 
 
-def _check_exact(grad_filter) -> None:
-    if grad_filter is not None:
-        raise ValueError(f"grad_filter: got {grad_filter!r}, but only None (exact gradients) is available")
+class LogitsOptions(NamedTuple):
+    """`HeadOptions` of `logprob`."""
+
+    transform: list[float]
+    ignore_index: int | None
+    backend: str
+    inplace_grad: bool
 
 
-def _check_ignore_index(ignore_index) -> None:
-    if isinstance(ignore_index, bool) or not (ignore_index is None or isinstance(ignore_index, int)):
-        raise TypeError(f"ignore_index: got {type(ignore_index).__name__}, expected an int or None")
-    if ignore_index is not None and not -(1 << 63) <= ignore_index < 1 << 63:
-        raise ValueError(f"ignore_index: got {ignore_index}, expected a 64-bit integer")
+def logits_options(
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    grad_filter: None = None,
+    ignore_index: int | None = -100,
+    backend: str = "auto",
+    inplace_grad: bool = False,
+) -> LogitsOptions:
+    """Checks the options of `logprob`, as `head_options` does those of `linear_logprob`."""
+    checks.exact(grad_filter)
+    checks.ignored(ignore_index, optional=True)
+    checks.flag("inplace_grad", inplace_grad)
+    if inplace_grad and torch.compiler.is_compiling():
+        raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
+    return LogitsOptions(checks.transform(temperature, logit_scale, softcap), ignore_index, backend, inplace_grad)
 
 
 def _count(labels: Tensor, ignore_index: int | None) -> tuple[int, Tensor | None]:
@@ -200,90 +177,82 @@ def linear_logprob(
         >>> dpofast.linear_logprob(hidden, weight, labels).logps.shape
         torch.Size([2, 3])
     """
-    if distributed.is_dtensor(weight):
-        hidden, weight, labels, bias, group = distributed.local_head(hidden, weight, labels, bias, group)
-    name = None if group is None else distributed.group_name(group)
-    with nullcontext() if name is None else distributed.refusing_together(name):
-        labels = check_inputs(hidden, weight, labels, bias, sharded=name is not None)
-        transform = _check_transform(temperature, logit_scale, softcap)
-        names = _check_outputs(outputs)
-        _check_ignore_index(ignore_index)
-        _check_exact(grad_filter)
-        budget = parse_bytes(memory_budget, default=cost.default_budget(hidden.device))
+    hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
+    with distributed.refusing_together(name):
+        options = head_options(
+            temperature=temperature, logit_scale=logit_scale, softcap=softcap, grad_filter=grad_filter,
+            ignore_index=ignore_index, memory_budget=memory_budget, backend=backend,
+        )  # fmt: skip
+        names = checks.output_names(outputs)
+        scorer = HeadScorer(hidden, weight, bias, checks.integers(labels), name, options)
+    return scorer.score(names)
+
+
+class HeadScorer:
+    """Hidden states, a head and labels, checked: what `linear_logprob` runs on, and a loss its policy and reference.
+
+    Args:
+        labels: in 64 bits; they alone were checked before.
+        group: the name of the ranks that hold the head together; the caller refuses together with them.
+        prefix: goes before the names in errors, as in ref_hidden.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        group: str | None,
+        options: HeadOptions,
+        prefix: str = "",
+    ) -> None:
+        checks.head(hidden, weight, bias, labels, sharded=group is not None, prefix=prefix)
         device_type = hidden.device.type
-        exact_backend = registry.resolve(backend, device_type)
+        self.exact_backend = registry.resolve(options.backend, device_type)
         if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
             dtype = torch.get_autocast_dtype(device_type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+        self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels
+        self.group, self.options = group, options
 
-        grad = torch.is_grad_enabled()
-        to_hidden = grad and hidden.requires_grad
-        to_weight = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-        n_tokens, positions = _count(labels, ignore_index)
-        n = labels.numel() if n_tokens < 0 else max(1, n_tokens)
-        if name is not None:  # packed rows of hidden, and the sums of its gradient
+    def score(self, names: tuple[str, ...]) -> LogprobOutput:
+        """`linear_logprob`, with the statistics ``names``."""
+        ignore_index, transform = self.options.ignore_index, self.options.transform
+        with distributed.refusing_together(self.group):
+            n_tokens, positions = _count(self.labels, ignore_index)
+            request = self._request(n_tokens, names)
+            # a compiled graph cannot look into the memory of `chosen`
+            ask = traced if torch.compiler.is_compiling() else chosen
+            schedule = ask(request, self.exact_backend, device=cost.device_of(self.hidden.device))
+        bounds = None
+        if self.group is not None:
+            of_operands = self.hidden.dtype, self.weight.dtype, self.bias is None, request.to_hidden
+            same = ignore_index, *transform, names, *of_operands
+            bounds = distributed.vocabulary_bounds(self.labels, self.weight, str(same), self.group)
+        how = transform, flags(names), self.exact_backend, schedule.name, schedule.sizes, self.group or ""
+        operands = self.hidden, self.weight, self.bias, self.labels, bounds
+        return _output(_ops.call_linear_logprob(positions, *operands, ignore_index, n_tokens, *how), names)
+
+    def _request(self, n_tokens: int, names: tuple[str, ...]) -> Request:
+        hidden, weight, bias, grad = self.hidden, self.weight, self.bias, torch.is_grad_enabled()
+        n = self.labels.numel() if n_tokens < 0 else max(1, n_tokens)
+        budget = parse_bytes(self.options.memory_budget, default=cost.default_budget(hidden.device))
+        whole = self.group is None
+        if not whole:  # packed rows of hidden, and the sums of its gradient
             budget -= n * weight.shape[1] * (hidden.dtype.itemsize + wide_dtype(hidden.dtype, weight.dtype).itemsize)
-        sheet = cost.device_of(hidden.device)
         aligned = weight.stride(1) == 1 and weight.stride(0) % 8 == 0
-        plain = bias is None and not transform[2] and name is None and aligned
-        request = Request(
-            n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget, to_hidden, to_weight,
+        plain = bias is None and not self.options.transform[2] and whole and aligned
+        sheet = cost.device_of(hidden.device)
+        return Request(
+            n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget,
+            to_hidden=grad and hidden.requires_grad,
+            to_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers
-            entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=name is None,
-            fuses=plain and can_fuse(sheet, exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
+            entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=whole,
+            fuses=plain and can_fuse(sheet, self.exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
         )  # fmt: skip
-        # a compiled graph cannot look into the memory of `chosen`
-        ask = traced if torch.compiler.is_compiling() else chosen
-        schedule = ask(request, exact_backend, device=sheet)
-    sharded = None, ""
-    if name is not None:
-        same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, to_hidden
-        sharded = distributed.vocabulary_bounds(labels, weight, str(same), name), name
-    how = transform, flags(names), exact_backend, schedule.name, schedule.sizes, sharded[1]
-    operands = hidden, weight, bias, labels, sharded[0]
-    return _output(_ops.call_linear_logprob(positions, *operands, ignore_index, n_tokens, *how), names)
-
-
-def check_inputs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sharded: bool = False, prefix: str = ""
-) -> Tensor:
-    """Labels in 64 bits, if all is well. ``prefix`` goes before the names in errors, as in ref_hidden."""
-    _check_tensor(f"{prefix}hidden", hidden)
-    _check_tensor(f"{prefix}weight", weight, 2)
-    if hidden.ndim < 1:
-        raise ValueError(f"{prefix}hidden: got a scalar, expected shape [*, H]")
-    if hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{prefix}weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}] to go with "
-            f"{prefix}hidden {tuple(hidden.shape)}"
-        )
-    if (weight.shape[0] < 1 and not sharded) or weight.shape[1] < 1:
-        raise ValueError(f"{prefix}weight: got shape {tuple(weight.shape)}, expected at least one row and one column")
-    if weight.device != hidden.device:
-        raise ValueError(
-            f"{prefix}weight: on device {weight.device}, expected {hidden.device}, where {prefix}hidden is"
-        )
-    if bias is not None:
-        _check_tensor(f"{prefix}bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{prefix}bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},), the rows of "
-                f"{prefix}weight"
-            )
-        if bias.device != hidden.device:
-            raise ValueError(
-                f"{prefix}bias: on device {bias.device}, expected {hidden.device}, where {prefix}hidden is"
-            )
-    return _check_labels(labels, hidden.shape[:-1], hidden.device, f"{prefix}hidden")
-
-
-def check_logits(logits: Tensor, labels: Tensor, name: str = "logits") -> Tensor:
-    """Labels in 64 bits, if all is well."""
-    _check_tensor(name, logits)
-    if logits.ndim < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected [*, V] with V >= 1")
-    return _check_labels(labels, logits.shape[:-1], logits.device, name)
 
 
 def logprob(
@@ -324,17 +293,27 @@ def logprob(
         >>> dpofast.logprob(torch.zeros(3, 4), torch.tensor([0, 3, -100])).logps
         tensor([-1.3863, -1.3863,  0.0000])
     """
-    labels = check_logits(logits, labels)
-    transform = _check_transform(temperature, logit_scale, softcap)
-    names = _check_outputs(outputs)
-    _check_ignore_index(ignore_index)
-    _check_exact(grad_filter)
-    if inplace_grad and torch.compiler.is_compiling():
-        raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
-    exact_backend = registry.resolve(backend, logits.device.type)
-    shares_rows = inplace_grad and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
-    if logits.stride(-1) != 1 or shares_rows:
-        logits = logits.contiguous()
-    n_tokens, positions = _count(labels, ignore_index)
-    how = ignore_index, n_tokens, transform, flags(names), exact_backend
-    return _output(_ops.call_logprob(positions, inplace_grad, logits, labels, *how), names)
+    options = logits_options(
+        temperature=temperature, logit_scale=logit_scale, softcap=softcap, grad_filter=grad_filter,
+        ignore_index=ignore_index, backend=backend, inplace_grad=inplace_grad,
+    )  # fmt: skip
+    return LogitsScorer(logits, checks.integers(labels), options).score(checks.output_names(outputs))
+
+
+class LogitsScorer:
+    """Logits and labels, checked: as `HeadScorer`, for `logprob`; ``name`` is that of the logits in errors."""
+
+    def __init__(self, logits: Tensor, labels: Tensor, options: LogitsOptions, name: str = "logits") -> None:
+        checks.rows(name, logits, labels)
+        self.exact_backend = registry.resolve(options.backend, logits.device.type)
+        self.logits, self.labels, self.options = logits, labels, options
+
+    def score(self, names: tuple[str, ...]) -> LogprobOutput:
+        """`logprob`, with the statistics ``names``."""
+        logits, (transform, ignore_index, _, inplace) = self.logits, self.options
+        shares_rows = inplace and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
+        if logits.stride(-1) != 1 or shares_rows:
+            logits = logits.contiguous()
+        n_tokens, positions = _count(self.labels, ignore_index)
+        how = ignore_index, n_tokens, transform, flags(names), self.exact_backend
+        return _output(_ops.call_logprob(positions, inplace, logits, self.labels, *how), names)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpofast import distributed, losses
+from dpofast import checks, distributed
 
 __all__ = ["sequence_logps", "wpo_weights"]
 
@@ -16,13 +16,18 @@ class Sequences:
     """Which tokens belong to which sequence, and which of them count. Checked once, when it is made.
 
     Attributes:
-        labels: token ids ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S + 1]``.
+        labels: token ids ``[S, T]``, or packed ``[N]`` with ``cu_seqlens`` ``[S + 1]``; in 64 bits.
         mask: where a token counts, of labels' shape.
         group: the name of the ranks that hold the sequences together, each some tokens of all S; None: they are here.
     """
 
     def __init__(self, labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int, group: str | None):
-        _check_tokens(labels, cu_seqlens, ignore_index)
+        labels = checks.integers(labels)
+        checks.ignored(ignore_index, optional=False)
+        if cu_seqlens is not None:
+            checks.boundaries(cu_seqlens, labels)
+        elif labels.dim() != 2:
+            raise checks.wrong("labels", f"shape {tuple(labels.shape)}", "[S, T], or cu_seqlens with [N]")
         self.labels, self.cu_seqlens, self.ignore_index, self.group = labels, cu_seqlens, ignore_index, group
         self._mask: Tensor | None = None
         self._lengths: Tensor | None = None
@@ -157,16 +162,16 @@ def sequence_logps(
     name = sequence_group_name(group)
     with distributed.refusing_together(name):
         sequences = Sequences(labels, cu_seqlens, ignore_index, name)
-        check_like_labels("logps", logps, labels)
+        checks.like_labels("logps", logps, sequences.labels)
         if token_weights is not None:
-            check_like_labels("token_weights", token_weights, labels)
-        check_ld_alpha(ld_alpha)
+            checks.like_labels("token_weights", token_weights, sequences.labels)
+        checks.ld_alpha(ld_alpha)
     if name is not None:
         dtype = _wide(logps) if token_weights is None else torch.promote_types(_wide(logps), token_weights.dtype)
         options = average, ld_alpha, token_weights is not None, dtype
         distributed.agree_on_sequences(name, len(sequences), str(options))
     if ld_alpha is not None and len(sequences) % 2:
-        raise ValueError(f"ld_alpha needs [chosen; rejected], and the batch has {len(sequences)} sequences")
+        raise ValueError(f"ld_alpha: needs [chosen; rejected], and the batch has {len(sequences)} sequences")
     return sequences.logps(logps, average=average, token_weights=token_weights, ld_alpha=ld_alpha)
 
 
@@ -202,53 +207,6 @@ def wpo_weights(
         aligned, labels, cu_seqlens=cu_seqlens, average=True, ignore_index=ignore_index, group=group
     )
     return torch.exp(averages)
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16)
-"""Not bool and uint8, which index as masks."""
-
-
-def _check_tokens(labels: Tensor, cu_seqlens: Tensor | None, ignore_index: int) -> None:
-    losses.check_dense("labels", labels)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index={ignore_index!r} is a {type(ignore_index).__name__}; expected an int")
-    if labels.dtype not in (*_INTEGERS, torch.uint8):
-        raise TypeError(f"labels are of {labels.dtype}; expected integer token ids")
-    if cu_seqlens is None:
-        if labels.dim() != 2:
-            raise ValueError(f"labels have shape {list(labels.shape)}; expected [S, T], or cu_seqlens with [N]")
-        return
-    losses.check_dense("cu_seqlens", cu_seqlens, labels=labels)
-    if cu_seqlens.dtype not in _INTEGERS:
-        raise TypeError(f"cu_seqlens is of {cu_seqlens.dtype}; expected int64, int32 or int16")
-    if labels.dim() != 1 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-        raise ValueError(
-            f"labels have shape {list(labels.shape)} and cu_seqlens {list(cu_seqlens.shape)}; expected [N] and [S + 1]"
-        )
-    # on a GPU the values can't be looked at without waiting for it
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != labels.shape[0] or ends != sorted(ends):
-            raise ValueError(f"cu_seqlens={ends}; expected boundaries from 0 to N={labels.shape[0]}, not decreasing")
-
-
-def check_like_labels(name: str, value: Tensor, labels: Tensor) -> None:
-    """A number for each token."""
-    losses.check_dense(name, value, labels=labels)
-    if value.shape != labels.shape or not value.is_floating_point():
-        raise (ValueError if value.is_floating_point() else TypeError)(
-            f"{name} is {list(value.shape)} of {value.dtype}; expected floating point, of labels' shape "
-            f"{list(labels.shape)}"
-        )
-
-
-def check_ld_alpha(ld_alpha: float | None) -> None:
-    if ld_alpha is None:
-        return
-    if isinstance(ld_alpha, bool) or not isinstance(ld_alpha, (int, float)):
-        raise TypeError(f"ld_alpha={ld_alpha!r} is a {type(ld_alpha).__name__}; expected a number in [0, 1]")
-    if not 0 <= ld_alpha <= 1:
-        raise ValueError(f"ld_alpha={ld_alpha!r}; expected a number in [0, 1]")
 
 
 def sequence_group_name(group: Any) -> str | None:

@@ -245,7 +245,7 @@ ERRORS = [
     (TypeError, "logits: got dtype torch.int64", {"logits": L.long()}),
     (ValueError, "logits: got a tensor on the meta device", {"logits": L.to("meta")}),
     (ValueError, r"logits: got shape \(\), expected", {"logits": torch.tensor(0.0)}),
-    (ValueError, r"logits: got shape \(2, 3, 0\), expected \[\*, V\] with V >= 1", {"logits": L[..., :0]}),
+    (ValueError, r"logits: got shape \(2, 3, 0\), expected \[\*, n\] with n >= 1", {"logits": L[..., :0]}),
     (ValueError, r"labels: got shape \(2, 2\)", {"labels": Y[:, 1:]}),
     (TypeError, "labels: got dtype torch.float64", {"labels": Y.double()}),
     (ValueError, r"labels: got 8, expected values in \[0, 8\)", {"labels": Y + 8}),

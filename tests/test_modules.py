@@ -58,7 +58,7 @@ def test_repr_shows_the_options():
 @pytest.mark.parametrize(
     "make, options, error, message",
     [
-        (LinearDPOLoss, {"beta": 0.0}, ValueError, "beta=0.0"),
+        (LinearDPOLoss, {"beta": 0.0}, ValueError, "beta: got 0.0"),
         (
             LinearDPOLoss,
             {"loss_type": "hinge", "label_smoothing": 0.1},
@@ -66,16 +66,21 @@ def test_repr_shows_the_options():
             "not defined for loss_type='hinge'",
         ),
         (LinearDPOLoss, {"reduction": "none?"}, ValueError, "reduction"),
-        (LinearDPOLoss, {"temperatur": 1.0}, TypeError, "temperatur=1.0 is not an option"),
+        (LinearDPOLoss, {"temperatur": 1.0}, TypeError, "temperatur: not an option"),
         (LinearDPOLoss, {"temperature": -1.0}, ValueError, "temperature"),
         (LinearDPOLoss, {"memory_budget": "lots"}, ValueError, "memory_budget"),
         (LinearDPOLoss, {"inplace_grad": True}, TypeError, "inplace_grad"),  # is logprob's
-        (LinearDPOLoss, {"margin": torch.zeros(2)}, TypeError, "margin is a tensor"),
-        (DPOLoss, {"token_weights": torch.ones(4, 3)}, TypeError, "token_weights is a tensor.*pass it to forward"),
-        (DPOLoss, {"token_weights": 0.5}, TypeError, "token_weights is a float"),
+        (LinearDPOLoss, {"margin": torch.zeros(2)}, TypeError, "margin: got a tensor"),
+        (
+            DPOLoss,
+            {"token_weights": torch.ones(4, 3)},
+            TypeError,
+            "token_weights: got a tensor.*to forward",
+        ),
+        (DPOLoss, {"token_weights": 0.5}, TypeError, "token_weights: got float"),
         (DPOLoss, {"memory_budget": 1}, TypeError, "memory_budget"),  # is linear_logprob's
         (DPOLoss, {"softcap": 0.0}, ValueError, "softcap"),
-        (LinearLogprob, {"beta": 0.1}, TypeError, "beta=0.1 is not an option"),
+        (LinearLogprob, {"beta": 0.1}, TypeError, "beta: not an option"),
         (LinearLogprob, {"outputs": ("entropie",)}, ValueError, "outputs"),
     ],
 )

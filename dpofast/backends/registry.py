@@ -39,13 +39,13 @@ def register(name: str, backend: Backend) -> None:
 def _cpu_isa(requested: str | None) -> str:
     available = native.cpu_isas()
     if native.C is None:
-        raise ValueError(f"backend='cpu' cannot run: {native.why_no_C}; or use backend='torch'")
+        raise ValueError(f"backend: 'cpu' cannot run: {native.why_no_C}; or use backend='torch'")
     source = "backend"
     if requested is None:
         requested, source = os.environ.get("DPOFAST_CPU_ISA") or available[0], "DPOFAST_CPU_ISA"
     if requested not in available:
         raise ValueError(
-            f"{source} asks for the CPU instruction set {requested!r}, which this machine or build does not have; "
+            f"{source}: asks for the CPU instruction set {requested!r}, which this machine or build does not have; "
             f"expected one of {', '.join(available)}"
         )
     return requested
@@ -95,7 +95,7 @@ def resolve(backend: str, device_type: str) -> str:
         raise ValueError(f"backend: got {backend!r}, expected 'auto', {known} or 'cpu:<instruction set>'")
     reason = why_not(name, device_type)
     if reason is not None:
-        raise ValueError(f"backend={backend!r} {reason}")
+        raise ValueError(f"backend: {backend!r} {reason}")
     return f"cpu:{_cpu_isa(isa or None)}" if name == "cpu" else name
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpofast import losses
+from dpofast import checks, losses
 from dpofast.functional import make_objective
 from dpofast.primitive import linear_logprob
 from dpofast.sequences import sequence_logps
@@ -48,13 +48,13 @@ class _Pairs:
     """The log-probabilities of a batch ``[chosen; rejected]``, and what Liger reports of it."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int) -> None:
-        losses.check_dense("_input", hidden)
-        losses.check_dense("target", target)
+        checks.dense("_input", hidden)
+        checks.dense("target", target)
         if target.dim() != 2 or target.shape[0] % 2 or hidden.shape[:-1] != target.shape:
-            raise ValueError(
-                f"_input has shape {list(hidden.shape)} and target {list(target.shape)}; expected [2B, T, H] and "
-                "[2B, T], all chosen completions and then all rejected ones"
-            )
+            raise checks.wrong(
+                "_input", f"shape {tuple(hidden.shape)} with target {tuple(target.shape)}",
+                "[2B, T, H] with [2B, T], all chosen completions and then all rejected ones",
+            )  # fmt: skip
         self.target, self.ignore_index = target, ignore_index
         self.logps = linear_logprob(hidden, weight, target, bias=bias, ignore_index=ignore_index).logps
         self.lengths = (target != ignore_index).sum(-1)
@@ -156,16 +156,13 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
             ld_alpha=self.ld_alpha,
             **self.options,
         )
-        tensors = objective.pair_weight is not None or objective.token_weights is not None
-        if objective.use_weighting or objective.metrics or tensors:
-            raise TypeError(
-                "use_weighting, metrics, pair_weight and token_weights are options of linear_dpo_loss, not of this "
-                "class"
-            )
+        for name in ("use_weighting", "metrics", "pair_weight", "token_weights"):
+            if getattr(objective, name) is not None and getattr(objective, name) is not False:
+                raise TypeError(f"{name}: an option of linear_dpo_loss, not of this class")
         averaging = [term.loss.name for term in objective.terms if "chosen_lengths" in term.loss.needs]
         if self.average_log_prob and (averaging or self.ld_alpha is not None):
             what = f"loss_type={averaging[0]!r}" if averaging else f"ld_alpha={self.ld_alpha!r}"
-            raise ValueError(f"average_log_prob=True has no meaning with {what}, which goes by the lengths itself")
+            raise ValueError(f"average_log_prob: True has no meaning with {what}, which goes by the lengths itself")
         return objective
 
     def forward(
@@ -195,11 +192,11 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
         given = ref_input is not None or ref_logps is not None
         if given != self.use_ref_model or (ref_input is not None and ref_logps is not None):
             raise ValueError(
-                f"use_ref_model={self.use_ref_model}: expected {'one of' if self.use_ref_model else 'neither'} "
-                f"ref_input {'or' if self.use_ref_model else 'nor'} ref_logps"
+                f"use_ref_model: got {self.use_ref_model}, with which is expected "
+                f"{'one of ref_input or' if self.use_ref_model else 'neither ref_input nor'} ref_logps"
             )
         if ref_input is not None and ref_weight is None:
-            raise ValueError("ref_weight is None; pass the reference's head beside ref_input")
+            raise ValueError("ref_weight: is None; pass the reference's head beside ref_input")
         reference_free = not any(term.loss.reference for term in objective.terms)
         losses.check_reference(objective.terms, given or not reference_free, "ref_input and ref_weight, or ref_logps")
         pairs = _Pairs(_input, lin_weight, target, bias, self.ignore_index)
@@ -207,15 +204,9 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
         ref = self._reference(target, ref_input, ref_weight, ref_bias, ref_logps)
         if ref is None:
             ref = tuple(x.new_zeros(x.shape) for x in logps)
-        lengths = pairs.lengths.chunk(2)
-        loss = losses.preference_loss(
-            *logps,
-            *((None, None) if reference_free else ref),
-            chosen_lengths=lengths[0],
-            rejected_lengths=lengths[1],
-            chosen_nll=-pairs.sums()[0],
-            **objective.options,
-        )
+        given = dict(zip(losses.TENSORS, (*logps, *ref, *pairs.lengths.chunk(2), -pairs.sums()[0]), strict=True))
+        losses.check_per_pair(objective.terms, target.shape[0] // 2, target=target)
+        loss = losses.evaluate(objective.terms, given, objective.reduction)
         nll = self._nll(pairs)
         rewards = [self.beta * (policy - reference) for policy, reference in zip(logps, ref)]
         return pairs.output(loss + self.alpha * nll, logps, nll, rewards)
@@ -232,9 +223,8 @@ class LigerFusedLinearDPOLoss(_LigerLoss):
                 options = {"average": self.average_log_prob, "ld_alpha": self.ld_alpha}
                 ref_logps = sequence_logps(ref_logps, target, ignore_index=self.ignore_index, **options)
             if ref_logps.shape != target.shape[:1]:
-                raise ValueError(
-                    f"ref_logps has shape {list(ref_logps.shape)}; expected {list(target.shape)} or [{target.shape[0]}]"
-                )
+                expected = f"{tuple(target.shape)} or ({target.shape[0]},)"
+                raise checks.wrong("ref_logps", f"shape {tuple(ref_logps.shape)}", expected)
             return ref_logps.chunk(2)
 
 
@@ -383,9 +373,8 @@ class LigerFusedLinearORPOLoss(_LigerLoss):
 
     def _other_nll(self, hidden: Tensor, weight: Tensor, nll_target: Tensor, bias: Tensor | None) -> Tensor:
         if nll_target.shape != hidden.shape[:-1]:
-            raise ValueError(
-                f"nll_target has shape {list(nll_target.shape)}; expected target's {list(hidden.shape[:-1])}"
-            )
+            expected = f"{tuple(hidden.shape[:-1])}, that of target"
+            raise checks.wrong("nll_target", f"shape {tuple(nll_target.shape)}", expected)
         chosen, labels = hidden.chunk(2)[0], nll_target.chunk(2)[0]
         if not self.compute_nll_loss:
             return hidden.new_zeros((), dtype=torch.float32)
@@ -437,23 +426,21 @@ class LigerFusedLinearKTOLoss(_LigerLoss):
             loss, (the sums over good completions and over bad ones of logps, logits and rewards, in this order); all
             but the loss without gradient.
         """
-        losses.check_dense("_input", _input)
-        losses.check_dense("target", target)
+        checks.dense("_input", _input)
+        checks.dense("target", target)
         if preference_labels is None or preference_labels.dtype != torch.bool:
-            what = "None" if preference_labels is None else f"of {preference_labels.dtype}"
-            raise TypeError(f"preference_labels is {what}; expected torch.bool [N], True for a good completion")
+            what = "None" if preference_labels is None else f"dtype {preference_labels.dtype}"
+            raise checks.wrong("preference_labels", what, "torch.bool [N], True for a good completion", TypeError)
         if self.use_ref_model != (ref_input is not None) or (ref_input is not None and ref_weight is None):
             expected = "ref_input and ref_weight" if self.use_ref_model else "no ref_input"
-            raise ValueError(f"use_ref_model={self.use_ref_model}: expected {expected}")
+            raise ValueError(f"use_ref_model: got {self.use_ref_model}, with which is expected {expected}")
         if target.dim() != 2 or _input.shape[:-1] != target.shape or preference_labels.shape != target.shape[:1]:
-            raise ValueError(
-                f"_input has shape {list(_input.shape)}, target {list(target.shape)} and preference_labels "
-                f"{list(preference_labels.shape)}; expected [N, T, H], [N, T] and [N]"
-            )
+            beside = f"target {tuple(target.shape)} and preference_labels {tuple(preference_labels.shape)}"
+            raise checks.wrong("_input", f"shape {tuple(_input.shape)} with {beside}", "[N, T, H] with [N, T] and [N]")
         if kl is not None:
-            losses.check_dense("kl", kl)
+            checks.dense("kl", kl)
         if kl is not None and kl.numel() != 1 and kl.shape != target.shape[:1]:
-            raise ValueError(f"kl has shape {list(kl.shape)}; expected one value, or {list(target.shape[:1])}")
+            raise checks.wrong("kl", f"shape {tuple(kl.shape)}", f"one value, or {tuple(target.shape[:1])}")
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             logps = linear_logprob(hidden, weight, target, bias=bias, ignore_index=self.ignore_index).logps

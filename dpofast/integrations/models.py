@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from dpofast import distributed, losses
-from dpofast.functional import DPOLossOutput, head_options, linear_dpo_loss, make_objective
+from dpofast import checks, distributed, losses
+from dpofast.functional import DPOLossOutput, linear_dpo_loss, objective_of, scoring_options
 from dpofast.primitive import linear_logprob
 
 if TYPE_CHECKING:
@@ -727,13 +727,12 @@ def model_dpo_loss(
     """
     _refuse_transform(options)
     if ref_model is not None and ref_logps is not None:
-        raise ValueError("ref_logps and ref_model are both given; pass one of them")
+        raise ValueError("ref_logps: given beside a reference, ref_model; pass one of them")
     options |= {
         "loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction,
         "memory_budget": memory_budget, "backend": backend, "group": group,
     }  # fmt: skip
-    names = head_options(linear_logprob)
-    terms = make_objective(**{name: value for name, value in options.items() if name not in names}).terms
+    terms = objective_of(options).terms
     disabled = nullcontext()
     if ref_model is None and ref_logps is None and any(term.loss.reference for term in terms):
         bare = _unwrapped(model)
@@ -742,7 +741,7 @@ def model_dpo_loss(
     losses.check_reference(terms, ref_model is not None or ref_logps is not None, "ref_model or ref_logps")
     if ref_model is not None:
         with torch.no_grad(), disabled:
-            scoring = {name: value for name, value in options.items() if name in names}
+            scoring = scoring_options(options)
             ref_logps = model_logprob(ref_model, inputs, labels, **scoring).logps
 
     def compute(head: HeadInputs, targets: Tensor) -> DPOLossOutput:
@@ -759,11 +758,11 @@ def model_dpo_loss(
 def _refuse_transform(options: Mapping[str, Any]) -> None:
     for name in ("bias", "logit_scale", "softcap"):
         if name in options:
-            raise TypeError(f"{name}={options[name]!r} is the model's own; it is read from the model")
+            raise TypeError(f"{name}: the model's own, which is read from the model")
 
 
 def _shifted(hidden: Tensor, labels: Tensor) -> Tensor:
-    losses.check_dense("labels", labels)
+    checks.dense("labels", labels)
     if labels.dim() != 2 or hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels: got shape {list(labels.shape)}, expected {list(hidden.shape[:-1])}, that of the positions that "

@@ -141,9 +141,9 @@ def test_a_compiled_step(backend):
 
 def test_tensors_on_two_devices_are_refused():
     hidden, weight, labels = inputs()
-    with pytest.raises(ValueError, match="weight: on device cpu, expected cuda:0"):
+    with pytest.raises(ValueError, match="weight: got device cpu, expected cuda:0"):
         dpofast.linear_logprob(hidden, weight.cpu(), labels)
-    with pytest.raises(ValueError, match="labels: on device cpu"):
+    with pytest.raises(ValueError, match="labels: got device cpu"):
         dpofast.linear_logprob(hidden, weight, labels.cpu())
 
 

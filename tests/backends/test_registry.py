@@ -66,9 +66,9 @@ def test_resolve(backend, device, exact):
         ("gpu", "cpu", "backend: got 'gpu', expected 'auto', 'cpu', 'cuda'"),
         ("", "cpu", "backend: got ''"),
         ("torch:avx2", "cpu", "backend: got 'torch:avx2'"),
-        ("cpu:sse9", "cpu", "backend asks for the CPU instruction set 'sse9'.*expected one of .*scalar"),
-        ("cpu", "cuda", "backend='cpu' needs tensors on the CPU, got device 'cuda'"),
-        ("cpu:scalar", "meta", "backend='cpu:scalar' needs tensors on the CPU"),
+        ("cpu:sse9", "cpu", "backend: asks for the CPU instruction set 'sse9'.*expected one of .*scalar"),
+        ("cpu", "cuda", "backend: 'cpu' needs tensors on the CPU, got device 'cuda'"),
+        ("cpu:scalar", "meta", "backend: 'cpu:scalar' needs tensors on the CPU"),
     ],
 )
 def test_what_cannot_run_says_why(backend, device, message):
@@ -97,7 +97,7 @@ def test_the_environment_chooses_the_instruction_set(monkeypatch):
     assert registry.resolve("cpu", "cpu") == "cpu:scalar"
     assert registry.resolve(f"cpu:{ISAS[0]}", "cpu") == f"cpu:{ISAS[0]}"
     monkeypatch.setenv("DPOFAST_CPU_ISA", "sse9")
-    with pytest.raises(ValueError, match="DPOFAST_CPU_ISA asks for the CPU instruction set 'sse9'"):
+    with pytest.raises(ValueError, match="DPOFAST_CPU_ISA: asks for the CPU instruction set 'sse9'"):
         registry.resolve("cpu", "cpu")
     assert registry.resolve("torch", "cpu") == "torch"
 
@@ -123,7 +123,7 @@ def test_without_the_compiled_module_torch_runs_and_cpu_says_why(monkeypatch):
     monkeypatch.setattr(native, "_ISAS", ())
     monkeypatch.setattr(native, "why_no_C", "no such file")
     assert native.cpu_isas() == () and registry.resolve("auto", "cpu") == "torch"
-    with pytest.raises(ValueError, match="backend='cpu' cannot run: no such file.*use backend='torch'"):
+    with pytest.raises(ValueError, match="backend: 'cpu' cannot run: no such file.*use backend='torch'"):
         registry.resolve("cpu", "cpu")
     assert [(name, runs) for name, runs, _ in registry.explain()] == [(b, b == "torch") for b in registry.BACKENDS]
 

@@ -17,10 +17,12 @@ from emu import build
 from torch import Tensor
 
 import dpofast
-from dpofast import _ops, functional, losses
+from dpofast import _ops, losses, primitive
 from dpofast.backends import registry
-from dpofast.backends.sequence import SequenceDPO, pairs_problem, sequence_dpo
+from dpofast.backends.base import PairsResult
+from dpofast.backends.cuda import CudaPasses
 from dpofast.backends.tiled import TiledBackend
+from dpofast.functional import pairs_problem
 from dpofast.losses import LOSSES, REQUIRED
 from dpofast.primitive import LogprobOutput
 
@@ -127,14 +129,16 @@ def tensors(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: torch.tensor(x, dtype=dtype) if isinstance(x, list) else x for name, x in options.items()}
 
 
-def run(library: ModuleType, x: Batch, loss_type: str, options: dict[str, Any]) -> SequenceDPO:
-    return sequence_dpo(
-        library, x.logps, labels=x.labels, cu_seqlens=x.cu_seqlens, ref_logps=x.reference(loss_type),
-        loss_type=loss_type, **options,
+def run(library: ModuleType, x: Batch, loss_type: str, options: dict[str, Any], **changes: Any) -> PairsResult:
+    (term,) = losses.resolve(loss_type, **options)
+    problem = pairs_problem(
+        term, x.logps, labels=x.labels, cu_seqlens=x.cu_seqlens, ref_logps=x.reference(loss_type),
+        weight=term.options.get("weight"), ignore_index=-100,
     )  # fmt: skip
+    return CudaPasses(library).sequence_dpo(problem._replace(**changes))
 
 
-def table(x: Batch, loss_type: str, options: dict[str, Any]) -> SequenceDPO:
+def table(x: Batch, loss_type: str, options: dict[str, Any]) -> PairsResult:
     """The same from `sequence_logps`, the table and autograd, in fp64."""
     logps = x.logps.double().requires_grad_()
     sums = dpofast.sequence_logps(logps, x.labels, cu_seqlens=x.cu_seqlens)
@@ -148,14 +152,14 @@ def table(x: Batch, loss_type: str, options: dict[str, Any]) -> SequenceDPO:
         chosen_lengths=lengths[0], rejected_lengths=lengths[1], chosen_nll=-chosen, reduction="none", **options,
     )  # fmt: skip
     (coefficients,) = torch.autograd.grad(values.mean(), logps)
-    return SequenceDPO(values.detach(), chosen.detach(), rejected.detach(), coefficients, *lengths)
+    return PairsResult(values.detach(), sums.detach(), torch.cat(lengths), coefficients)
 
 
 # The kernel computes in fp64 and rounds once: 2^-24, and a little for the argument of an exponential.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2.0**-23}
 
 
-def assert_same(got: SequenceDPO, want: SequenceDPO) -> None:
+def assert_same(got: PairsResult, want: PairsResult) -> None:
     for name, x in want._asdict().items():
         y = getattr(got, name)
         if x.is_floating_point():
@@ -207,12 +211,10 @@ def test_losses_sums_and_coefficients_are_the_tables_and_autograds(library, loss
 def test_labels_and_mask_say_the_same(library, layout):
     x = batch(layout, torch.float32)
     want = run(library, x, "sigmoid_norm", {})
-    common = {"cu_seqlens": x.cu_seqlens, "ref_logps": x.ref_logps, "loss_type": "sigmoid_norm"}
-    mask = x.labels != -100
+    counts = x.labels != -100
     others = [
-        sequence_dpo(library, x.logps, mask=mask, **common),
-        sequence_dpo(library, x.logps, labels=torch.where(mask, -100, 7), ignore_index=7, **common),
-        sequence_dpo(library, x.logps, labels=x.labels.int(), **common),
+        run(library, x, "sigmoid_norm", {}, labels=None, mask=counts),
+        run(library, x, "sigmoid_norm", {}, labels=torch.where(counts, 3, 7), ignore_index=7),
     ]
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(other, want))
@@ -226,8 +228,8 @@ def test_bits_depend_neither_on_the_order_of_threads_nor_on_the_other_pairs(libr
         runs.append(run(library, x, "sigmoid", {}))
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(other, runs[0]))
     got = run(library, pair_of(batch("padded", torch.float32), 3), "sigmoid", {})
-    for name in ("losses", "chosen_logps", "rejected_logps"):
-        assert torch.equal(getattr(got, name), getattr(runs[0], name)[3:4]), name
+    assert torch.equal(got.losses, runs[0].losses[3:4])
+    assert torch.equal(got.sums, runs[0].sums[[3, 3 + PAIRS]])
 
 
 def extreme(dtype: torch.dtype) -> Batch:
@@ -276,55 +278,7 @@ def test_batches_without_pairs_or_tokens(library):
         got = run(library, x, "sigmoid", {})
         assert got.coefficients.shape == (2 * pairs, width)
         torch.testing.assert_close(got.losses, torch.full((pairs,), math.log(2)))
-        assert got.chosen_lengths.tolist() == got.chosen_logps.tolist() == [0] * pairs
-
-
-X = batch("padded", torch.float32)
-PACKED = batch("packed", torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "change"),
-    [
-        (ValueError, "loss_type: 'dpo' is unknown", {"loss_type": "dpo"}),
-        *((ValueError, f"loss_type='{name}' looks beyond its pair", {"loss_type": name}) for name in ("aot", "sft")),
-        (ValueError, "cpo_alpha=1.0 weighs a mean", {"loss_type": "cpo", "ref_logps": None}),
-        (TypeError, r"loss_type=\['sigmoid', 'sft'\] is a list", {"loss_type": ["sigmoid", "sft"]}),
-        (TypeError, "loss_weights", {"loss_weights": [2.0]}),
-        (ValueError, "simpo_gamma=1.0 is not defined for loss_type='sigmoid'", {"simpo_gamma": 1.0}),
-        (ValueError, "beta=0.0; expected", {"beta": 0.0}),
-        (ValueError, "margin has 3 values; expected one for each of 5", {"margin": torch.zeros(3)}),
-        (ValueError, "needs a reference model; pass ref_logps", {"ref_logps": None}),
-        (ValueError, "uses no reference model", {"loss_type": "simpo"}),
-        (ValueError, r"ref_logps is \[5\] of torch.float32; expected", {"ref_logps": torch.ones(5)}),
-        (ValueError, r"ref_logps is \[10\] of torch.int64; expected", {"ref_logps": torch.ones(10).long()}),
-        (TypeError, "logps are of torch.bfloat16", {"logps": X.logps.bfloat16()}),
-        (ValueError, "pass one of them", {"mask": X.labels != -100}),
-        (ValueError, "pass one of them", {"labels": None}),
-        (TypeError, "labels is of torch.float32; expected integer", {"labels": X.logps}),
-        (TypeError, "labels is of torch.bool; expected integer", {"labels": X.labels != -100}),
-        (TypeError, "mask is of torch.int64; expected torch.bool", {"labels": None, "mask": X.labels}),
-        (ValueError, r"labels \[10, 299\]; expected \[2B, T\]", {"labels": X.labels[:, 1:]}),
-        (ValueError, "logps hold 9 sequences; expected", {"logps": X.logps[1:], "labels": X.labels[1:]}),
-        (ValueError, r"expected \[2B, T\] for both", {"logps": PACKED.logps, "labels": PACKED.labels}),
-        (ValueError, r"expected \[N\] for both, with cu_seqlens", {"cu_seqlens": PACKED.cu_seqlens}),
-        (ValueError, "labels is on meta; expected logps' device, cpu", {"labels": X.labels.to("meta")}),
-        *(
-            (ValueError, "cu_seqlens", {"logps": PACKED.logps, "labels": PACKED.labels, "cu_seqlens": bad})
-            for bad in (
-                PACKED.cu_seqlens.float(),
-                PACKED.cu_seqlens[:0],
-                PACKED.cu_seqlens + 1,
-                PACKED.cu_seqlens[:-1],
-                PACKED.cu_seqlens[[0, 1, 3, 2, *range(4, 11)]],
-            )
-        ),
-    ],
-)
-def test_what_the_kernel_does_not_have_raises(library, error, message, change):
-    given = {"logps": X.logps, "labels": X.labels, "ref_logps": X.ref_logps} | change
-    with pytest.raises(error, match=message):
-        sequence_dpo(library, given.pop("logps"), **given)
+        assert got.lengths.tolist() == got.sums.tolist() == [0] * 2 * pairs
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
@@ -564,8 +518,7 @@ def launched(backend: str) -> tuple[list[str], list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(library, "cuda_sequence_dpo", lambda args: (kernels.append("sequence_dpo"), kernel(args)))
-        patch.setattr(functional, "logprob", lambda *_, **__: LogprobOutput(logps))
-        patch.setitem(functional._HEAD_OPTIONS, functional.logprob, frozenset())
+        patch.setattr(primitive.LogitsScorer, "score", lambda *_: LogprobOutput(logps))
         logits, one = torch.empty(8, 1024, 1), torch.ones(())
         out, forward = operators(lambda: dpofast.dpo_loss(logits, labels, ref_logps=ref, backend=backend))
         _, backward = operators(lambda: torch.autograd.grad(out.loss, logps, one))

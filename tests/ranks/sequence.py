@@ -158,10 +158,10 @@ def errors_come_to_every_rank():
 
     for message, change in (
         ("labels: got 61", dict(labels=torch.full_like(good["labels"], V))),
-        ("ref_logps is", dict(ref_logps=torch.zeros(S + 1))),
-        ("ref_logps and a reference to score are both given", dict(ref_hidden=good["hidden"], ref_weight=weight)),
+        ("ref_logps: got shape", dict(ref_logps=torch.zeros(S + 1))),
+        ("ref_logps: given beside a reference to score", dict(ref_hidden=good["hidden"], ref_weight=weight)),
         ("beta", dict(beta=-1.0)),
-        ("hidden has shape", dict(hidden=hidden[:2, here])),
+        (".*hidden without its last dimension", dict(hidden=hidden[:2, here])),
     ):
         expected = message if last else f"group: its rank {size - 1} refuses the call: {message}"
         raises(expected, {**good, **change} if last else good)

@@ -310,6 +310,22 @@ def errors_come_to_every_rank():
     raises(r"labels: got 203, expected values in \[0, 203\)", **good | dict(labels=torch.where(labels == 0, V, labels)))
     raises("group: got int, expected a torch.distributed.ProcessGroup", **good | dict(group=3))
     dpofast.linear_logprob(**good)
+    errors_of_a_loss_come_too(good, size, last)
+
+
+def errors_of_a_loss_come_too(good: dict, size: int, last: bool) -> None:
+    """What the loss itself refuses, too, before any rank waits for the others."""
+    good = good | dict(hidden=good["hidden"][:2], labels=good["labels"][:2], ref_logps=torch.zeros(2))
+    wrong_on_the_last = {
+        "labels": ("labels: got dtype", good["labels"].float()),
+        "beta": ("beta: got -1", -1.0),
+        "cu_seqlens": ("cu_seqlens: got shape", torch.tensor([0, 2])),
+    }
+    for name, (message, value) in wrong_on_the_last.items():
+        expected = message if last else f"group: its rank {size - 1} refuses the call: {message}"
+        with pytest.raises((TypeError, ValueError), match=expected):
+            dpofast.linear_dpo_loss(**(good | {name: value} if last else good))
+    assert dpofast.linear_dpo_loss(**good).loss.isfinite()
 
 
 CASES = {case.__name__: case for case in (

@@ -157,7 +157,7 @@ def test_an_argument_on_another_device_is_named(name, argument):
     given = common | arguments[argument]
     with FakeTensorMode(allow_non_fake_inputs=True):
         elsewhere = torch.empty_like(given[argument], device="cuda")
-        with pytest.raises(ValueError, match=rf"\b{argument}\b.*on device.*cuda|on device .*where {argument} is"):
+        with pytest.raises(ValueError, match=rf"\b{argument}\b.*got device.*cuda|got device .*where {argument} is"):
             function(**given | {argument: elsewhere})
 
 
@@ -240,7 +240,7 @@ OTHERS = [
     ({"outputs": ("entropy",)}, TypeError, "outputs"),  # metrics=True says it here
     ({"weight_decay": 0.1}, TypeError, "weight_decay"),
     ({"ref_logits": LOGITS}, TypeError, "ref_logits"),  # is dpo_loss's
-    ({"ref_hidden": HIDDEN, "ref_weight": WEIGHT}, ValueError, "ref_logps and a reference to score are both given"),
+    ({"ref_hidden": HIDDEN, "ref_weight": WEIGHT}, ValueError, "ref_logps: given beside a reference to score"),
 ]
 
 
@@ -265,12 +265,12 @@ def test_outputs_are_names(bad):
 def test_a_module_keeps_no_tensor_however_it_is_wrapped(module):
     for options in ({"beta": torch.ones(2)}, {"margin": {"sigmoid": torch.ones(2)}}, {"pair_weight": torch.ones(2)}):
         (name,) = options
-        with pytest.raises(TypeError, match=rf"{name} is a tensor.*pass it to forward"):
+        with pytest.raises(TypeError, match=rf"{name}: got a tensor.*pass tensors to forward"):
             module(**options)
 
 
 def test_a_running_mean_takes_tensors():
-    with pytest.raises(TypeError, match="rewards is a list"):
+    with pytest.raises(TypeError, match="rewards: got list"):
         RunningMean().update([1.0])
 
 
@@ -387,7 +387,7 @@ def test_labels_of_a_model_are_a_tensor():
 
     model = Nothing()
     assert models.model_logprob(model, {"hidden": HIDDEN}, LABELS).logps.shape == (4, T - 1)
-    with pytest.raises(TypeError, match="labels is a ndarray"):
+    with pytest.raises(TypeError, match="labels: got ndarray"):
         models.model_logprob(model, {"hidden": HIDDEN}, LABELS.numpy())
     with pytest.raises(ValueError, match="model: .* has no output embeddings"):
         models.model_logprob(torch.nn.Linear(H, V), {"input": HIDDEN}, LABELS)

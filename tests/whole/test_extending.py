@@ -39,7 +39,7 @@ def test_a_loss_is_one_function(huber):
     torch.testing.assert_close(got, torch.autograd.grad(want, hidden)[0])
     module = dpofast.LinearDPOLoss(loss_type=[huber, "sigmoid"], loss_weights=[0.5, 0.5])
     assert module(hidden, weight, labels, ref_logps=ref).loss.isfinite()
-    with pytest.raises(ValueError, match="label_smoothing=0.1 is not defined for loss_type='huber_margin'"):
+    with pytest.raises(ValueError, match="label_smoothing: not defined for loss_type='huber_margin'"):
         dpofast.linear_dpo_loss(hidden, weight, labels, ref_logps=ref, loss_type=huber, label_smoothing=0.1)
     with pytest.raises(ValueError, match="ref_logps"):
         dpofast.linear_dpo_loss(hidden, weight, labels, loss_type=huber)
