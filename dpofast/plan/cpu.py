@@ -1,6 +1,6 @@
 """Schedules of the compiled CPU kernels, by the bytes of their own layout (``csrc/cpu/head_*.h``).
 
-A test holds the two layouts to each other.
+A test holds the two layouts equal, byte for byte.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from dpofast import native
 from dpofast.contract import DTYPE_CODES
-from dpofast.plan.schedule import Request, Schedule, too_little, up
+from dpofast.plan.schedule import Request, Schedule, ceil_div, too_little, up
 
 GROUP_ROWS, FOLD_ROWS = 192, 48  # kGroupRows, kFoldRows of csrc/cpu/head_layout.h
 BLOCKS = (GROUP_ROWS, GROUP_ROWS // 2, GROUP_ROWS // 4)
@@ -24,7 +24,7 @@ WIDEST_BLOCK = 8 * GROUP_ROWS
 """For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
 BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stays in an L2 cache
 
-PIECES, PANELS_TOGETHER = 8, 4  # kPieces, kPanelsTogether of csrc/cpu/head_layout.h
+PIECES, PANELS_TOGETHER, THREAD_FLOPS = 8, 4, 1e7  # kPieces, kPanelsTogether, kThreadFlops of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 
 
@@ -48,77 +48,84 @@ TRAITS: dict[tuple[str, torch.dtype, torch.dtype], Traits] = {
 
 
 class Layout:
-    """Bytes of each buffer of csrc/cpu/head_*.h, for n tokens and one block size.
+    """Bytes of each buffer of csrc/cpu/head_*.h, for ``tokens`` of a request and one block size.
 
-    ``direct`` says that d weight has the accumulator's type, and is its own sum.
+    With ``threads`` they are exactly what the kernels ask for, which start fewer threads where the work is small;
+    without (0), those that all threads share.
     """
 
-    def __init__(self, n, h, v, traits: Traits, block, threads, as_is, outputs, direct):
-        self.n, self.h, self.v, self.t, self.block, self.threads, self.as_is = n, h, v, traits, block, threads, as_is
-        self.n_pad = up(n, traits.vector)
-        self.h_pad = up(h, traits.unit)
-        self.blocks = (v + block - 1) // block
-        self.outputs, self.direct = outputs, direct
+    def __init__(self, request: Request, traits: Traits, block: int, tokens: int, threads: int = 0):
+        self.n, self.h, self.v, self.outputs = tokens, request.n_hidden, request.n_vocab, request.outputs
+        self.t, self.block, self.threads = traits, block, threads
+        self.n_pad, self.h_pad = up(tokens, traits.vector), up(self.h, traits.unit)
+        self.blocks = ceil_div(self.v, block)
         self.tile_rows = min(block, GROUP_ROWS)
+        elem = request.weight_dtype.itemsize
+        self.as_is = request.as_is and traits.elem == elem and self.h == self.h_pad  # Shape::weight_as_is
+        self.direct = elem == traits.acc  # d weight has the accumulator's type, and is its own sum
 
     def cache_per_block(self):
-        folds = -(-self.block // FOLD_ROWS)
-        return up(self.block * self.n_pad * self.t.cached, 64) + up(folds * self.n_pad * self.t.acc, 64)
+        folds = ceil_div(self.block, FOLD_ROWS)
+        return self._bytes(self.block * self.n_pad * self.t.cached) + self._bytes(folds * self.n_pad * self.t.acc)
 
     def jacobian(self):
         return self.h * self.n_pad * self.t.acc
 
-    def _weight_blocks(self, rows, columns):
-        t = self.t
-        converted = BUFFERS * up(self.block * self.h_pad * t.elem, 64) if rows and not self.as_is else 0
-        return converted + (BUFFERS * up(self.block * self.h * t.elem, 64) if columns else 0)
-
-    def tiles(self):
-        """What the threads have of their own: at most the sum over forward's and backward's buffers."""
-        t = self.t
-        per_thread = (
-            PANELS_TOGETHER * (self.tile_rows + 2) * t.panel * t.acc
-            + self.tile_rows * t.panel * t.elem
-            + max(self.h_pad, t.panel) * t.acc
-        )
-        return up(self.threads * per_thread, 64) + 128
-
     def forward(self, jacobian=False):
-        t = self.t
-        pieces = min(-(-self.v // GROUP_ROWS), PIECES)
-        stats = (2 + self.outputs) * up(pieces * self.n_pad * t.acc, 64) + up(self.n_pad * t.acc, 64)
-        span = PANELS_TOGETHER  # at most: the kernels may start fewer threads, with more panels each
-        if self.threads <= 1:
-            span = max(1, min(span, -(-self.n // t.panel) // 2))
-        scratch = up(self.threads * span * (self.tile_rows + 2) * t.panel * t.acc, 64) + up(
-            self.threads * self.h_pad * t.elem, 64
-        )
+        t, started = self.t, self._started(1 + jacobian)
+        pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
+        stats = (2 + self.outputs) * self._bytes(pieces * self.n_pad * t.acc) + self._bytes(self.n_pad * t.acc)
+        tile = self._panels_together(started) * (self.tile_rows + 2) * t.panel
+        own = self._bytes(started * tile * t.acc) + self._bytes(started * self.h_pad * t.elem)
         if jacobian:
-            scratch += up(self.threads * self.tile_rows * t.panel * t.elem, 64) + up(self.n_pad * t.acc, 64)
-        packed = up(self.h_pad * self.n_pad * t.elem, 64)
-        return self._weight_blocks(True, jacobian) + packed + stats + scratch
+            own += self._bytes(started * self.tile_rows * t.panel * t.elem)
+            stats += self._bytes(self.n_pad * t.acc)
+        packed = self._bytes(self.h_pad * self.n_pad * t.elem)
+        return self._weight_blocks(True, jacobian) + packed + stats + own
 
     def backward(self, to_hidden, to_weight, recomputes, entropy, chunk=0):
         """``chunk``: tokens packed at a time, 0: all."""
-        t = self.t
+        t, started = self.t, self._started(recomputes + to_weight + to_hidden)
         window = up(chunk, t.panel) if 0 < chunk < self.n_pad else self.n_pad
-        windows = -(-self.n // window)
-        row = max(self.h_pad, t.panel)
-        total = up(self.threads * (self.tile_rows + 1) * t.panel * t.acc, 64) + up(self.threads * row * t.acc, 64)
+        windows = ceil_div(self.n, window)
+        tile, row = (self.tile_rows + 1) * t.panel, max(self.h_pad, t.panel)
+        total = self._bytes(started * tile * t.acc) + self._bytes(started * row * t.acc)
         total += self._weight_blocks(recomputes or to_hidden, to_hidden)
         ld = window + (64 // t.elem if window * t.elem % 4096 == 0 else 0)
-        total += 2 * up(self.block * ld * t.elem, 64) if to_weight else 0
-        total += 2 * up(self.block * window * t.elem, 64) if to_hidden else 0
-        total += (5 if entropy else 3) * up(self.n_pad * t.acc, 64)
-        total += up(self.h_pad * window * t.elem, 64) if recomputes else 0
-        total += up(self.h * self.n_pad * t.acc, 64) if to_hidden else 0
+        total += 2 * self._bytes(self.block * ld * t.elem) if to_weight else 0
+        total += 2 * self._bytes(self.block * window * t.elem) if to_hidden else 0
+        total += (5 if entropy else 3) * self._bytes(self.n_pad * t.acc)
+        total += self._bytes(self.h_pad * window * t.elem) if recomputes else 0
+        total += self._bytes(self.h * self.n_pad * t.acc) if to_hidden else 0
         if to_weight:
             columns = up(self.h, t.panel)
-            total += up(columns * up(min(window, self.n), t.unit) * t.elem, 64)
+            total += self._bytes(columns * up(min(window, self.n), t.unit) * t.elem)
             if windows > 1 and not self.direct:
                 group = min(self.blocks, max(1, window // self.block))
-                total += up(group * self.block * columns * t.acc, 64)
+                total += self._bytes(group * self.block * columns * t.acc)
         return total
+
+    def _weight_blocks(self, rows, columns):
+        t = self.t
+        converted = BUFFERS * self._bytes(self.block * self.h_pad * t.elem) if rows and not self.as_is else 0
+        return converted + (BUFFERS * self._bytes(self.block * self.h * t.elem) if columns else 0)
+
+    def _started(self, products: int) -> int:
+        """Threads that so many products are worth."""
+        if not self.threads:
+            return 0
+        useful = 2.0 * self.n * (self.h + 16) * self.v * products / THREAD_FLOPS
+        return self.threads if useful >= self.threads else max(1, int(useful))
+
+    def _panels_together(self, threads: int) -> int:
+        """Panels of tokens that one task takes."""
+        share = ceil_div(self.n, self.t.panel) // (2 * threads) if threads else 1
+        return min(max(1, share), PANELS_TOGETHER)
+
+    @staticmethod
+    def _bytes(n: int) -> int:
+        """What an arena hands out for ``n`` bytes."""
+        return up(n, 64)
 
 
 def _block_sizes(n, h, v, elem):
@@ -135,17 +142,17 @@ class _Sizes:
     def __init__(self, request: Request, traits: Traits, block: int, threads: int):
         self.request, self.traits, self.block = request, traits, block
         self.whole = self._layout(request.n_tokens)
-        self.tiles = self._layout(request.n_tokens, threads).tiles()
+        started = self._layout(request.n_tokens, threads)
+        self.own = max(  # bytes that the threads have each for themselves, at most
+            started.forward(True) - self.whole.forward(True),
+            started.backward(True, True, True, True) - self.whole.backward(True, True, True, True),
+        )
 
     def _layout(self, tokens: int, threads: int = 0) -> Layout:
-        r, t = self.request, self.traits
-        # Rows of another type than the product's are converted, odd ones padded (Shape::weight_as_is).
-        as_is = r.as_is and t.elem == r.weight_dtype.itemsize and r.n_hidden % t.unit == 0
-        direct = r.weight_dtype.itemsize == t.acc
-        return Layout(tokens, r.n_hidden, r.n_vocab, t, self.block, threads, as_is, r.outputs, direct)
+        return Layout(self.request, self.traits, self.block, tokens, threads)
 
     def _schedule(self, name: str, workspace: int, chunk: int = 0, cache: int = 0, share: float = 0.0) -> Schedule:
-        return Schedule(name, self.block, chunk, cache, workspace + self.tiles, share)
+        return Schedule(name, self.block, chunk, cache, workspace + self.own, share)
 
     def _chunk_need(self, tokens: int) -> int:
         """So many tokens at a time, without the head's gradient."""
