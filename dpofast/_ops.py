@@ -24,8 +24,13 @@ from dpofast.backends.base import (
     Saved,
     Transform,
 )
-from dpofast.contract import STATISTICS, wanted
+from dpofast.contract import STATISTICS, output_dtype, wanted
 from dpofast.plan import Schedule
+
+_Results = tuple[(Tensor,) * (2 + len(STATISTICS))]  # type: ignore[misc]
+_ResultsAndCache = tuple[(Tensor,) * (3 + len(STATISTICS))]  # type: ignore[misc]
+"""What the ops return: a schema has no tuple of any length."""
+
 
 # Tokens: from [*] to the N that count, and back
 
@@ -61,11 +66,11 @@ def _check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
 
 
 def _empty_results(labels: Tensor, dtype: torch.dtype, outputs: int) -> list[Tensor]:
-    """logps, lse in its two parts, then the four statistics: labels' shape where wanted, no elements where not."""
+    """logps, lse in its two parts, then the statistics: labels' shape where wanted, no elements where not."""
     names = wanted(outputs)
     results = [labels.new_zeros(shape, dtype=dtype) for shape in (labels.shape, (*labels.shape, 2))]
     for name in STATISTICS:
-        kind = torch.bool if name == "is_top1" else dtype
+        kind = output_dtype(name, dtype)
         results.append(labels.new_zeros(labels.shape, dtype=kind) if name in names else labels.new_empty(0, dtype=kind))
     return results
 
@@ -77,9 +82,9 @@ def _results(
     if not positions.numel():
         return _empty_results(labels, dtype, outputs)
     return [
-        _in_place(labels, positions, values[name], torch.bool if name == "is_top1" else dtype)
+        _in_place(labels, positions, values[name], output_dtype(name, dtype))
         if name in values
-        else labels.new_empty(0, dtype=torch.bool if name == "is_top1" else dtype)
+        else labels.new_empty(0, dtype=output_dtype(name, dtype))
         for name in ("logps", "lse", *STATISTICS)
     ]
 
@@ -131,8 +136,8 @@ def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bounds: Tensor | None,
     ignore_index: int | None, n_tokens: int, transform: list[float], outputs: int, backend: str, schedule: str,
     sizes: list[int], group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1, cache); see `dpofast.linear_logprob`.
+) -> _ResultsAndCache:  # fmt: skip
+    """(logps, lse, each of the statistics, cache); see `dpofast.linear_logprob`.
 
     ``transform`` are temperature, logit_scale and softcap, ``sizes`` block, token_chunk and cache_bytes of the
     schedule. With ``bounds``, weight has rows ``bounds[rank]`` to ``bounds[rank + 1]`` of a head that the ranks of
@@ -309,7 +314,7 @@ def _unpacked(
     if not positions.numel():
         return tuple(_empty_results(labels, dtype, outputs))
     return tuple(
-        _in_place(labels, positions, values[name], torch.bool if name == "is_top1" else dtype)
+        _in_place(labels, positions, values[name], output_dtype(name, dtype))
         if name in values and name != "lse"
         else None
         for name in ("logps", "lse", *STATISTICS)
@@ -351,8 +356,8 @@ def call_linear_logprob(positions: Tensor | None, hidden: Tensor, weight: Tensor
 def _logprob(
     logits: Tensor, labels: Tensor, ignore_index: int | None, n_tokens: int, transform: list[float], outputs: int,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, lse, entropy, log_sum_sq_probs, mean_logits, is_top1); see `dpofast.logprob`."""
+) -> _Results:  # fmt: skip
+    """(logps, lse, each of the statistics); see `dpofast.logprob`."""
     positions, y = _positions(labels, ignore_index, n_tokens)
     problem = LogitsProblem(logits, positions, y, Transform(*transform))
     values = _logits_forward(problem, ignore_index, outputs, backend)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import torch
 
+from dpofast import reference
+
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """``enum class DType``."""
 
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STATISTICS = tuple(reference.STATISTICS)
 """The optional outputs, in the order of the bits of ``enum Output``."""
 
 
@@ -32,3 +34,8 @@ def flags(names: tuple[str, ...]) -> int:
 def wanted(outputs: int) -> tuple[str, ...]:
     """The statistics that a bit mask asks for."""
     return tuple(name for i, name in enumerate(STATISTICS) if outputs >> i & 1)
+
+
+def output_dtype(name: str, wide: torch.dtype) -> torch.dtype:
+    """That of an output where accumulators are ``wide``."""
+    return torch.bool if name in reference.BOOLEAN else wide

@@ -6,6 +6,7 @@ A scorer is made of arguments, which are checked then, and asked for statistics;
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from dpofast import _ops, checks, distributed
 from dpofast.backends import registry
 from dpofast.backends._tensors import wide_dtype
-from dpofast.contract import flags
+from dpofast.contract import STATISTICS, flags
 from dpofast.plan import Request, can_fuse, chosen, cost, parse_bytes, traced
 from dpofast.reference import LogprobOutput
 
@@ -97,16 +98,17 @@ def _count(labels: Tensor, ignore_index: int | None) -> tuple[int, Tensor | None
     return positions.numel(), positions
 
 
-def _output(results, names: tuple[str, ...]) -> LogprobOutput:
-    logps, _, entropy, log_sum_sq_probs, mean_logits, is_top1 = results
-    return LogprobOutput(
-        logps,
-        entropy if "entropy" in names else None,
-        log_sum_sq_probs.detach() if "log_sum_sq_probs" in names else None,
-        mean_logits.detach() if "mean_logits" in names else None,
-        is_top1 if "is_top1" in names else None,
-        torch.zeros_like(logps) if "dropped_mass" in names else None,  # every schedule here is exact
-    )
+_DIFFERENTIABLE = ("entropy",)
+"""Statistics that have a gradient."""
+
+
+def _output(results: Sequence[Any], names: tuple[str, ...]) -> LogprobOutput:
+    logps, _, *statistics = results
+    values = {name: x for name, x in zip(STATISTICS, statistics, strict=True) if name in names}
+    values = {name: x if name in _DIFFERENTIABLE else x.detach() for name, x in values.items()}
+    if "dropped_mass" in names:
+        values["dropped_mass"] = torch.zeros_like(logps)  # every schedule here is exact
+    return LogprobOutput(logps, **values)
 
 
 def linear_logprob(
@@ -147,9 +149,8 @@ def linear_logprob(
         ignore_index: the label of positions that do not count; None: all count, as in packed rows, and then nothing
             waits for a GPU, so that the call can be captured in a CUDA graph.
         temperature, logit_scale, softcap: the transform above; temperature > 0, softcap > 0 or None.
-        outputs: optional statistics, among "entropy" (of the softmax, nats, differentiable), "log_sum_sq_probs"
-            (``log sum_v p_v^2``), "mean_logits" (of z over V), "is_top1" (the label is the first maximum) and
-            "dropped_mass" (0: gradients are exact).
+        outputs: names of optional statistics, fields of `LogprobOutput`: "entropy" (differentiable),
+            "log_sum_sq_probs", "mean_logits", "is_top1", "dropped_mass".
         grad_filter: None; gradients are exact.
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB, on a GPU a
             sixteenth of its memory if that is more. What fits decides the schedule, see `dpofast.plan`.

@@ -6,13 +6,11 @@ fp64 it is the oracle that every backend is measured against.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "dropped_mass")
-"""Names accepted in ``outputs``, beside ``logps``, which always comes."""
 
 
 class LogprobOutput(NamedTuple):
@@ -20,6 +18,14 @@ class LogprobOutput(NamedTuple):
 
     A field that was not asked for is ``None``. Ignored positions hold 0 (``False``). ``logps`` and
     ``entropy`` are differentiable.
+
+    Attributes:
+        logps: log-probabilities of the labels, which always come; the others are names for ``outputs``.
+        entropy: of the softmax, in nats.
+        log_sum_sq_probs: ``log sum_v p_v^2``.
+        mean_logits: the mean of z over the vocabulary.
+        is_top1: whether the label is the first maximum.
+        dropped_mass: 0, as gradients are exact.
     """
 
     logps: Tensor
@@ -28,6 +34,30 @@ class LogprobOutput(NamedTuple):
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     dropped_mass: Tensor | None = None
+
+
+def _entropy(log_p: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    # 0 * log 0 is 0, so that a logit of -inf adds nothing, to the gradient neither
+    return -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+
+
+def _is_top1(log_p: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    columns = torch.arange(z.shape[-1], device=z.device)
+    return torch.where(z == z.amax(-1, keepdim=True), columns, z.shape[-1]).amin(-1) == y
+
+
+STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "entropy": _entropy,
+    "log_sum_sq_probs": lambda log_p, z, y: torch.logsumexp(2 * log_p.detach(), -1),
+    "mean_logits": lambda log_p, z, y: z.detach().mean(-1),
+    "is_top1": _is_top1,
+}
+"""Each optional statistic from log p ``[N, V]``, z ``[N, V]`` and the labels ``[N]``. Backends have the same, by these
+names and in this order: that of the bits of ``enum Output`` in csrc/core."""
+BOOLEAN = frozenset(("is_top1",))
+"""Those that are true or false."""
+OUTPUTS = (*STATISTICS, "dropped_mass")
+"""Names accepted in ``outputs``, beside ``logps``, which always comes."""
 
 
 def transform(logits: Tensor, temperature: float, logit_scale: float, softcap: float | None) -> Tensor:
@@ -58,21 +88,11 @@ def logprob(
     def scatter(values: Tensor) -> Tensor:
         return torch.zeros(labels.shape, dtype=values.dtype, device=values.device).masked_scatter(valid, values)
 
-    want = {name: name in outputs for name in OUTPUTS}
-    first = torch.arange(z.shape[-1], device=z.device)
-    return LogprobOutput(
-        logps=scatter(log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)),
-        # 0 * log 0 is 0, so that a logit of -inf adds nothing, to the gradient neither
-        entropy=scatter(-(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1))
-        if want["entropy"]
-        else None,
-        log_sum_sq_probs=scatter(torch.logsumexp(2 * log_p.detach(), -1)) if want["log_sum_sq_probs"] else None,
-        mean_logits=scatter(z.detach().mean(-1)) if want["mean_logits"] else None,
-        is_top1=scatter(torch.where(z == z.amax(-1, keepdim=True), first, z.shape[-1]).amin(-1) == y)
-        if want["is_top1"]
-        else None,
-        dropped_mass=scatter(torch.zeros_like(z[:, 0])) if want["dropped_mass"] else None,
-    )
+    values = {name: statistic(log_p, z, y) for name, statistic in STATISTICS.items() if name in outputs}
+    if "dropped_mass" in outputs:
+        values["dropped_mass"] = torch.zeros_like(z[:, 0])
+    logps = log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    return LogprobOutput(scatter(logps), **{name: scatter(x) for name, x in values.items()})
 
 
 def linear_logprob(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpofast.contract import output_dtype
+
 
 def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The accumulator's type: fp64 if any input is, else fp32."""
@@ -32,7 +34,7 @@ def empty_results(n: int, names: tuple[str, ...], dtype: torch.dtype, device: to
     """Room for what a forward of n tokens returns; ``lse`` is in two parts, the largest z and log sum exp(z - it)."""
     out = {"logps": torch.empty(n, dtype=dtype, device=device), "lse": torch.empty(n, 2, dtype=dtype, device=device)}
     for name in names:
-        out[name] = torch.empty(n, dtype=torch.bool if name == "is_top1" else dtype, device=device)
+        out[name] = torch.empty(n, dtype=output_dtype(name, dtype), device=device)
     return out
 
 
