@@ -42,19 +42,15 @@ class Record(NamedTuple):
         """Another number of the same facts."""
         return self._replace(metric=metric, value=value, unit=unit, **more)
 
-    @property
-    def facts(self) -> tuple[Any, ...]:
-        """What a table's row has in common."""
-        return self._replace(metric="", value=None, unit="", spread=None, failed="")
-
     def __str__(self) -> str:
         if self.failed:
             return f"failed: {self.failed}"
         value, unit = (self.value / 2**20, "MiB") if self.unit == "B" else (self.value, self.unit)
+        number = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
         spread = f" ±{self.spread:.2g}" if self.spread is not None else ""
         goal = goals.goal_of(self)
         verdict = f" (goal {goal.text}{'' if goal.met(self.value) else ': MISSED'})" if goal else ""
-        return f"{self.metric} {value:.4g}{spread}{' ' * bool(unit)}{unit}{verdict}"
+        return f"{self.metric} {number}{spread}{' ' * bool(unit)}{unit}{verdict}"
 
 
 class Results(NamedTuple):
@@ -81,7 +77,10 @@ class Results(NamedTuple):
     def add(self, rows: Iterable[list[Record]]) -> None:
         """Keep records, and print a line for each row: numbers of the same facts."""
         for row in rows:
-            words = (" x ".join(map(str, w)) if isinstance(w, tuple) else str(w) for w in row[0].facts[1:] if w)
+            r = row[0]
+            run = r.run and f"run {r.run}"
+            facts = (r.workload, r.shape, r.provider, r.backend, r.head, r.dtype, r.case, r.schedule, r.tile, run)
+            words = (" x ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact) for fact in facts if fact)
             print(f"  {', '.join(words)}: {'; '.join(map(str, row))}", flush=True)
             self.records.extend(row)
 

@@ -56,19 +56,19 @@ def head_rows() -> Iterable[tuple[str, dict[str, Any]]]:
 
 def head_table(results: Results) -> str:
     """A row for each number that this machine has, a column for each model."""
+    models = [model for model in MODELS if results.where(workload=model)]
     rows = []
     for name, facts in head_rows():
         found = results.where(**facts, provider="dpofast")
         if found:
-            cells = (f"{results.value(**facts, provider='dpofast', workload=model):.2f}" for model in MODELS)
-            rows.append((name, goal_text(found), *cells))
+            rows.append((name, goal_text(found), *(f"{r.value:.2f}" for r in found)))
     peaks = results.where(metric="peak memory", head="trained")
     for n, budget in dict.fromkeys((r.shape[0], r.case) for r in sorted(peaks, key=lambda r: r.shape[0])):
         of = [r for r in peaks if (r.shape[0], r.case) == (n, budget)]
         name = f"measured peak above inputs, outputs, gradients: {n:,} tokens, budget {budget}"
         goal = goal_text(r.of("peak memory / (budget + 32 MiB)", None) for r in of)
         rows.append((name, goal, *(mib(r.value) for r in of)))
-    return table(("forward + backward", "goal", *MODELS), rows)
+    return table(("forward + backward", "goal", *models), rows)
 
 
 def hardware_table(results: Results) -> str:

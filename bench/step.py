@@ -25,7 +25,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -260,8 +259,7 @@ ROWS = (
 # Measuring
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step found."""
 
     loss: float
@@ -320,8 +318,7 @@ def check(row: Row, found: dict[str, Outcome]) -> None:
     tolerance = TOLERANCE[row.dtype]
     if abs(before.loss - math.log(2)) < 0.01:
         raise RuntimeError(f"{row}: the loss is {before.loss}, that of a policy which equals its reference")
-    for name, mine in asdict(after).items():
-        theirs = asdict(before)[name]
+    for name, mine, theirs in zip(Outcome._fields, after, before):
         if not math.isclose(mine, theirs, rel_tol=tolerance):
             raise RuntimeError(f"{row}: {name} is {mine} with dpofast and {theirs} without it")
 
