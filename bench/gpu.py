@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -112,11 +113,7 @@ class Bench:
 
     @staticmethod
     def timed(facts: Record, turns: Turns) -> list[Record]:
-        return [
-            facts.of("time / products", turns.ratio, spread=turns.spread),
-            facts.of("time", turns.seconds, "s"),
-            facts.of("time of the products", turns.base_seconds, "s"),
-        ]
+        return [*turns.records(facts), facts.of("time of the products", turns.base_seconds, "s")]
 
     def peer(self, facts: Record, provider: Provider) -> list[Record]:
         run, leaves = training_step(provider, self.packed, self.weight, self.packed_labels)
@@ -156,6 +153,18 @@ def key(r: Record) -> tuple[str, ...]:
     return r.workload, r.provider, r.backend, r.head, r.case
 
 
+def fill(results: record.Results, rows: Iterable[Row], end: float, out: Path) -> bool:
+    """Measure the rows that are not there yet; False if the time is over before."""
+    done = {key(r) for r in results.records}
+    for facts, work in rows:
+        if key(facts) not in done:
+            if time.monotonic() > end:
+                return False
+            results.add([attempt(facts, work)])
+            results.save(out)
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="workloads whose name has one of these in it, separated by commas")
@@ -169,23 +178,17 @@ def main() -> None:
 
     end = time.monotonic() + args.seconds
     device = device_for(args.rehearse)
-    facts = machine(device)
-    out = record.place(args.out, "gpu", facts)
-    results = record.read(out) if out.exists() else record.Results(facts, [])
-    done = {key(r) for r in results.records}
+    results, out = record.begin(args.out, "gpu", machine(device))
+    if out.exists():
+        results = record.read(out)
     backends = [b for b in args.backends.split(",") if b in registry.added or not registry.why_not(b, device.type)]
-    results.begin()
     for w in TINY if args.rehearse else [w for w in WORKLOADS if any(x in w.name for x in args.only.split(","))]:
         bench = Bench(w, device, args.rounds)
         rows = bench.peers() if args.peers else bench.rows([b for b in backends if b != "torch" or w.with_torch])
-        for row, work in rows:
-            if key(row) in done:
-                continue
-            if time.monotonic() > end:
-                print("out of time; run again to go on")
-                return
-            results.add([attempt(row, work)])
-            results.save(out)
+        if not fill(results, rows, end, out):
+            print("out of time; run again to go on")
+            return
+        del bench, rows  # before the next one's tensors are made
 
 
 if __name__ == "__main__":

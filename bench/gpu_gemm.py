@@ -34,9 +34,8 @@ class Sweep:
     """The measurements so far, written to a file after every group."""
 
     def __init__(self, device: torch.device, rehearse: bool, seconds: float, out: Path | None):
-        facts = machine(device)
-        self.device, self.rehearse, self.out = device, rehearse, record.place(out, "gemm", facts)
-        self.timer, self.results = Timer(device), record.Results(facts, [])
+        self.device, self.rehearse, self.timer = device, rehearse, Timer(device)
+        self.results, self.out = record.begin(out, "gemm", machine(device))
         self.end = time.monotonic() + seconds
         self.rounds = 1 if rehearse else 5
 

@@ -63,10 +63,7 @@ class Step:
             return [facts._replace(failed=first_line(failure))]
         finally:
             primitive.chosen = planned
-        return [
-            facts.of("time / products", turns.ratio, spread=turns.spread),
-            facts.of("time", turns.seconds, "s"),
-        ]
+        return turns.records(facts)
 
 
 def cases(n: int, h: int, v: int, fuses: bool, tiles: tuple[float, ...], older: bool) -> Iterator[tuple[Schedule, str]]:
@@ -122,8 +119,8 @@ def main() -> None:
     fuses = cost.device_of(device).fuses
     older = not args.rehearse and not registry.why_not("triton", device.type)
     tiles = (0, 0.002, 0.01) if args.rehearse else TILES
-    rounds, results = 1 if args.rehearse else 5, record.Results(machine(device), [])
-    out = record.place(args.out, "steps", results.machine)
+    rounds = 1 if args.rehearse else 5
+    results, out = record.begin(args.out, "steps", machine(device))
     results.add(host(device, *((32, 8, 200, 2) if args.rehearse else (64, 1024, 32000, 40))))
     for shape in TINY if args.rehearse else SHAPES:
         step = Step(device, *shape)

@@ -61,11 +61,8 @@ def small(shape: tuple[int, int, int], rounds: int) -> list[Record]:
     turns = in_turns(repeat(ours()), repeat(lambda *x: plain_logps(*x).sum()), rounds)
     took = turns.seconds / count
     facts = BASE._replace(shape=shape, backend=dpofast.plan(*shape, "fp32", backend="cpu").backend)
-    return [
-        facts.of("time / plain PyTorch", turns.ratio, spread=turns.spread),
-        facts.of("time - plain PyTorch", 1e3 * took * (1 - 1 / turns.ratio), "ms"),
-        facts.of("time", took, "s"),
-    ]
+    more = facts.of("time - plain PyTorch", 1e3 * took * (1 - 1 / turns.ratio), "ms")
+    return [*turns._replace(seconds=took).records(facts, "plain PyTorch"), more]
 
 
 def main() -> None:
@@ -73,9 +70,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=31, help="runs per row, median taken (default 31)")
     record.add_out(parser)
     args = parser.parse_args()
-    results = record.Results(machine(), [])
-    out = record.place(args.out, "hardware", results.machine)
-    results.begin()
+    results, out = record.begin(args.out, "hardware", machine())
     results.add(shares(max(3, args.rounds // 4)))
     results.add(small(shape, args.rounds) for shape in SMALL)
     results.save(out)

@@ -14,7 +14,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,11 +43,6 @@ def base(states: States, dtype: str) -> Record:
     return Record("head", workload=states.name, shape=states.shape, provider="dpofast", backend=backend, dtype=dtype)
 
 
-def timed(of: Record, work: Callable[[], None], products: Callable[[], None], rounds: int) -> list[Record]:
-    turns = in_turns(work, products, rounds)
-    return [of.of("time / products", turns.ratio, spread=turns.spread), of.of("time", turns.seconds, "s")]
-
-
 def times(states: States, rounds: int) -> Iterator[list[Record]]:
     """Of a trained head everything of which is kept; in bf16 of a frozen one and of a small budget, too."""
     cases = (("trained", "4GiB", DTYPES), ("frozen", "1GiB", ("bf16",)), ("trained", "32MiB", ("bf16",)))
@@ -58,7 +53,8 @@ def times(states: States, rounds: int) -> Iterator[list[Record]]:
             if name in those:
                 run, _ = training_step(ours(memory_budget=budget), hidden, weight, states.labels, head == "trained")
                 facts = base(states, name)._replace(head=head, case=budget)
-                yield timed(facts, run, products.first(3 if head == "trained" else 2), rounds)
+                turns = in_turns(run, products.first(3 if head == "trained" else 2), rounds)
+                yield turns.records(facts)
         dpofast.empty_cache()
 
 
@@ -138,7 +134,7 @@ def peers(states: States, rounds: int) -> Iterator[list[Record]]:
             facts = facts._replace(head="trained", dtype="bf16", case=case)
             run, _ = training_step(provider, hidden.bfloat16(), weight, labels)
             try:
-                yield timed(facts, run, three, max(2, rounds // 3))
+                yield in_turns(run, three, max(2, rounds // 3)).records(facts)
             except (ImportError, AttributeError, RuntimeError, TypeError) as failure:
                 yield [facts._replace(failed=first_line(failure))]
 
@@ -151,10 +147,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="runs per row, median taken (default 15)")
     record.add_out(parser)
     args = parser.parse_args()
-    results = record.Results(machine(), [])
+    results, out = record.begin(args.out, "head", machine())
     rounds = 3 if args.quick else args.rounds
-    out = record.place(args.out, "head", results.machine)
-    results.begin()
     for name in MODELS[:1] if args.quick else MODELS:
         states = load(name, args.tokens)
         print(f"{name}: {len(states.labels)} positions, {args.tokens} completion tokens", flush=True)

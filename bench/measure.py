@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import dpofast
+from dpofast.bench.record import Record
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -65,6 +66,9 @@ class Turns(NamedTuple):
     spread: float | None  # of the ratio: half the distance between its quartiles
     seconds: float
     base_seconds: float
+
+    def records(self, of: Record, base: str = "products") -> list[Record]:
+        return [of.of(f"time / {base}", self.ratio, spread=self.spread), of.of("time", self.seconds, "s")]
 
 
 def in_turns(work: Work, base: Work, rounds: int, timer: Timer = seconds, warm: int = 1) -> Turns:

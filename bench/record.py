@@ -70,10 +70,6 @@ class Results(NamedTuple):
             raise ValueError(f"{facts}: {len(found)} records have them, expected one")
         return found[0].value if found else None
 
-    def begin(self) -> None:
-        """Print the machine."""
-        print(" ".join(f"{key}={value}" for key, value in self.machine.items()), flush=True)
-
     def add(self, rows: Iterable[list[Record]]) -> None:
         """Keep records, and print a line for each row: numbers of the same facts."""
         for row in rows:
@@ -101,13 +97,14 @@ def read(file: Path) -> Results:
 
 
 def add_out(parser: argparse.ArgumentParser) -> None:
-    """The option ``--out``, which `place` reads."""
+    """The option ``--out``, which `begin` takes."""
     where = "the JSON file (default: named for benchmark and date, in ./bench/results where that is, else in .)"
     parser.add_argument("--out", type=Path, default=None, help=where)
 
 
-def place(out: Path | None, suite: str, machine: dict[str, str]) -> Path:
-    """Where the results go, which is printed."""
+def begin(out: Path | None, suite: str, machine: dict[str, str]) -> tuple[Results, Path]:
+    """Results without records, and the file for them; both are printed."""
     file = out or (RESULTS if RESULTS.is_dir() else Path()) / f"{suite}-{machine['date']}.json"
-    print(f"results go to {file}", flush=True)
-    return file
+    facts = " ".join(f"{key}={value}" for key, value in machine.items())
+    print(f"{facts}\nresults go to {file}", flush=True)
+    return Results(machine, []), file

@@ -354,8 +354,7 @@ def main() -> None:
     # Read when Transformers and its like are imported, in other processes.
     os.environ |= dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     about = machine() | {name: version(name) for name in ("transformers", "trl", "peft", "liger-kernel")}
-    results, out = record.Results(about, []), record.place(args.out, "step", about)
-    results.begin()
+    results, out = record.begin(args.out, "step", about)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.quick:

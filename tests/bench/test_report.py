@@ -67,10 +67,10 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
 
 def test_results_go_to_the_checkout_or_to_the_current_folder(tmp_path, monkeypatch, capsys):
     machine = {"date": "2026-11-26"}
-    assert record.place(None, "head", machine) == record.RESULTS / "head-2026-11-26.json"
+    assert record.begin(None, "head", machine)[1] == record.RESULTS / "head-2026-11-26.json"
     monkeypatch.chdir(tmp_path)
-    assert record.place(None, "head", machine) == Path("head-2026-11-26.json")
-    assert record.place(tmp_path / "x.json", "head", machine) == tmp_path / "x.json"
+    assert record.begin(None, "head", machine)[1] == Path("head-2026-11-26.json")
+    assert record.begin(tmp_path / "x.json", "head", machine)[1] == tmp_path / "x.json"
 
 
 def test_every_goal_is_that_of_some_committed_number():
