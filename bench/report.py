@@ -102,7 +102,7 @@ def step_table(results: Results) -> str:
 
 def gpu_table(results: Results) -> str:
     """What `make gpu` measured: a column for each workload, the ratio, milliseconds and the peak above the inputs."""
-    shapes = dict.fromkeys(r.shape for r in results.where(provider="torch.mm"))
+    shapes = dict.fromkeys(r.shape for r in results.where(suite="gpu"))
 
     def row(name: str, **facts: Any) -> tuple[str, ...]:
         return name, *(cell(results.where(**facts, shape=shape)) for shape in shapes)
