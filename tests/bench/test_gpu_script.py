@@ -39,7 +39,8 @@ def test_every_step_runs_and_its_results_are_there(tmp_path):
         assert f"== {step}: ok" in report, report
     results = json.loads((tmp_path / "gpu-results.json").read_text())
     records = results["records"]
-    assert not [r for r in records if "failed" in r and r.get("provider", "dpofast") == "dpofast"]  # peers may be missing
+    # Peers may be missing.
+    assert not [r for r in records if "failed" in r and r.get("provider", "dpofast") == "dpofast"]
     assert {r["suite"] for r in records} == {"gpu", "gemm", "steps", "host"}
     assert "cached" in {r.get("schedule") for r in records if r.get("workload") == "tiny"}
     assert {r["case"] for r in records if r["suite"] == "host"} >= {"forward", "forward + backward"}
