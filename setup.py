@@ -463,10 +463,11 @@ if __name__ == "__main__":
     setup(
         # Here, for no form of it in pyproject.toml is read by setuptools before 77 and without a warning after.
         license="Apache-2.0",
-        # The Triton kernels lie at the top, but a package named "kernels" would be somebody else's.
+        # The Triton kernels and the benchmarks lie at the top, but packages named so would be somebody else's.
         package_data={"dpofast": ["py.typed"]},
-        packages=[*find_packages(include=["dpofast", "dpofast.*"]), "dpofast.kernels"],
-        package_dir={"dpofast.kernels": "kernels"},
+        include_package_data=False,  # not the results of the benchmarks
+        packages=[*find_packages(include=["dpofast", "dpofast.*"]), "dpofast.bench", "dpofast.kernels"],
+        package_dir={"dpofast.bench": "bench", "dpofast.kernels": "kernels"},
         ext_modules=[Extension("dpofast._C", SOURCES, depends=[*HEADERS, *CUDA_SOURCES])],
         cmdclass={"build_ext": BuildExt},
     )

@@ -29,20 +29,20 @@ done
 say() { echo "== $* ($((SECONDS - began))s)" | tee -a "$report"; }
 left() { echo $((BUDGET - (SECONDS - began))); }
 
-# Everything so far, in six flat files.
+# Everything so far, in four flat files.
 collect() {
   cp "$report" "$OUT/gpu-report.txt"
-  cat "$state"/*.md > "$OUT/gpu-tables.md" 2> /dev/null
   [ -e "$state/profile.txt" ] && cp "$state/profile.txt" "$OUT/gpu-profile.txt"
   "$PYTHON" - "$state" > "$OUT/gpu-results.json" << 'END'
 import json, pathlib, sys
-parts = {}
+machine, records = {}, []
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     try:
-        parts[path.stem] = json.loads(path.read_text())
+        part = json.loads(path.read_text())
     except ValueError:  # cut off while it was written
-        parts[path.stem] = None
-print(json.dumps(parts))
+        continue
+    machine, records = part["machine"], records + part["records"]
+print('{\n "machine": %s,\n "records": [\n  %s\n ]\n}' % (json.dumps(machine), ",\n  ".join(map(json.dumps, records))))
 END
   tar -czf "$OUT/gpu-logs.tar.gz" -C "$state" --exclude=site --exclude=peers . 2> /dev/null
 }
@@ -130,24 +130,23 @@ else
   "$PYTHON" - "$site" << 'END'
 import pathlib, shutil, sys
 site = pathlib.Path(sys.argv[1])
-for tree, to in ((pathlib.Path("dpofast"), site / "dpofast"), (pathlib.Path("kernels"), site / "dpofast/kernels")):
-    for path in tree.rglob("*.py"):
-        target = to / path.relative_to(tree)
+for tree, to in (("dpofast", "dpofast"), ("kernels", "dpofast/kernels"), ("bench", "dpofast/bench")):
+    for path in pathlib.Path(tree).rglob("*.py"):
+        target = site / to / path.relative_to(tree)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
 END
   usable "$site" || { say "site: unusable with the Python sources of this tree"; cat "$state/site.log"; collect; exit 1; }
 fi
-export PYTHONPATH=$site
+# The same package in every step: PYTHONSAFEPATH keeps ./dpofast, which has no kernels and no benchmarks, out of the way.
+export PYTHONPATH=$site PYTHONSAFEPATH=1 DPOFAST_SITE=$site
 
 # ---- Steps ----
 
-# The same package in every test: PYTHONSAFEPATH keeps ./dpofast, which has no kernels, out of the way.
-export DPOFAST_SITE=$site
 tests() {
   local name=$1 limit=$2
   shift 2
-  step "$name" "$limit" 14 env PYTHONSAFEPATH=1 "$PYTHON" -c '
+  step "$name" "$limit" 14 "$PYTHON" -c '
 import os, sys
 import dpofast, pytest
 assert dpofast.__file__.startswith(os.environ["DPOFAST_SITE"]), dpofast.__file__
@@ -165,13 +164,13 @@ if [ -n "$rehearse" ]; then
   numeric="tests/test_logprob.py" smoked=cuda fused=torch cuda="cuda:emu and strides" triton="torch and strides" n_cuda=0 n_triton=0 n_alone=0
 fi
 
-step info 40 30 env PYTHONSAFEPATH=1 "$PYTHON" -m dpofast.env_info
-step smoke 60 16 "$PYTHON" bench/gpu_smoke.py --backends "$smoked" $rehearse
-step ratios 90 40 "$PYTHON" bench/gpu.py --only 8192,llama-3-8b,qwen3,gemma --backends cuda,torch --rounds 7 \
-  --seconds 75 --no-picture --out "$state/ratios.json" $rehearse
-step gemm 55 70 "$PYTHON" bench/gpu_gemm.py --seconds 40 --out "$state/gemm.json" $rehearse
-step steps 60 40 "$PYTHON" bench/gpu_steps.py --seconds 40 --out "$state/steps.json" $rehearse
-step profile 60 30 "$PYTHON" bench/gpu_profile.py --out "$state/profile.txt" $rehearse
+step info 40 30 "$PYTHON" -m dpofast.env_info
+step smoke 60 16 "$PYTHON" -m dpofast.bench.gpu_smoke --backends "$smoked" $rehearse
+step ratios 90 40 "$PYTHON" -m dpofast.bench.gpu --only 8192,llama-3-8b,qwen3,gemma --backends cuda,torch --rounds 7 \
+  --seconds 75 --out "$state/ratios.json" $rehearse
+step gemm 55 70 "$PYTHON" -m dpofast.bench.gpu_gemm --seconds 40 --out "$state/gemm.json" $rehearse
+step steps 60 40 "$PYTHON" -m dpofast.bench.gpu_steps --seconds 40 --out "$state/steps.json" $rehearse
+step profile 60 30 "$PYTHON" -m dpofast.bench.gpu_profile --out "$state/profile.txt" $rehearse
 tests tests-cuda 120 -n $n_cuda -k "$cuda" $numeric
 tests tests-gpu 90 -n $n_cuda -k "not ($alone)" tests/backends/test_gpu.py tests/backends/test_linear_keep.py
 tests tests-gpu.alone 60 -n $n_alone -k "$alone" tests/backends/test_gpu.py
@@ -182,12 +181,12 @@ if compgen -G '.gpu/wheels/*.whl' > /dev/null && [ ! -d "$state/peers" ]; then
     say "wheels: not installed, see wheels.log"
 fi
 [ -d "$state/peers" ] && peers=$PYTHONPATH:$state/peers
-step peers 100 34 env PYTHONPATH="$peers" "$PYTHON" bench/gpu.py --peers --only 8192,llama-3-8b,qwen3,gemma --rounds 5 \
-  --seconds 85 --no-picture --out "$state/peers.json" $rehearse
+step peers 100 34 env PYTHONPATH="$peers" "$PYTHON" -m dpofast.bench.gpu --peers --only 8192,llama-3-8b,qwen3,gemma --rounds 5 \
+  --seconds 85 --out "$state/peers.json" $rehearse
 
-step triton 60 20 "$PYTHON" bench/gpu_smoke.py --backends "$fused" $rehearse
-step triton.ratios 60 20 "$PYTHON" bench/gpu.py --only 8192,qwen3 --backends triton --rounds 3 --seconds 50 \
-  --no-picture --out "$state/triton.json" $rehearse
+step triton 60 20 "$PYTHON" -m dpofast.bench.gpu_smoke --backends "$fused" $rehearse
+step triton.ratios 60 20 "$PYTHON" -m dpofast.bench.gpu --only 8192,qwen3 --backends triton --rounds 3 --seconds 50 \
+  --out "$state/triton.json" $rehearse
 tests tests-triton 150 -n $n_triton -k "$triton" $numeric
 
 # Without PyTorch's caching an access beyond a tensor is one beyond an allocation; cuBLAS is not watched.
@@ -200,12 +199,12 @@ sanitize() {
     watch+=" ${filter:---kernel-regex} kns=logprob"
   fi
   step "$tool" 75 8 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 CUDA_LAUNCH_BLOCKING=1 $watch \
-    "$PYTHON" bench/gpu_kernels.py --few $rehearse
+    "$PYTHON" -m dpofast.bench.gpu_kernels --few $rehearse
 }
 sanitize memcheck
 sanitize racecheck
-step bench 120 40 "$PYTHON" bench/gpu.py --backends cuda --only zephyr,qwen2.5,long,tulu --seconds 110 \
-  --no-picture --out "$state/bench.json" $rehearse
+step bench 120 40 "$PYTHON" -m dpofast.bench.gpu --backends cuda --only zephyr,qwen2.5,long,tulu --seconds 110 \
+  --out "$state/bench.json" $rehearse
 collect
 say "finished"
 cp "$report" "$OUT/gpu-report.txt"

@@ -1,7 +1,7 @@
 """The products and passes that the head is made of, each alone: what dpofast/plan/cost.py ought to know of a GPU.
 
-    python bench/gpu_gemm.py --out gemm.json
-    python bench/gpu_gemm.py --rehearse --out gemm.json      on the CPU, the passes emulated, tiny
+    dpofast bench gpu_gemm --out gemm.json
+    dpofast bench gpu_gemm --rehearse --out gemm.json      on the CPU, the passes emulated, tiny
 
 Medians by CUDA events after a warm-up. Products walk through the rows of one large weight as the head does, so that
 their operands come from memory and not from a cache. Cases run from the most to the least telling; those left after
@@ -11,20 +11,21 @@ their operands come from memory and not from a cache. Cases run from the most to
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from gpu_common import Timer, cuda_library, device_for, first_line
 from torch import Tensor
 
 import dpofast
 from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
 from dpofast.backends.cuda import CudaPasses
 from dpofast.backends.tiled import Exps, Tile
+from dpofast.bench import record
+from dpofast.bench.measure import Timer, cuda_library, device_for, error, first_line, machine
+from dpofast.bench.record import Record
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -33,8 +34,8 @@ class Sweep:
     """The measurements so far, written to a file after every group."""
 
     def __init__(self, device: torch.device, rehearse: bool, seconds: float, out: Path | None):
-        self.device, self.rehearse, self.out = device, rehearse, out
-        self.timer, self.results = Timer(device), []
+        self.device, self.rehearse, self.timer = device, rehearse, Timer(device)
+        self.results, self.out = record.begin(out, "gemm", machine(device))
         self.end = time.monotonic() + seconds
         self.rounds = 1 if rehearse else 5
 
@@ -43,26 +44,23 @@ class Sweep:
 
     def add(self, name: str, shape: list[int], work: Callable[[], object], calls: int = 1, flops=0.0, n_bytes=0.0):
         """``work`` is ``calls`` calls; flops and bytes are of one."""
-        entry: dict[str, object] = {"name": name, "shape": shape}
+        facts = Record("gemm", "time", shape=tuple(shape), case=name)
         if self.late():
-            return None
+            return
         try:
             seconds = self.timer.median(work, self.rounds, 1 if self.rehearse else 2) / calls
-        except Exception as error:
-            self.results.append(entry | {"failed": first_line(error)})
-            print(f"{name} {shape}: {first_line(error)}", flush=True)
-            return None
-        entry["seconds"] = seconds
+        except Exception as failure:
+            self.results.add([[facts._replace(failed=first_line(failure))]])
+            return
+        row = [facts.of("time", seconds, "s")]
         if flops:
-            entry["tflops"] = flops / seconds / 1e12
+            row.append(facts.of("speed", flops / seconds / 1e12, "TFLOP/s"))
         if n_bytes:
-            entry["gb_per_s"] = n_bytes / seconds / 1e9
-        self.results.append(entry)
-        return seconds
+            row.append(facts.of("speed", n_bytes / seconds / 1e9, "GB/s"))
+        self.results.add([row])
 
     def write(self) -> None:
-        if self.out is not None:
-            self.out.write_text("[\n" + ",\n".join(map(json.dumps, self.results)) + "\n]\n")
+        self.results.save(self.out)
 
     def rand(self, *shape: int, dtype: torch.dtype = BF16) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype)
@@ -109,7 +107,6 @@ def products(sweep: Sweep, h: int, chunks: tuple[int, ...], blocks: tuple[int, .
                         mm(tokens, w.T, out)
 
                 sweep.add(name, [chunk, block, h], run, len(slices), flops)
-        table(sweep, name, h, chunks, blocks)
     del room
     name = "sums += g W, fp32"
     g = sweep.rand(max(chunks), max(blocks))
@@ -124,28 +121,13 @@ def products(sweep: Sweep, h: int, chunks: tuple[int, ...], blocks: tuple[int, .
                     add_mm(sums, part, w)
 
             sweep.add(name, [chunk, block, h], run, len(slices), flops)
-    table(sweep, name, h, chunks, blocks)
     sweep.write()
-
-
-def table(sweep: Sweep, name: str, h: int, chunks: tuple[int, ...], blocks: tuple[int, ...]) -> None:
-    of = {tuple(r["shape"]): r["tflops"] for r in sweep.results if r["name"] == name and "tflops" in r}
-    print(f"{name}, H {h}: TFLOP/s by chunk (down) and block\n{'':>6}" + "".join(f"{b:>7}" for b in blocks))
-    for chunk in chunks:
-        print(f"{chunk:>6}" + "".join(f"{of.get((chunk, b, h), float('nan')):>7.0f}" for b in blocks), flush=True)
-
-
-def last_lines(sweep: Sweep, since: int) -> None:
-    for r in sweep.results[since:]:
-        if "failed" not in r:
-            rate = f"{r['tflops']:7.0f} TFLOP/s" if "tflops" in r else f"{r.get('gb_per_s', 0):7.0f} GB/s"
-            print(f"{r['name']:<34} {r['shape']!s:<28} {r['seconds'] * 1e3:9.4f} ms {rate}", flush=True)
 
 
 def large_products(sweep: Sweep, n: int, h: int, v: int, slices: tuple[int, ...]) -> None:
     """The three products of a whole step, d weight in one product and in slices, and d hidden."""
     hidden, weight, g = sweep.rand(n, h), sweep.rand(v, h), sweep.rand(n, v)
-    flops, since = 2.0 * n * h * v, len(sweep.results)
+    flops = 2.0 * n * h * v
     sweep.add("logits, whole, bf16", [n, h, v], lambda: mm(hidden, weight.T, g), 1, flops)
     for dtype, of in ((BF16, "bf16"), (FP32, "fp32")):
         out = sweep.empty(n, h, dtype=dtype)
@@ -160,16 +142,14 @@ def large_products(sweep: Sweep, n: int, h: int, v: int, slices: tuple[int, ...]
                         mm(g[:, v0 : v0 + width].T, hidden, out[v0 : v0 + width])
 
                 sweep.add(f"d weight, slices of {width}, bf16", [v, n, h], run, 1, flops)
-    last_lines(sweep, since)
     sweep.write()
 
 
 def passes(sweep: Sweep, chunk: int, megabytes: tuple[float, ...]) -> None:
     """What happens to a tile, by its size in fp32; bytes are those that a pass reads and writes at least."""
-    since, kernels = len(sweep.results), CudaPasses(cuda_library(sweep.rehearse), 8 if sweep.rehearse else None)
+    kernels = CudaPasses(cuda_library(sweep.rehearse), 8 if sweep.rehearse else None)
     for size in megabytes:
         passes_of(sweep, kernels, chunk, max(64, int(size * 1e6) // (4 * chunk) // 64 * 64), f"{size:g} MB")
-    last_lines(sweep, since)
     sweep.write()
 
 
@@ -202,7 +182,6 @@ def passes_of(sweep: Sweep, kernels: CudaPasses, chunk: int, width: int, size: s
 
 def from_logits(sweep: Sweep, n: int, v: int) -> None:
     """`logprob` of logits that exist, in bf16, and the copy that bounds it."""
-    since = len(sweep.results)
     logits, other = sweep.rand(n, v), sweep.empty(n, v)
     kernels = CudaPasses(cuda_library(sweep.rehearse), 8 if sweep.rehearse else None)
     labels, positions = torch.randint(v, (n,), device=sweep.device), torch.arange(n, device=sweep.device)
@@ -220,7 +199,6 @@ def from_logits(sweep: Sweep, n: int, v: int) -> None:
         dpofast.logprob(leaf, labels, ignore_index=None, backend="cuda").logps.sum().backward()
 
     sweep.add("logprob, public call, both", [n, v], step, 1, 0, 6 * n * v)
-    last_lines(sweep, since)
     sweep.write()
 
 
@@ -232,7 +210,6 @@ def fused(sweep: Sweep, n: int, h: int, v: int) -> None:
     if not kernels.supported(sweep.device, weight.dtype, h, weight):
         print("the kernel linear_keep is not for this device")
         return
-    since = len(sweep.results)
     labels = torch.randint(v, (n,), device=sweep.device)
     offsets, packed = torch.arange(n, device=sweep.device) * h, torch.empty_like(hidden)
     parts, wide = kernels.tiles(v), {"device": sweep.device, "dtype": FP32}
@@ -249,7 +226,6 @@ def fused(sweep: Sweep, n: int, h: int, v: int) -> None:
 
         sweep.add(name, [n, h, v], product, flops=flops)
     sweep.add("seal", [n, v], lambda: kernels.seal(z_label, sums, shifts, e, labels, scale, logps, lse, factor))
-    last_lines(sweep, since)
     sweep.write()
 
 
@@ -264,10 +240,9 @@ def reduced_precision(sweep: Sweep, n: int, h: int, blocks: tuple[int, ...]) -> 
             flags.allow_bf16_reduced_precision_reduction = allowed
             out = sweep.empty(block, h)
             mm(g.T, hidden, out)
-            error = ((out.double() - exact).norm() / exact.norm()).item()
-            name = f"d weight, bf16 parts {'allowed' if allowed else 'forbidden'}"
-            sweep.results.append({"name": name, "shape": [block, n, h], "error": error})
-            print(f"{name:<34} {[block, n, h]!s:<28} error {error:.2e}", flush=True)
+            case = f"d weight, bf16 parts {'allowed' if allowed else 'forbidden'}"
+            facts = Record("gemm", shape=(block, n, h), case=case)
+            sweep.results.add([[facts.of("error", error(out, exact))]])
     flags.allow_bf16_reduced_precision_reduction = before
     sweep.write()
 
@@ -294,7 +269,7 @@ def groups(sweep: Sweep) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=None, help="the JSON file")
+    record.add_out(parser)
     parser.add_argument("--seconds", type=float, default=35, help="begin nothing after this time (default 35)")
     parser.add_argument("--only", default="", help="groups whose name has one of these in it, separated by commas")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
@@ -310,12 +285,12 @@ def main() -> None:
         start = time.perf_counter()
         try:
             group()
-        except Exception as error:
+        except Exception as failure:
             failed = True
-            print(f"{name}: {first_line(error)}", flush=True)
+            print(f"{name}: {first_line(failure)}", flush=True)
         print(f"-- {name}: {time.perf_counter() - start:.1f}s", flush=True)
     sweep.write()
-    sys.exit(failed or any("failed" in r for r in sweep.results))
+    sys.exit(failed or any(r.failed for r in sweep.results.records))
 
 
 if __name__ == "__main__":

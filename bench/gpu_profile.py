@@ -1,7 +1,7 @@
 """Where the time of a training step goes on a GPU: its kernels by name, and the gaps between them.
 
-    python bench/gpu_profile.py --out profile.txt
-    python bench/gpu_profile.py --rehearse          on the CPU, where there are operators and no kernels
+    dpofast bench gpu_profile --out profile.txt
+    dpofast bench gpu_profile --rehearse          on the CPU, where there are operators and no kernels
 
 A step is forward and backward of `dpofast.linear_logprob` in bf16, with a trained head and with a frozen one.
 """
@@ -16,27 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import Timer, device_for, first_line, synchronize
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import dpofast
+from dpofast.bench.measure import Timer, device_for, first_line, synchronize
+from dpofast.bench.providers import ours, training_step
 
 SHAPES = ((8192, 4096, 151936), (1638, 1024, 151936))  # tokens, H, V
 
 
 def step_of(shape: tuple[int, int, int], train_head: bool, backend: str, budget: str, device: torch.device):
     n, h, v = shape
-    hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(v, h, device=device, dtype=torch.bfloat16).mul_(h**-0.5).requires_grad_(train_head)
+    hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16)
+    weight = torch.randn(v, h, device=device, dtype=torch.bfloat16).mul_(h**-0.5)
     labels = torch.randint(v, (n,), device=device)
-
-    def step() -> None:
-        hidden.grad = weight.grad = None
-        out = dpofast.linear_logprob(hidden, weight, labels, backend=backend, memory_budget=budget)
-        out.logps.sum().backward()
-
-    return step
+    return training_step(ours(backend=backend, memory_budget=budget), hidden, weight, labels, train_head)[0]
 
 
 def spans_of(recorded: profile, device: torch.device) -> list[tuple[float, float, str]]:

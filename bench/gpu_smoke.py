@@ -1,8 +1,8 @@
 """Does it run on this GPU, and is it right: the public call against float64, one line a case, in a few seconds.
 
-    python bench/gpu_smoke.py                   every backend that is here
-    python bench/gpu_smoke.py --backends cuda
-    python bench/gpu_smoke.py --rehearse        on the CPU, backend "cuda" emulated
+    dpofast bench gpu_smoke                   every backend that is here
+    dpofast bench gpu_smoke --backends cuda
+    dpofast bench gpu_smoke --rehearse        on the CPU, backend "cuda" emulated
 
 An error is ``norm(out - exact) / norm(exact)``. A case that fails or raises does not stop the others; the exit status
 is 1 if there was one.
@@ -17,15 +17,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from gpu_common import device_for, first_line, synchronize
 
 import dpofast
 from dpofast.backends import registry
+from dpofast.bench.measure import DTYPES, device_for, error, exact, first_line, synchronize
 
 # Three times what rounding the results and one factor to 16 bits costs. Logits are summed in fp32.
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 LIMIT_LOGPS = 1e-5
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Case(NamedTuple):
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     def __str__(self) -> str:
         head = "trained" if self.train_head else "frozen"
         return (
-            f"{SHORT[self.dtype]} {head:<7} n {self.n:<4} h {self.h:<4} v {self.v:<5} "
+            f"{NAMES[self.dtype]} {head:<7} n {self.n:<4} h {self.h:<4} v {self.v:<5} "
             f"{self.schedule:<15} {self.budget / 2**20:7.1f} MiB"
         )
 
@@ -74,29 +74,6 @@ def cases(backend: str, rehearse: bool) -> Iterator[Case]:
                     yield Case(n_, h_, v_, dtype, train_head, schedule, budget)
 
 
-def exact(hidden, weight, labels, c):
-    """logps, d hidden and d weight in float64 by plain PyTorch, a few rows of logits at a time."""
-    h, w = hidden.double(), weight.double()
-    logps = torch.zeros(len(h), dtype=torch.float64, device=h.device)
-    d_hidden, d_weight = torch.zeros_like(h), torch.zeros_like(w)
-    rows = (labels >= 0).nonzero().squeeze(-1)
-    for part in rows.split(256):
-        logits = h[part] @ w.T
-        log_p = logits.log_softmax(-1)
-        logps[part] = log_p.gather(1, labels[part].unsqueeze(1)).squeeze(1)
-        g = log_p.exp_().neg_()
-        g.scatter_add_(1, labels[part].unsqueeze(1), torch.ones_like(g[:, :1]))
-        g *= c[part].unsqueeze(1)
-        d_hidden[part] = g @ w
-        d_weight += g.T @ h[part]
-    return logps, d_hidden, d_weight
-
-
-def relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    """NaN where anything is not finite."""
-    return ((got.double() - want).norm() / want.norm()).item()
-
-
 def run(case: Case, backend: str, device: torch.device) -> tuple[bool, str]:
     generator = torch.Generator(device).manual_seed(case.n + case.v)
     # Logits of a few units, and probabilities as uneven as a model's.
@@ -111,12 +88,12 @@ def run(case: Case, backend: str, device: torch.device) -> tuple[bool, str]:
     out = dpofast.linear_logprob(h, w, labels, backend=backend, memory_budget=case.budget)
     (out.logps * c).sum().backward()
     synchronize(device)
-    errors = {"logps": relative(out.logps, logps), "d hidden": relative(h.grad, d_hidden)}
+    errors = {"logps": error(out.logps, logps), "d hidden": error(h.grad, d_hidden)}
     if case.train_head:
-        errors["d weight"] = relative(w.grad, d_weight)
+        errors["d weight"] = error(w.grad, d_weight)
     limit = LIMITS[case.dtype]
-    right = all(error <= (LIMIT_LOGPS if name == "logps" else limit) for name, error in errors.items())  # NaN: wrong
-    return right, "  ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    right = all(off <= (LIMIT_LOGPS if name == "logps" else limit) for name, off in errors.items())  # NaN: wrong
+    return right, "  ".join(f"{name} {off:.1e}" for name, off in errors.items())
 
 
 def main() -> None:
@@ -136,8 +113,8 @@ def main() -> None:
             start = time.perf_counter()
             try:
                 right, text = run(case, backend, device)
-            except Exception as error:
-                right, text = False, first_line(error)
+            except Exception as failure:
+                right, text = False, first_line(failure)
             failed += not right
             print(
                 f"{'OK  ' if right else 'FAIL'} {backend:<6} {case} {text}  ({time.perf_counter() - start:.2f}s)",

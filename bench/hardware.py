@@ -1,6 +1,6 @@
 """How near the CPU kernels are to the hardware, and what a small call costs.
 
-    python bench/hardware.py            a minute; writes bench/results/hardware-<date>.json
+    dpofast bench hardware            a minute
 
 Shares are of a loop of independent multiply-adds on one core, measured in the same run: the micro-kernel on operands in
 the caches, and forward and backward of a trained head (three products). Small problems are forward and backward against
@@ -10,82 +10,70 @@ plain PyTorch, told which positions count; medians of runs in turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from head import RESULTS, machine, plain, ratio, seconds, step
-from states import load
-
 import dpofast
-from dpofast import _C
+from dpofast.bench import record
+from dpofast.bench.measure import in_turns, machine, seconds
+from dpofast.bench.providers import Provider, ours, plain_logps, training_step
+from dpofast.bench.record import Record
+from dpofast.bench.workloads import load
 from dpofast.contract import DTYPE_CODES
+from dpofast.native import C
 
 SMALL = ((8, 16, 100), (32, 64, 1000), (256, 256, 4096), (2048, 64, 1000))  # N, H, V
-GOALS = {"micro-kernel": 0.88, "whole op": 0.80}
+BASE = Record("hardware", provider="dpofast", head="trained", dtype="fp32")
 
 
-def shares(rounds: int) -> dict[str, float]:
-    """Of the multiply-adds of as many cores as there are threads; fp32."""
-    states = load("smollm2", 1000)
-    work = step(states.hidden.float(), states.weight.float(), states.labels, True, "4GiB")
-    (n, h), v = states.completion[0].shape, states.weight.shape[0]
+def shares(rounds: int) -> Iterator[list[Record]]:
+    """Of the multiply-adds of as many cores as there are threads."""
+    states = load("SmolLM2", 1000)
+    work, _ = training_step(ours(memory_budget="4GiB"), states.hidden, states.weight, states.labels)
+    n, h, v = states.shape
     work()
-    isa = dpofast.plan(n, h, v, "fp32", backend="cpu").backend.partition(":")[2]
-    threads, kernel, whole = torch.get_num_threads(), [], []
+    backend = dpofast.plan(n, h, v, "fp32", backend="cpu").backend
+    isa, threads = backend.partition(":")[2], torch.get_num_threads()
+    found: dict[str, list[float]] = {"micro-kernel": [], "whole op": []}
     for _ in range(rounds):
-        core, micro_kernel = _C.peak(isa, DTYPE_CODES[torch.float32], DTYPE_CODES[torch.float32])
-        kernel.append(micro_kernel / core)
-        whole.append(6 * n * h * v / seconds(work) / (threads * core))
-    return {"micro-kernel": statistics.median(kernel), "whole op": statistics.median(whole)}
+        core, micro_kernel = C.peak(isa, DTYPE_CODES[torch.float32], DTYPE_CODES[torch.float32])
+        found["micro-kernel"].append(micro_kernel / core)
+        found["whole op"].append(6 * n * h * v / seconds(work) / (threads * core))
+    for case, each in found.items():
+        facts = BASE._replace(workload=states.name, shape=states.shape, backend=backend, case=case)
+        yield [facts.of("share of the multiply-adds", statistics.median(each))]
 
 
-def small(n: int, h: int, v: int, rounds: int) -> tuple[float, float]:
-    """(time / plain PyTorch's, seconds) of n tokens' forward and backward, fp32."""
+def small(shape: tuple[int, int, int], rounds: int) -> list[Record]:
+    """Forward and backward of n tokens."""
+    n, h, v = shape
     g = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(n, h, generator=g, requires_grad=True),
-        torch.randn(v, h, generator=g, requires_grad=True),
-    )
+    hidden, weight = torch.randn(n, h, generator=g), torch.randn(v, h, generator=g)
     labels = torch.randint(v, (n,), generator=g)
+    count = max(1, 2**24 // (n * h * v))  # calls in a run, so that it is longer than the clock's steps
 
-    def run(head) -> None:
-        hidden.grad = weight.grad = None
-        head(hidden, weight, labels).sum().backward()
+    def repeat(provider: Provider):
+        run, _ = training_step(provider, hidden, weight, labels)
+        return lambda: [run() for _ in range(count)]
 
-    def repeat(head):
-        return lambda: [run(head) for _ in range(max(1, 2**24 // (n * h * v)))]
-
-    times = max(1, 2**24 // (n * h * v))
-    value, taken = ratio(repeat(lambda *x: dpofast.linear_logprob(*x).logps), repeat(plain), rounds)
-    return value, taken / times
+    turns = in_turns(repeat(ours()), repeat(lambda *x: plain_logps(*x).sum()), rounds)
+    took = turns.seconds / count
+    facts = BASE._replace(shape=shape, backend=dpofast.plan(*shape, "fp32", backend="cpu").backend)
+    more = facts.of("time - plain PyTorch", 1e3 * took * (1 - 1 / turns.ratio), "ms")
+    return [*turns._replace(seconds=took).records(facts, "plain PyTorch"), more]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=31, help="runs per row, median taken (default 31)")
-    parser.add_argument("--out", type=Path, default=None, help="where the results go (default bench/results/)")
+    record.add_out(parser)
     args = parser.parse_args()
-    about = machine()
-    print(" ".join(f"{key}={value}" for key, value in about.items()), flush=True)
-    rows = {}
-    for name, share in shares(max(3, args.rounds // 4)).items():
-        rows[f"{name}, fp32 / multiply-adds"] = share
-        print(f"  {name:<12} {share:6.3f} of a core's multiply-adds (goal {GOALS[name]})", flush=True)
-    for n, h, v in SMALL:
-        value, taken = small(n, h, v, args.rounds)
-        rows[f"N {n}, H {h}, V {v} / plain PyTorch"] = value
-        rows[f"N {n}, H {h}, V {v}: ms more than plain PyTorch"] = 1e3 * taken * (1 - 1 / value)
-        print(f"  N {n:<5} H {h:<4} V {v:<5} {value:6.3f} of plain PyTorch, {1e3 * taken:.3f} ms, "
-              f"{1e3 * taken * (1 - 1 / value):+.3f} ms", flush=True)  # fmt: skip
-    out = args.out or RESULTS / f"hardware-{about['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": about, "results": rows}, indent=1) + "\n")
-    print(f"written to {out}")
+    results, out = record.begin(args.out, "hardware", machine())
+    results.add(shares(max(3, args.rounds // 4)))
+    results.add(small(shape, args.rounds) for shape in SMALL)
+    results.save(out)
 
 
 if __name__ == "__main__":

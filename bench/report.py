@@ -1,7 +1,8 @@
-"""The tables of README.md and the figure on its first screen, from what the benchmarks wrote.
+"""The tables of README.md and docs/design.md, and README's figure, from what the benchmarks wrote.
 
-    python bench/report.py              writes README's tables, and docs/step.svg (which needs matplotlib)
-    python bench/report.py --check      says whether README's tables are those of the results
+    dpofast bench report                writes the tables, and docs/step.svg (which needs matplotlib); in a checkout
+    dpofast bench report --check        says whether the tables are those of the results; in a checkout
+    dpofast bench report FILE...        prints the tables of these files
 
 A table stands between ``<!-- results: <file of bench/results/> -->`` and ``<!-- end -->``; so a run on another machine
 gets a table of its own by a line in README. A test runs the check.
@@ -10,159 +11,184 @@ gets a table of its own by a line in README. A test runs the check.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-README, FIGURE, RESULTS = ROOT / "README.md", ROOT / "docs" / "step.svg", ROOT / "bench" / "results"
-MARKER = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.S)
+from dpofast.bench.goals import goal_of
+from dpofast.bench.record import RESULTS, Record, Results, read
+from dpofast.bench.workloads import MODELS
 
-HEAD_ROWS = {  # key: (what README calls it, the goal, is the number or its detail shown)
-    "bf16, head trained, cached": ("bf16, head trained, cached: time / three `torch.mm`", "0.92", "value"),
-    "bf16, head frozen": ("bf16, head frozen: time / two `torch.mm`", "0.92", "value"),
-    "bf16, head trained, 32MiB": (
-        'bf16, head trained, `memory_budget="32MiB"`: time / three `torch.mm`', "1.25", "value",
-    ),
-    "fp32, head trained, cached": ("fp32, head trained, cached: time / three `torch.mm`", "0.85", "value"),
-    "bf16 d hidden error / plain": (
-        "bf16: row error of d hidden against fp64 / plain PyTorch's in bf16", "0.2", "value",
-    ),
-    "fp32 d hidden error / plain": ("fp32: row error of d hidden against fp64 / plain PyTorch's", "1.0", "value"),
-    "fp32 d weight error / plain": ("fp32: error of d weight against fp64 / plain PyTorch's", "1.0", "value"),
-    **{
-        f"bf16 workspace, trained, {n} tokens, {budget}": (
-            f"measured peak above inputs, outputs, gradients: {n:,} tokens, budget {budget}", "budget + 32 MiB", "MiB",
-        )
-        for n in (1000, 8000) for budget in ("32MiB", "256MiB")
-    },
-}  # fmt: skip
-AVX2_GOALS = {"fp32, head trained, cached": "0.80 and 0.62"}
-HARDWARE_GOALS = {"N 8, H 16, V 100": "0.3 ms more", "N 32, H 64, V 1000": "1.5", "N 256, H 256, V 4096": "0.9",
-                  "N 2048, H 64, V 1000": "0.9"}  # fmt: skip
-SHARE_GOALS = {"micro-kernel": "0.88", "whole op": "0.80"}
+PAGES = (Path("README.md"), Path("docs", "design.md"))
+FIGURE = Path("docs", "step.svg")
+MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ("| " + " | ".join(cells) + " |" for cells in (header, *rows))
-    first = next(lines)
+def table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    first, *lines = ("| " + " | ".join(cells) + " |" for cells in (header, *rows))
     return "\n".join((first, "|" + "---|" * len(header), *lines)) + "\n"
 
 
-def head_table(report: dict[str, Any]) -> str:
+def goal_text(records: Iterable[Record]) -> str:
+    """The goals of these, each once."""
+    return " and ".join(dict.fromkeys(goal.text for goal in map(goal_of, records) if goal))
+
+
+def mib(n_bytes: float | None) -> str:
+    return "-" if n_bytes is None else f"{n_bytes / 2**20:,.0f} MiB"
+
+
+def head_rows() -> Iterable[tuple[str, dict[str, Any]]]:
+    """What the table of a head calls a row, and which records it is of."""
+    trained = {"metric": "time / products", "head": "trained", "case": "4GiB"}
+    three = "time / three `torch.mm`"
+    yield f"bf16, head trained, cached: {three}", trained | {"dtype": "bf16"}
+    yield "bf16, head frozen: time / two `torch.mm`", {"metric": "time / products", "head": "frozen", "dtype": "bf16"}
+    yield f'bf16, head trained, `memory_budget="32MiB"`: {three}', trained | {"dtype": "bf16", "case": "32MiB"}
+    yield f"fp32, head trained, cached: {three}", trained | {"dtype": "fp32"}
+    against, error = "against fp64 / plain PyTorch's", {"metric": "error / plain PyTorch"}
+    yield f"bf16: row error of d hidden {against} in bf16", error | {"dtype": "bf16", "case": "d hidden"}
+    yield f"fp32: row error of d hidden {against}", error | {"dtype": "fp32", "case": "d hidden"}
+    yield f"fp32: error of d weight {against}", error | {"dtype": "fp32", "case": "d weight"}
+
+
+def head_table(results: Results) -> str:
     """A row for each number that this machine has, a column for each model."""
-    models = {"smollm2": "SmolLM2", "gemma3": "Gemma-3"}
-    goals = AVX2_GOALS if report["machine"]["backend"] == "cpu:avx2" else {}
+    models = [model for model in MODELS if results.where(workload=model)]
     rows = []
-    for key, (name, goal, shown) in HEAD_ROWS.items():
-        found = [report["results"][model].get(key) for model in models]
-        if None not in found:
-            cells = (f"{value:.2f}" if shown == "value" else f"{detail:.0f} MiB" for value, detail in found)
-            rows.append((name, goals.get(key, goal), *cells))
-    return table(("forward + backward", "goal", *models.values()), rows)
+    for name, facts in head_rows():
+        found = results.where(**facts, provider="dpofast")
+        if found:
+            rows.append((name, goal_text(found), *(f"{r.value:.2f}" for r in found)))
+    peaks = results.where(metric="peak memory", head="trained")
+    for n, budget in dict.fromkeys((r.shape[0], r.case) for r in sorted(peaks, key=lambda r: r.shape[0])):
+        of = [r for r in peaks if (r.shape[0], r.case) == (n, budget)]
+        name = f"measured peak above inputs, outputs, gradients: {n:,} tokens, budget {budget}"
+        goal = goal_text(r.of("peak memory / (budget + 32 MiB)", None) for r in of)
+        rows.append((name, goal, *(mib(r.value) for r in of)))
+    return table(("forward + backward", "goal", *models), rows)
 
 
-def hardware_table(report: dict[str, Any]) -> str:
-    results, rows = report["results"], []
-    for name, goal in SHARE_GOALS.items():
-        rows.append(
-            (
-                f"{name}, fp32, large: share of the multiply-adds",
-                goal,
-                f"{results[f'{name}, fp32 / multiply-adds']:.2f}",
-            )
-        )
-    for name, goal in HARDWARE_GOALS.items():
-        value, more = results[f"{name} / plain PyTorch"], results[f"{name}: ms more than plain PyTorch"]
-        rows.append((f"{name}: time / plain PyTorch", goal, f"{value:.2f} ({more:+.2f} ms)"))
+def hardware_table(results: Results) -> str:
+    rows = [
+        (f"{r.case}, {r.dtype}, large: {r.metric}", goal_text([r]), f"{r.value:.2f}")
+        for r in results.where(metric="share of the multiply-adds")
+    ]
+    for r in results.where(metric="time / plain PyTorch"):
+        n, h, v = r.shape
+        (more,) = results.where(metric="time - plain PyTorch", shape=r.shape)
+        cell = f"{r.value:.2f} ({more.value:+.2f} {more.unit})"
+        rows.append((f"N {n}, H {h}, V {v}: time / plain PyTorch", goal_text([r, more]), cell))
     return table(("forward + backward, fp32", "goal", "measured"), rows)
 
 
-def step_row(name: str, result: dict[str, Any]) -> str:
-    before, after = (result["peak_bytes"][way] for way in ("before", "after"))
-    peaks = ("-", "-", "-") if None in (before, after) else (
-        f"{before / 2**20:.0f} MiB", f"{after / 2**20:.0f} MiB", f"{after / before:.2f}"
-    )  # fmt: skip
-    return f"| {name} | {result['time_ratio']:.2f} | {' | '.join(peaks)} |"
+def step_name(facts: Record) -> str:
+    return ", ".join(filter(None, (facts.workload, facts.case, facts.dtype)))
 
 
-STEP_HEADER = table(
-    ("training step, before", "time after / before", "peak before", "peak after", "after / before"), []
-).rstrip()
+def step_table(results: Results) -> str:
+    rows = []
+    for r in results.where(metric="time / before"):
+        peaks = results.where(metric="peak memory", workload=r.workload, case=r.case, dtype=r.dtype)
+        before, after = (next((p.value for p in peaks if (p.provider == "dpofast") == ours), None) for ours in (0, 1))
+        share = "-" if None in (before, after) else f"{after / before:.2f}"
+        cells = (mib(before).replace(",", ""), mib(after).replace(",", ""))
+        rows.append((step_name(r), f"{r.value:.2f}", *cells, share))
+    header = ("training step, before", "time after / before", "peak before", "peak after", "after / before")
+    return table(header, rows)
 
 
-def step_table(report: dict[str, Any]) -> str:
-    return "\n".join((STEP_HEADER, *(step_row(name, result) for name, result in report["results"].items()))) + "\n"
-
-
-GPU_ROWS = {
-    "head trained, default budget, cuda": "dpofast, default budget",
-    "head frozen, cuda": "dpofast, head frozen: time / two products",
-    "head trained, small budget, cuda": "dpofast, small budget",
-}
-
-
-def gpu_table(report: dict[str, Any]) -> str:
+def gpu_table(results: Results) -> str:
     """What `make gpu` measured: a column for each workload, the ratio, milliseconds and the peak above the inputs."""
+    shapes = dict.fromkeys(r.shape for r in results.where(suite="gpu"))
 
-    def cell(result: dict[str, Any] | None) -> str:
-        if not result or "failed" in result:
-            return "failed" if result else "-"
-        peak = f", {result['peak_bytes'] / 2**20:,.0f} MiB" if result.get("peak_bytes") else ""
-        return f"{result['ratio_to_floor']:.2f} ({result['seconds'] * 1e3:.1f} ms{peak})"
+    def row(name: str, **facts: Any) -> tuple[str, ...]:
+        return name, *(cell(results.where(**facts, shape=shape)) for shape in shapes)
 
-    rows = [(shown, *(cell(w.get(key)) for w in report["workloads"].values())) for key, shown in GPU_ROWS.items()]
-    peers = report["peers"]
-    for key in dict.fromkeys(key for rows_of in peers.values() for key in rows_of):
-        name = key.removeprefix("peer ").removesuffix(", told which tokens count")
-        shown = [cell(peers.get(w, {}).get(key)) for w in report["workloads"]]
-        if name != "dpofast" and set(shown) != {"failed"}:  # what was not there is said in the text
-            rows.append((name, *shown))
-    bare = [w["bare products"] for w in report["workloads"].values()]
-    sizes = (f"{b['tokens']} x {b['hidden']} x {b['vocab']}" for b in bare)
-    return table(("tokens x H x V: time / three `torch.mm`", *sizes), rows)
+    def cell(found: list[Record]) -> str:
+        of = {r.metric: r.value for r in found}
+        if "time / products" not in of:
+            return "failed" if found else "-"
+        peak = f", {mib(of['peak memory'])}" if "peak memory" in of else ""
+        return f"{of['time / products']:.2f} ({of['time'] * 1e3:.1f} ms{peak})"
+
+    ours = {"provider": "dpofast", "backend": "cuda"}
+    rows = [
+        row("dpofast, default budget", **ours, case="default budget"),
+        row("dpofast, head frozen: time / two products", **ours, head="frozen"),
+        row("dpofast, small budget", **ours, case="small budget"),
+    ]
+    told = {"case": "told which tokens count"}
+    for name in dict.fromkeys(r.provider for r in results.where(**told)):
+        shown = row(name, **told, provider=name)
+        if name != "dpofast" and set(shown[1:]) != {"failed"}:  # what was not there is said in the text
+            rows.append(shown)
+    return table(("tokens x H x V: time / three `torch.mm`", *(" x ".join(map(str, s)) for s in shapes)), rows)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table,
+def steps_table(results: Results) -> str:
+    """The fastest of each kind of tiles, for the heads that were measured with tiles that stay in L2."""
+
+    def kind(r: Record) -> str:
+        megabytes = 4 * r.tile[0] * r.tile[1] / 2**20
+        return "fused" if not megabytes else "25 MB" if megabytes < 26 else "large tiles"
+
+    kinds = ("25 MB", "large tiles", "fused")
+    ratios = results.where(metric="time / products")
+    rows = []
+    for shape, head in dict.fromkeys((r.shape, r.head) for r in ratios if kind(r) == "25 MB"):
+        of = [[r.value for r in ratios if (r.shape, r.head, kind(r)) == (shape, head, k)] for k in kinds]
+        rows.append((f"{' x '.join(map(str, shape))}, {head}", *(f"{min(values):.2f}" for values in of)))
+    return table(("", *kinds), rows)
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
 }  # fmt: skip
 
 
-def load(file: str) -> dict[str, Any]:
-    return json.loads((RESULTS / file).read_text())
+def table_of(results: Results) -> str:
+    """The table of the first suite in a file that has one."""
+    return next(TABLES[r.suite] for r in results.records if r.suite in TABLES)(results)
 
 
-def with_tables(text: str) -> str:
-    """README's text with every table made anew."""
+def with_tables(text: str, load: Callable[[str], Results] = lambda file: read(RESULTS / file)) -> str:
+    """A page's text with every table made anew."""
 
     def fill(m: re.Match) -> str:
-        return m.group(1) + TABLES[m.group(2).partition("-")[0]](load(m.group(2))) + m.group(3)
+        lines = table_of(load(m.group(3))).splitlines(keepends=True)
+        return m.group(1) + m.group(2) + "".join(m.group(1) + line for line in lines) + m.group(4)
 
     return MARKER.sub(fill, text)
 
 
-def draw(report: dict[str, Any]) -> None:
+def step_results() -> Results:
+    """Those of README's table of training steps."""
+    files = (m.group(3) for m in MARKER.finditer(PAGES[0].read_text()))
+    return read(RESULTS / next(file for file in files if file.startswith("step-")))
+
+
+def draw(results: Results, file: Path) -> None:
     """TRL's step, with dpofast and without it: seconds and peak memory."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams.update({"svg.hashsalt": "dpofast", "svg.fonttype": "none", "font.size": 11})
-    rows = {"TRL's DPOTrainer": "TRL DPOTrainer, bf16", "with LoRA": "TRL DPOTrainer, LoRA, bf16"}
+    rows = {"TRL's DPOTrainer": "", "with LoRA": "LoRA"}
     figure = Figure(figsize=(8, 2.6), layout="constrained")
-    for axes, (title, unit, number) in zip(figure.subplots(1, 2), (
-        ("time of a training step", "s", lambda r, way: min(r["seconds"][way])),
-        ("peak memory of the step", "MiB", lambda r, way: r["peak_bytes"][way] / 2**20),
+    for axes, (title, metric, number) in zip(figure.subplots(1, 2), (
+        ("time of a training step", "time", "{:.1f} s"),
+        ("peak memory of the step", "peak memory", "{:.0f} MiB"),
     )):  # fmt: skip
-        for i, row in enumerate(rows.values()):
-            result = report["results"][row]
-            for k, (way, colour) in enumerate((("before", "#b8bec6"), ("after", "#1b7f5c"))):
-                value = number(result, way)
+        for i, case in enumerate(rows.values()):
+            for k, (provider, colour) in enumerate((("TRL", "#b8bec6"), ("dpofast", "#1b7f5c"))):
+                facts = {"workload": "TRL DPOTrainer", "dtype": "bf16", "case": case, "provider": provider}
+                value = min(r.value for r in results.where(metric=metric, **facts))
+                value = value / 2**20 if metric == "peak memory" else value
                 axes.barh(2.6 * i + k, value, color=colour)
-                label = f"{value:.1f} {unit}" if unit == "s" else f"{value:.0f} {unit}"
-                label += " with dpofast" if way == "after" else " without"
+                label = number.format(value) + (" with dpofast" if provider == "dpofast" else " without")
                 axes.text(value * 1.02, 2.6 * i + k, label, va="center", fontsize=9)
         axes.set_title(title, fontsize=11)
         axes.set_yticks([2.6 * i + 0.5 for i in range(len(rows))], list(rows))
@@ -170,20 +196,29 @@ def draw(report: dict[str, Any]) -> None:
         axes.margins(x=0.4)
         axes.invert_yaxis()
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if README's tables are others")
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="print the tables of these files only")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page has other tables")
     args = parser.parse_args()
-    old = README.read_text()
-    new = with_tables(old)
-    if args.check:
-        sys.exit(0 if new == old else "README.md has other tables than bench/results/: run python bench/report.py")
-    README.write_text(new)
-    draw(load(next(m.group(2) for m in MARKER.finditer(new) if m.group(2).startswith("step"))))
-    print(f"written: {README.name}, {FIGURE.relative_to(ROOT)}")
+    if args.files:
+        print("\n".join(table_of(read(file)) for file in args.files), end="")
+        return
+    if not RESULTS.is_dir():
+        parser.error(f"no {RESULTS} here: run it in a checkout, or name files of results")
+    for page in PAGES:
+        old = page.read_text()
+        new = with_tables(old)
+        if args.check and new != old:
+            sys.exit(f"{page} has other tables than {RESULTS}: run dpofast bench report")
+        if not args.check:
+            page.write_text(new)
+    if not args.check:
+        draw(step_results(), FIGURE)
+    print(f"{', '.join(map(str, PAGES))}: {'up to date' if args.check else f'written, and {FIGURE}'}")
 
 
 if __name__ == "__main__":

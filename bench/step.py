@@ -1,7 +1,7 @@
 """The step's benchmark: what dpofast makes of the time and the peak memory of a whole training step.
 
     make bench-step                     some minutes
-    python bench/step.py --quick        a tiny random model: only shows that it runs
+    dpofast bench step --quick          a tiny random model: only shows that it runs (in a checkout)
 
 SmolLM2-135M-Instruct's own weights, pairs from the documentation of ruff's rules, and each trainer's defaults. A step
 is the reference's forward, the policy's forward and backward, clipping and AdamW. Time: both ways in turns in one
@@ -9,7 +9,7 @@ process, which may be shared, so that only their ratio means something. Memory: 
 growth of its resident set within the second step, above weights and AdamW's moments.
 
 After the warm-up the learning rate is 0, which saves no work: both ways then meet the same weights, and their losses
-and gradients must agree, or the script fails. Prints a table in Markdown and writes it to bench/results/.
+and gradients must agree, or the script fails.
 """
 
 from __future__ import annotations
@@ -23,37 +23,55 @@ import os
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import report
 import torch
-from head import RESULTS, machine, seconds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpofast._memory import peak_growth
+from dpofast.bench import record, report
+from dpofast.bench.measure import machine, seconds
+from dpofast.bench.record import Record
+from dpofast.bench.workloads import IGNORE
 
 PAIRS = 4
 WAYS = ("before", "after")  # without dpofast, with it
 BETA = 0.1
-IGNORE = -100
 PAIRS_FILE, RATES_FILE = "pairs.json", "rates.json"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 """Relative, of loss and gradient norm. With 16 bits TRL, Liger and plain PyTorch round each logit, which is some tens,
 and a loss is of hundreds of them; dpofast does not."""
 
-# Imported once, in a process that does nothing else and that all others are forked from.
-PRELOAD = ["dpofast.integrations.trl", "dpofast.integrations.models", "dpofast.integrations.liger", "peft",
-           "liger_kernel.chunked_loss", "transformers.models.llama.modeling_llama"]  # fmt: skip
+# Imported once, in a process that does nothing else and that all others are forked from. Not dpofast: that process
+# looks in the current folder first, and a checkout's ./dpofast has no kernels.
+PRELOAD = ["trl.trainer.dpo_trainer", "peft", "liger_kernel.chunked_loss", "transformers.models.llama.modeling_llama"]
 
 ForwardBackward = Callable[[str], Tensor]
 """Of one of WAYS; returns the loss."""
+
+
+class Row(NamedTuple):
+    """A training step, and whose loss it has without dpofast."""
+
+    workload: str
+    provider: str
+    build: Callable[[Path, Row], tuple[nn.Module, ForwardBackward]]
+    dtype: str = "bf16"
+    lora: bool = False
+
+    @property
+    def facts(self) -> Record:
+        case = "LoRA" if self.lora else ""
+        return Record("step", workload=self.workload, case=case, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        return report.step_name(self.facts)
 
 
 # What is trained on what: written to a folder once, read by each process
@@ -89,7 +107,8 @@ def write_smollm2(folder: Path, length: int) -> None:
 
 
 def write_tiny(folder: Path) -> None:
-    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    """examples/tiny.py's, which an installed package has not."""
+    sys.path.append(str(Path("examples").resolve()))
     import tiny
 
     _write(folder, tiny.model(), tiny.tokenizer(), tiny.pairs(PAIRS), {"full": 1e-2, "LoRA": 1e-2})
@@ -130,7 +149,7 @@ def read_batch(folder: Path) -> tuple[Any, Any, dict[str, Tensor], Tensor]:
 # The rows: each builds a model and both ways through it
 
 
-def trl(folder: Path, bf16: bool, lora: bool) -> tuple[nn.Module, ForwardBackward]:
+def trl(folder: Path, row: Row) -> tuple[nn.Module, ForwardBackward]:
     """TRL's DPOTrainer with its defaults, gradient checkpointing among them; the reference is a model beside it, or
     under LoRA the model itself."""
     from datasets import Dataset
@@ -142,19 +161,19 @@ def trl(folder: Path, bf16: bool, lora: bool) -> tuple[nn.Module, ForwardBackwar
     model, tokenizer, pairs = read(folder)
     trainer = DPOTrainer(
         model=model,
-        ref_model=None if lora else read(folder)[0],
+        ref_model=None if row.lora else read(folder)[0],
         args=DPOConfig(
             output_dir=str(folder / "trainer"),
             per_device_train_batch_size=PAIRS,
             beta=BETA,
-            bf16=bf16,
+            bf16=row.dtype == "bf16",
             use_cpu=True,
             report_to="none",
             disable_tqdm=True,
         ),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if row.lora else None,
     )
     # What Trainer.train does before its first step: TRL's default, and autocast around the forward.
     trainer.model.gradient_checkpointing_enable()
@@ -170,7 +189,7 @@ def trl(folder: Path, bf16: bool, lora: bool) -> tuple[nn.Module, ForwardBackwar
     return trainer.model, forward_backward
 
 
-def plain(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
+def plain(folder: Path, row: Row) -> tuple[nn.Module, ForwardBackward]:
     """A loop that takes log-softmax of the model's logits, against `model_dpo_loss`; Lightning and Transformers'
     Trainer, whose ``compute_loss`` one writes, run the same."""
     from dpofast.integrations.models import model_dpo_loss
@@ -192,10 +211,10 @@ def plain(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
     def after() -> Tensor:
         return model_dpo_loss(policy, inputs, labels, ref_model=reference, loss_type="sigmoid", beta=BETA).loss
 
-    return policy, _loop({"before": before, "after": after}, bf16)
+    return policy, _loop({"before": before, "after": after}, row)
 
 
-def liger(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
+def liger(folder: Path, row: Row) -> tuple[nn.Module, ForwardBackward]:
     """Liger's fused DPO loss, against the class of the same name in dpofast, on the same hidden states."""
     from liger_kernel import chunked_loss
 
@@ -213,14 +232,14 @@ def liger(folder: Path, bf16: bool) -> tuple[nn.Module, ForwardBackward]:
     modules = {"before": chunked_loss, "after": ours}
     # Liger's compiles itself, in the warm-up
     losses = {way: partial(loss, module.LigerFusedLinearDPOLoss(beta=BETA)) for way, module in modules.items()}
-    return policy, _loop(losses, bf16)
+    return policy, _loop(losses, row)
 
 
-def _loop(losses: dict[str, Callable[[], Tensor]], bf16: bool) -> ForwardBackward:
+def _loop(losses: dict[str, Callable[[], Tensor]], row: Row) -> ForwardBackward:
     """bf16 is autocast with weights in fp32, as a trainer does it."""
 
     def forward_backward(way: str) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=row.dtype == "bf16"):
             loss = losses[way]()
         loss.backward()
         return loss.detach()
@@ -228,20 +247,19 @@ def _loop(losses: dict[str, Callable[[], Tensor]], bf16: bool) -> ForwardBackwar
     return forward_backward
 
 
-ROWS: dict[str, Callable[[Path], tuple[nn.Module, ForwardBackward]]] = {
-    "TRL DPOTrainer, bf16": partial(trl, bf16=True, lora=False),
-    "TRL DPOTrainer, fp32": partial(trl, bf16=False, lora=False),
-    "TRL DPOTrainer, LoRA, bf16": partial(trl, bf16=True, lora=True),
-    "plain PyTorch, log-softmax of logits, bf16": partial(plain, bf16=True),
-    "Liger LigerFusedLinearDPOLoss, bf16": partial(liger, bf16=True),
-}
+ROWS = (
+    Row("TRL DPOTrainer", "TRL", trl),
+    Row("TRL DPOTrainer", "TRL", trl, dtype="fp32"),
+    Row("TRL DPOTrainer", "TRL", trl, lora=True),
+    Row("plain PyTorch, log-softmax of logits", "plain PyTorch", plain),
+    Row("Liger LigerFusedLinearDPOLoss", "Liger", liger),
+)
 
 
 # Measuring
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What a step found."""
 
     loss: float
@@ -251,12 +269,12 @@ class Outcome:
 class Stepper:
     """Steps of one row in either way, warmed up by one step in each of ``warm_up``."""
 
-    def __init__(self, row: str, folder: Path, warm_up: tuple[str, ...]) -> None:
+    def __init__(self, row: Row, folder: Path, warm_up: tuple[str, ...]) -> None:
         torch.manual_seed(0)  # LoRA starts at random
-        model, self.forward_backward = ROWS[row](folder)
+        model, self.forward_backward = row.build(folder, row)
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         rates = json.loads((folder / RATES_FILE).read_text())
-        self.optimizer = torch.optim.AdamW(self.trained, lr=rates["LoRA" if "LoRA" in row else "full"])
+        self.optimizer = torch.optim.AdamW(self.trained, lr=rates["LoRA" if row.lora else "full"])
         for way in warm_up:
             self(way)
         for group in self.optimizer.param_groups:
@@ -270,7 +288,7 @@ class Stepper:
         return Outcome(loss.item(), norm.item())
 
 
-def times(row: str, folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, Outcome]]:
+def times(row: Row, folder: Path, rounds: int) -> tuple[dict[str, list[float]], dict[str, Outcome]]:
     """Seconds of each step, in turns, and what the last ones found."""
     step = Stepper(row, folder, WAYS)
     took: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -281,7 +299,7 @@ def times(row: str, folder: Path, rounds: int) -> tuple[dict[str, list[float]], 
     return took, found
 
 
-def peak(row: str, folder: Path, way: str) -> int | None:
+def peak(row: Row, folder: Path, way: str) -> int | None:
     """Bytes by which a step raises this process's memory; None where that cannot be told."""
     step = Stepper(row, folder, (way,))
     return peak_growth(lambda: step(way))
@@ -294,27 +312,29 @@ def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
         return pool.submit(work, *args).result()
 
 
-def check(row: str, found: dict[str, Outcome]) -> None:
+def check(row: Row, found: dict[str, Outcome]) -> None:
     """Raise unless both ways found the same loss and gradient, and a loss that could have differed."""
     before, after = (found[way] for way in WAYS)
-    tolerance = TOLERANCE[row[-4:]]
+    tolerance = TOLERANCE[row.dtype]
     if abs(before.loss - math.log(2)) < 0.01:
         raise RuntimeError(f"{row}: the loss is {before.loss}, that of a policy which equals its reference")
-    for name, mine in asdict(after).items():
-        theirs = asdict(before)[name]
+    for name, mine, theirs in zip(Outcome._fields, after, before):
         if not math.isclose(mine, theirs, rel_tol=tolerance):
             raise RuntimeError(f"{row}: {name} is {mine} with dpofast and {theirs} without it")
 
 
-def measure(row: str, folder: Path, rounds: int) -> dict[str, Any]:
+def measure(row: Row, folder: Path, rounds: int) -> Iterator[list[Record]]:
     took, found = in_a_process_of_its_own(times, row, folder, rounds)
     check(row, found)
-    return {
-        "time_ratio": statistics.median(b / a for a, b in zip(*took.values(), strict=True)),
-        "seconds": took,
-        "peak_bytes": {way: in_a_process_of_its_own(peak, row, folder, way) for way in WAYS},
-        "found": {way: asdict(outcome) for way, outcome in found.items()},
-    }
+    for way, provider in zip(WAYS, (row.provider, "dpofast")):
+        facts = row.facts._replace(provider=provider)
+        for run, spent in enumerate(took[way], 1):
+            yield [facts.of("time", spent, "s", run=run)]
+        peak_bytes = in_a_process_of_its_own(peak, row, folder, way)
+        numbers = [facts.of("loss", found[way].loss), facts.of("gradient norm", found[way].grad_norm)]
+        yield [*([] if peak_bytes is None else [facts.of("peak memory", peak_bytes, "B")]), *numbers]
+    ratios = [b / a for a, b in zip(*took.values(), strict=True)]
+    yield [facts.of("time / before", statistics.median(ratios))]
 
 
 def main() -> None:
@@ -323,34 +343,28 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=[""], metavar="PART", help="only rows whose name contains a PART")
     parser.add_argument("--length", type=int, default=128, help="most tokens of a sequence (default 128)")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way (default 3)")
-    parser.add_argument("--out", type=Path, default=None, help="where the results go (default bench/results/)")
+    record.add_out(parser)
     args = parser.parse_args()
-    rows = [row for row in ROWS if any(part in row for part in args.rows)]
+    rows = [row for row in ROWS if any(part in str(row) for part in args.rows)]
     if not rows:
-        parser.error(f"--rows {' '.join(args.rows)}: expected parts of {', '.join(ROWS)}")
+        parser.error(f"--rows {' '.join(args.rows)}: expected parts of {', '.join(map(str, ROWS))}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: expected at least 1")
 
     # Read when Transformers and its like are imported, in other processes.
     os.environ |= dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     about = machine() | {name: version(name) for name in ("transformers", "trl", "peft", "liger-kernel")}
-    print(" ".join(f"{key}={value}" for key, value in about.items()), flush=True)
-    results = {}
+    results, out = record.begin(args.out, "step", about)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.quick:
             in_a_process_of_its_own(write_tiny, folder)
         else:
             in_a_process_of_its_own(write_smollm2, folder, args.length)
-        print(report.STEP_HEADER, flush=True)
         for row in rows:
-            results[row] = measure(row, folder, args.rounds)
-            print(report.step_row(row, results[row]), flush=True)
-
-    out = args.out or RESULTS / f"step-{about['date']}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
-    print(f"written to {out}")
+            results.add(measure(row, folder, args.rounds))
+    results.save(out)
+    print(report.step_table(results), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The `dpofast` command: `env`, `plan` and `demo`. Each subcommand imports what it needs itself."""
+"""The `dpofast` command: `env`, `plan`, `demo` and `bench`. Each subcommand imports what it needs itself."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import sys
@@ -13,6 +14,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["demo"]:  # its options are its own, `--help` included
             return _demo(argv[1:])
+        if argv[:1] == ["bench"]:  # so are each benchmark's
+            return _bench(argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args)
     except ImportError as error:
@@ -45,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.set_defaults(run=_plan, parser=plan)
 
     commands.add_parser("demo", help="train and score real preference pairs; `dpofast demo --help` has more")
+    commands.add_parser("bench", help="measure: `dpofast bench --help` has the names of the benchmarks")
     return parser
 
 
@@ -81,3 +85,14 @@ def _demo(argv: list[str]) -> int:
     from dpofast.demo import main as demo_main
 
     return demo_main(argv) or 0
+
+
+def _bench(argv: list[str]) -> int:
+    from dpofast import bench
+
+    parser = argparse.ArgumentParser(prog="dpofast bench", description="The benchmarks; each has a --help of its own.")
+    parser.add_argument("name", choices=bench.NAMES)
+    name = parser.parse_args(argv[:1]).name
+    sys.argv = [f"dpofast bench {name}", *argv[1:]]
+    importlib.import_module(f"dpofast.bench.{name}").main()
+    return 0

@@ -8,6 +8,7 @@ import types
 import pytest
 
 import dpofast
+from dpofast import bench
 from dpofast.cli import main
 
 SHAPE = ["-N", "4096", "-H", "576", "-V", "49152"]
@@ -104,6 +105,25 @@ def test_demo_gets_every_argument_even_help(monkeypatch):
     monkeypatch.setitem(sys.modules, "dpofast.demo", demo)
     assert main(["demo", "--steps", "3", "--help", "-x"]) == 0
     assert received == [["--steps", "3", "--help", "-x"]]
+
+
+def test_a_benchmark_gets_its_arguments_and_others_are_refused(monkeypatch, capsys):
+    received = []
+    monkeypatch.setattr("dpofast.bench.report.main", lambda: received.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["dpofast"])
+    assert main(["bench", "report", "--check", "--help"]) == 0
+    assert received == [["dpofast bench report", "--check", "--help"]]
+    with pytest.raises(SystemExit):
+        main(["bench", "nothing"])
+    assert "usage: dpofast bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", bench.NAMES)
+def test_every_benchmark_says_what_it_does(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dpofast"])
+    with pytest.raises(SystemExit) as exit_info:
+        main(["bench", name, "--help"])
+    assert exit_info.value.code == 0 and f"usage: dpofast bench {name}" in capsys.readouterr().out
 
 
 def test_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, capsys):

@@ -22,7 +22,9 @@ needs_tools = pytest.mark.skipif(
 
 def run(out: Path, **environment: str) -> subprocess.CompletedProcess:
     command = ["bash", str(SCRIPT)]
-    env = os.environ | {"PYTHON": sys.executable, "OUT": str(out), "REHEARSE": "1"} | environment
+    # On one thread: sizes are tiny, and beside other work threads that wait for each other take ten times as long.
+    rehearsal = {"PYTHON": sys.executable, "OUT": str(out), "REHEARSE": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | rehearsal | environment
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -36,10 +38,12 @@ def test_every_step_runs_and_its_results_are_there(tmp_path):
     for step in steps.split():
         assert f"== {step}: ok" in report, report
     results = json.loads((tmp_path / "gpu-results.json").read_text())
-    assert "cached" in {row.get("schedule") for row in results["ratios"]["workloads"]["tiny"].values()}
-    assert not [r for r in (*results["gemm"], *results["steps"]["steps"]) if "failed" in r]
-    assert {r["name"] for r in results["steps"]["host"]} >= {"forward", "forward + backward"}
-    assert "head frozen" in (tmp_path / "gpu-tables.md").read_text()
+    records = results["records"]
+    # Peers may be missing.
+    assert not [r for r in records if "failed" in r and r.get("provider", "dpofast") == "dpofast"]
+    assert {r["suite"] for r in records} == {"gpu", "gemm", "steps", "host"}
+    assert "cached" in {r.get("schedule") for r in records if r.get("workload") == "tiny"}
+    assert {r["case"] for r in records if r["suite"] == "host"} >= {"forward", "forward + backward"}
     assert "products" in (tmp_path / "gpu-profile.txt").read_text()
     with tarfile.open(tmp_path / "gpu-logs.tar.gz") as logs:
         assert {f"./{step}.log" for step in steps.split()} <= set(logs.getnames())

@@ -16,12 +16,13 @@ import dpofast
 from dpofast.backends import registry
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
+from dpofast.bench import record
 from dpofast.plan import Request, Schedule, cached_columns, choose, cost, tiled
 from dpofast.plan.tiled import tiled_traits
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 SWEEP = json.loads((RESULTS / "gpu-h100-sweep-2026-11-26.json").read_text())
-MEASURED = json.loads((RESULTS / "gpu-h100-2026-11-26.json").read_text())["workloads"]
+MEASURED = record.read(RESULTS / "gpu-h100-2026-11-26.json")
 BF16, H100 = torch.bfloat16, cost.DEVICES["h100"]
 TRAITS = tiled_traits("cuda", BF16, BF16)
 
@@ -222,14 +223,12 @@ def test_a_device_that_is_unknown_or_of_another_backend_is_refused(device, backe
         dpofast.plan(8, 8, 8, device=device, backend=backend)
 
 
-@pytest.mark.parametrize(
-    "row", ("head trained, g kept, cuda", "head frozen, cuda", "head trained, default budget, cuda")
-)
-@pytest.mark.parametrize("workload", MEASURED)
-def test_what_is_planned_takes_about_as_long_as_was_measured(workload, row):
+@pytest.mark.parametrize(("head", "case"), [("trained", "g kept"), ("frozen", ""), ("trained", "default budget")])
+@pytest.mark.parametrize("shape", sorted({r.shape for r in MEASURED.records}), ids=str)
+def test_what_is_planned_takes_about_as_long_as_was_measured(shape, head, case):
     """`make gpu`'s own steps, which no constant of the model was fitted to but the speed of the fused product."""
-    bare, measured = MEASURED[workload]["bare products"], MEASURED[workload][row]
-    sizes = bare["tokens"], bare["hidden"], bare["vocab"], "bf16"
-    plan = dpofast.plan(*sizes, device="h100", train_head="trained" in row, memory_budget=measured["budget"])
-    assert plan.schedule == measured["schedule"]
-    assert plan.predicted_seconds == pytest.approx(measured["seconds"], rel=0.15)
+    measured = MEASURED.where(shape=shape, provider="dpofast", head=head, case=case)
+    numbers = {r.metric: r.value for r in measured}
+    plan = dpofast.plan(*shape, "bf16", device="h100", train_head=head == "trained", memory_budget=numbers["budget"])
+    assert plan.schedule == measured[0].schedule
+    assert plan.predicted_seconds == pytest.approx(numbers["time"], rel=0.15)

@@ -65,7 +65,7 @@ class Project:
             (self.tools / name).write_text(text, encoding="utf-8")
             (self.tools / name).chmod(0o755)
         self.root.mkdir()
-        for name in ("csrc", "dpofast", "kernels", "tests"):
+        for name in ("bench", "csrc", "dpofast", "kernels", "tests"):
             ignore = shutil.ignore_patterns("__pycache__", "*.so")
             shutil.copytree(ROOT / name, self.root / name, ignore=ignore)
         for name in ("LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "setup.py"):
@@ -150,7 +150,9 @@ def test_wheel_holds_the_package_and_nothing_else(project):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {EXTENSION, "dpofast/_build_notes.json"} <= names
     assert {str(path.relative_to(project.root)) for path in project.root.glob("dpofast/**/*.py")} <= names
-    assert {f"dpofast/kernels/{path.name}" for path in project.root.glob("kernels/*.py")} <= names
+    for folder in ("bench", "kernels"):
+        sources = {f"dpofast/{folder}/{path.name}" for path in project.root.glob(f"{folder}/*.py")}
+        assert sources == {name for name in names if name.startswith(f"dpofast/{folder}/")}
     assert f"dpofast-{version}.dist-info/licenses/LICENSE" in names
     assert {name.partition("/")[0] for name in names} == {"dpofast", f"dpofast-{version}.dist-info"}
 

@@ -1,21 +1,71 @@
-"""Other libraries doing the same work: forward and backward of log-probs or of a loss, head trained.
+"""Who does the head's work: dpofast, plain PyTorch, other libraries, and the bare products that all of them need.
 
-Each is called as its users call it: on every position ("all"), or told which tokens count ("mask").
+A provider is a function of hidden states, weight and labels that returns a loss, so that its backward is measured, too.
+An optional library is imported when its provider is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100
+import dpofast
+from dpofast.bench.workloads import IGNORE
+
+Provider = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Products:
+    """``torch.mm`` of a head's shapes: logits, d hidden, d weight; into fresh memory, or into memory that is there."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, reuse: bool = False):
+        grad = torch.randn(len(hidden), len(weight), device=hidden.device, dtype=hidden.dtype)
+        made = (grad, hidden, weight)
+        logits, d_hidden, d_weight = map(torch.empty_like, made) if reuse else (None, None, None)
+        self.each: tuple[Callable[[], object], ...] = (
+            lambda: torch.mm(hidden, weight.T, out=logits),
+            lambda: torch.mm(grad, weight, out=d_hidden),
+            lambda: torch.mm(grad.T, hidden, out=d_weight),
+        )
+
+    def first(self, count: int) -> Callable[[], None]:
+        """One, two or three of them, in their order."""
+
+        def run() -> None:
+            for product in self.each[:count]:
+                product()
+
+        return run
+
+
+def training_step(
+    provider: Provider, hidden: Tensor, weight: Tensor, labels: Tensor, train_head: bool = True
+) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    """One forward and backward, and the leaves that it leaves gradients at."""
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(train_head)
+
+    def run() -> None:
+        h.grad = w.grad = None
+        provider(h, w, labels).backward()
+
+    return run, (h, w)
+
+
+def ours(**how) -> Provider:
+    """dpofast, with these keywords of `dpofast.linear_logprob`."""
+    return lambda h, w, y: dpofast.linear_logprob(h, w, y, **how).logps.sum()
+
+
+def plain_logps(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """What people write: the logits in the inputs' dtype, log-softmax in fp32."""
+    return F.linear(h, w).float().log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
 def _plain(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    logps = F.linear(h, w).float().log_softmax(-1)
-    return -logps.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)[y != IGNORE].sum()
+    return -plain_logps(h, w, y.clamp(min=0))[y != IGNORE].sum()
 
 
 def _trl(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -67,28 +117,7 @@ PEERS = {
     "cut-cross-entropy": _cut_cross_entropy,
     "F.linear_cross_entropy": _torch_linear_cross_entropy,
 }
-ON_GPU = PEERS | {
+PEERS_ON_GPU = PEERS | {
     "cut-cross-entropy, exact": _cut_cross_entropy_exact,
     "Liger, cross entropy of the sum": _liger_cross_entropy,
 }
-
-
-def times(states, rounds: int, ratio: Callable, products: Callable) -> dict[str, tuple[float, float]]:
-    """``{row: (ratio to three torch.mm of the completion tokens, seconds)}``, bf16."""
-    weight = states.weight.bfloat16()
-    packed, packed_labels = states.completion
-    three = products(packed.bfloat16(), weight, 3)
-    rows = {}
-    for name, head in PEERS.items():
-        for which, hidden, labels in (("all", states.hidden, states.labels), ("mask", packed, packed_labels)):
-            h, w = hidden.bfloat16().detach().requires_grad_(), weight.detach().requires_grad_()
-
-            def run(head=head, h=h, w=w, labels=labels) -> None:
-                h.grad = w.grad = None
-                head(h, w, labels).backward()
-
-            try:
-                rows[f"peer {name}, {which}"] = ratio(run, three, max(2, rounds // 3))
-            except (ImportError, AttributeError, RuntimeError, TypeError) as error:
-                print(f"  peer {name}, {which}: not run ({type(error).__name__}: {str(error).splitlines()[0][:90]})")
-    return rows
