@@ -273,7 +273,7 @@ def fsdp2_in_bf16() -> None:
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.1)
             assert not torch.equal(found, found.bfloat16().float())
-            scale, softcap = models._transforms[models.find_head(wrapped)]
+            scale, softcap = models.wrapped.transforms[models.find_head(wrapped)]
             assert (scale, softcap) == models.head_inputs(rounded, **inputs)[3:5]
             (wanted.sum() / dist.get_world_size()).backward()
             found.sum().backward()
