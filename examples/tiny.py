@@ -1,19 +1,22 @@
-"""A model, a tokenizer and pairs so small that each example runs in seconds, with nothing to download."""
+"""A model, a tokenizer and pairs so small that each example runs in seconds, with nothing to download.
+
+The tests train on these words and pairs too.
+"""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-torch.set_num_threads(1)  # products this small are slower on several
-
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
 
 
 def model() -> LlamaForCausalLM:
+    torch.set_num_threads(1)  # products this small are slower on several
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -30,10 +33,11 @@ def model() -> LlamaForCausalLM:
     )
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special, **options)
 
 
 def pairs(count: int) -> list[dict[str, str]]:

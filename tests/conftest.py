@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
     # Read when Triton is imported, by whichever package comes first: its kernels are then interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.append(str(Path(__file__).parent))  # numerics.py and emu/, which --import-mode=importlib does not put there
-pytest.register_assert_rewrite("numerics")
+# numerics.py, emu/ and others, which --import-mode=importlib does not put there; and the examples, which are tested
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+pytest.register_assert_rewrite("numerics", "training")
 
 import numerics  # noqa: E402
 from emu import build  # noqa: E402

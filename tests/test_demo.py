@@ -12,16 +12,17 @@ import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from rich.console import Console  # noqa: E402
+import families
+from rich.console import Console
 
-from dpofast import demo  # noqa: E402
-from dpofast._memory import peak_growth  # noqa: E402
-from dpofast.demo import data, model, report, train  # noqa: E402
-from dpofast.demo.data import EncodedPair, Pair  # noqa: E402
-from dpofast.demo.estimate import Count, Machine, expected_seconds  # noqa: E402
-from dpofast.demo.screen import Bar, Screen  # noqa: E402
+from dpofast import demo
+from dpofast._memory import peak_growth
+from dpofast.demo import data, model, report, train
+from dpofast.demo.data import EncodedPair, Pair
+from dpofast.demo.estimate import Count, Machine, expected_seconds
+from dpofast.demo.screen import Bar, Screen
 
 EXPLANATION = """## What it does
 Checks for `print`
@@ -191,18 +192,7 @@ def random_pairs(count, vocabulary, seed=0):
 
 @pytest.fixture
 def tiny():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=131,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return families.build(num_hidden_layers=3, tie_word_embeddings=True)
 
 
 # the ends of answers that begin alike
@@ -210,7 +200,7 @@ SIBLINGS = (((4, 5), (6,)), ((4,), (5, 6, 9)), ((4, 5, 6), (4, 5)), ((), (4, 5))
 
 
 def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
-    pairs = random_pairs(5, 131)
+    pairs = random_pairs(5, families.V)
     pairs += [EncodedPair("a", (2, 3), (7, 8, *chosen, 0), (7, 8, *rejected, 0)) for chosen, rejected in SIBLINGS]
     assert [pair.shared for pair in pairs[5:]] == [2, 2, 4, 2]
     batch = model.collate(pairs)
@@ -231,7 +221,7 @@ def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
 
 @pytest.mark.parametrize("shared", [(), (5, 6, 7)], ids=["nothing-shared", "opening-shared"])
 def test_an_opening_that_is_computed_once_changes_nothing(tiny, shared):
-    pairs = [replace(pair, prompt=(*shared, *pair.prompt)) for pair in random_pairs(9, 131)]
+    pairs = [replace(pair, prompt=(*shared, *pair.prompt)) for pair in random_pairs(9, families.V)]
     opening, lower = model.Opening(pairs), tiny.model.layers[:2]
     assert opening.ids[: len(shared)] == shared
     for part in (pairs[:5], pairs[5:]):
@@ -244,7 +234,7 @@ def test_an_opening_that_is_computed_once_changes_nothing(tiny, shared):
 
 
 def test_one_prompt_for_all_pairs_still_leaves_a_token_after_the_opening():
-    pairs = [replace(pair, prompt=(5, 6, 7)) for pair in random_pairs(3, 131)]
+    pairs = [replace(pair, prompt=(5, 6, 7)) for pair in random_pairs(3, families.V)]
     assert model.Opening(pairs).ids == (5, 6)
 
 
@@ -275,7 +265,7 @@ def test_peak_growth_sees_memory_that_is_gone_when_the_work_ends():
 
 
 def test_training_batches_use_every_pair_once_an_epoch_and_only_the_seed_decides():
-    examples = [train.Example(pair, torch.empty(0), 0.0, 0.0) for pair in random_pairs(24, 131)]
+    examples = [train.Example(pair, torch.empty(0), 0.0, 0.0) for pair in random_pairs(24, families.V)]
 
     def epoch(seed):
         batches = train.training_batches(examples, 4, seed)
@@ -290,7 +280,7 @@ def tuned(tiny):
     from dpofast.demo.run import tune
 
     screen = Screen(Console(file=io.StringIO(), width=120, markup=False))
-    pairs = random_pairs(40, 131)
+    pairs = random_pairs(40, families.V)
     settings = train.Settings(steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2)
     machine = Machine(torch.float32, {torch.float32: 1e11}, python=0.1)
     frozen = {name: value.clone() for name, value in tiny.state_dict().items() if "layers.2." not in name}

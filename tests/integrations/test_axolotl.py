@@ -1,14 +1,13 @@
 """Axolotl's own DPO runs with dpofast's plugin and without it: logged numbers and every parameter, on a tiny model.
 
 A run is Axolotl's whole: a YAML, data set and model from a folder, training, evaluation. Steps are taken with SGD, as
-in `test_trl.py`.
+in `training.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 
 import pytest
 import torch
@@ -18,58 +17,29 @@ pytest.importorskip("axolotl")
 
 os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # read when it is imported
 
+import families
+import tiny
+import training
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.cli.config import load_cfg
 from axolotl.common.datasets import load_preference_datasets
 from axolotl.train import train
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer import dpo_trainer
 
 from dpofast.integrations import trl as integration
 
 PLUGIN = "dpofast.integrations.axolotl.Plugin"
-WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
-V = len(WORDS)
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def model(family: str):
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    if family == "gemma2":
-        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models and data as Axolotl wants to find them."""
     root = tmp_path_factory.mktemp("axolotl")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     for family in ("llama", "gemma2"):
-        model(family).save_pretrained(root / family)
-        tokenizer.save_pretrained(root / family)
-    choice = random.Random(0)
-
-    def text(most: int) -> str:
-        return " ".join(choice.choice(WORDS[3:]) for _ in range(choice.randint(2, most))) + " "
-
-    rows = [{"prompt": text(6), "chosen": text(5), "rejected": text(5)} for _ in range(22)]
+        families.build(family).save_pretrained(root / family)
+        tiny.tokenizer().save_pretrained(root / family)
+    rows = tiny.pairs(22)
     for name, part in (("train", rows[:16]), ("eval", rows[16:])):
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     return root
@@ -146,24 +116,8 @@ def history(trainer) -> list[dict[str, float]]:
     return entries
 
 
-def assert_same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(found) == len(wanted) > 20
-    for step, (mine, theirs) in enumerate(zip(found, wanted)):
-        assert mine.keys() == theirs.keys()
-        # rewards are beta times a difference of log-probabilities of some tens, in fp32
-        atol = 2e-6 + 1e-7 * max((abs(value) for name, value in theirs.items() if "logps" in name), default=1.0)
-        for name, value in theirs.items():
-            if name.endswith("rewards/accuracies") and abs(theirs[name.replace("accuracies", "margins")]) < atol:
-                continue  # policy and reference are the same, and which reward is larger is rounding
-            assert mine[name] == pytest.approx(value, rel=1e-5, abs=atol), (step, name)
-
-
 def assert_same_parameters(found, wanted) -> None:
-    found, wanted = (dict(each.named_parameters()) for each in (found, wanted))
-    assert found.keys() == wanted.keys()
-    for name, parameter in found.items():
-        error = (parameter - wanted[name]).abs().max()
-        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
+    training.assert_same_weights(*(dict(each.named_parameters()) for each in (found, wanted)))
 
 
 LORA = {"adapter": "lora", "lora_r": 2, "lora_alpha": 16, "lora_target_modules": ["q_proj", "down_proj"]}
@@ -182,7 +136,7 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     assert not calls
     ours = run(folder, tmp_path / "ours", plugins=[PLUGIN], **CASES[case])
     assert len(calls) >= 20 * CASES[case].get("gradient_accumulation_steps", 1)
-    assert_same_numbers(history(ours), history(theirs))
+    training.assert_same_numbers(history(ours), history(theirs))
     assert_same_parameters(ours.model, theirs.model)
     losses = [entry["loss"] for entry in theirs.state.log_history if "loss" in entry]
     assert abs(losses[-1] - losses[0]) > 1e-3, "training changed nothing, and so the comparison shows nothing"

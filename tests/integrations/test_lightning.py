@@ -1,14 +1,10 @@
 """Lightning's Trainer with dpofast and with plain PyTorch: every logged number and every parameter, on a tiny model.
 
 What is trained is the example's module, so that the example is what is proven. Steps are taken with SGD, as in
-`test_trl.py`; with momentum, so that the optimizer has a state to resume.
+`training.py`; with momentum, so that the optimizer has a state to resume.
 """
 
 from __future__ import annotations
-
-import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,22 +13,16 @@ pytest.importorskip("lightning")
 pytest.importorskip("transformers")
 
 import lightning
+import lightning_loop
+import tiny
+import training
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch.utils.data import DataLoader
 
 from dpofast import primitive
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-@pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module("lightning_loop")
-    for module in ("lightning_loop", "tiny"):  # names that are nobody else's business
-        sys.modules.pop(module, None)
 
 
 @pytest.fixture
@@ -101,22 +91,22 @@ class Plain:
         return {name: value.detach() for name, value in self._metrics.items()}
 
 
-def module_of(example, plain: bool) -> lightning.LightningModule:
-    class PlainModule(example.PreferenceModule):
+def module_of(plain: bool) -> lightning.LightningModule:
+    class PlainModule(lightning_loop.PreferenceModule):
         def preference_loss(self, inputs, labels):
             return Plain(self.model, self.ref_model, inputs, labels)
 
-    policy, ref = example.tiny.model(), example.tiny.model()
+    policy, ref = tiny.model(), tiny.model()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in ref.parameters():  # a reference of its own, so that no reward is rounding noise
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return (PlainModule if plain else example.PreferenceModule)(
+    return (PlainModule if plain else lightning_loop.PreferenceModule)(
         policy, ref, lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.5)
     )
 
 
-def fit(example, module, steps: int, ckpt_path=None, **options) -> list[tuple[int, dict[str, float]]]:
+def fit(module, steps: int, ckpt_path=None, **options) -> list[tuple[int, dict[str, float]]]:
     """Batches of 4 pairs, 5 an epoch, and a validation at each epoch's end; returns what was logged."""
     recorder = Recorder()
     trainer = lightning.Trainer(
@@ -129,10 +119,8 @@ def fit(example, module, steps: int, ckpt_path=None, **options) -> list[tuple[in
         enable_progress_bar=False,
         **{"enable_checkpointing": False, **options},
     )
-    rows = example.tiny.pairs(26)
-    train, validation = (
-        DataLoader(part, batch_size=4, collate_fn=example.tiny.collate) for part in (rows[:20], rows[20:])
-    )
+    rows = tiny.pairs(26)
+    train, validation = (DataLoader(part, batch_size=4, collate_fn=tiny.collate) for part in (rows[:20], rows[20:]))
     trainer.fit(module, train, validation, ckpt_path=ckpt_path)
     assert trainer.global_step == steps
     return recorder.entries
@@ -149,70 +137,66 @@ def assert_same_log(found, wanted) -> None:
 
 def assert_same_parameters(found, wanted, start) -> None:
     found, wanted, start = (dict(module.model.named_parameters()) for module in (found, wanted, start))
-    assert found.keys() == wanted.keys()
-    for name, parameter in found.items():
-        error = (parameter - wanted[name]).abs().max()
-        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
-    moved = max(((wanted[name] - start[name]).abs().max() / start[name].abs().max()).item() for name in start)
-    assert moved > 1e-2, "training changed nothing, and so the comparison shows nothing"
+    training.assert_same_weights(found, wanted)
+    training.assert_trained(wanted, start, least=1e-2)
 
 
 @pytest.mark.parametrize(("accumulate", "batches"), [(1, 20), (2, 20 + 20 // 2)])
-def test_twenty_steps_log_and_learn_what_plain_pytorch_does(accumulate, batches, example, calls):
+def test_twenty_steps_log_and_learn_what_plain_pytorch_does(accumulate, batches, calls):
     options = {"accumulate_grad_batches": accumulate}
-    theirs = module_of(example, plain=True)
-    wanted = fit(example, theirs, 20, **options)
+    theirs = module_of(plain=True)
+    wanted = fit(theirs, 20, **options)
     assert not calls
-    ours = module_of(example, plain=False)
-    found = fit(example, ours, 20, **options)
+    ours = module_of(plain=False)
+    found = fit(ours, 20, **options)
     assert calls and len(ours.losses) == len(theirs.losses) >= batches
     assert sum("val/loss" in entry for _, entry in found) >= 4
     assert {"train/rewards/margins", "train/entropy", "train/logits/rejected"} <= set().union(*(e for _, e in found))
     assert_same_log(found, wanted)
-    assert_same_parameters(ours, theirs, module_of(example, plain=True))
+    assert_same_parameters(ours, theirs, module_of(plain=True))
 
 
-def test_accumulating_gradients_is_a_larger_batch(example, calls):
+def test_accumulating_gradients_is_a_larger_batch(calls):
     """Batches of 2 pairs, 4 a step, against 8 at once; without momentum or validation."""
     trained = []
     for accumulate in (4, 1):
-        module = example.PreferenceModule(
-            example.tiny.model(), example.tiny.model(), lambda parameters: torch.optim.SGD(parameters, lr=0.5)
+        module = lightning_loop.PreferenceModule(
+            tiny.model(), tiny.model(), lambda parameters: torch.optim.SGD(parameters, lr=0.5)
         )
         trainer = lightning.Trainer(
             accelerator="cpu", max_steps=3, accumulate_grad_batches=accumulate, logger=False,
             enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         )  # fmt: skip
-        rows = DataLoader(example.tiny.pairs(24), batch_size=8 // accumulate, collate_fn=example.tiny.collate)
+        rows = DataLoader(tiny.pairs(24), batch_size=8 // accumulate, collate_fn=tiny.collate)
         trainer.fit(module, rows)
         assert len(module.losses) == 3 * accumulate
         trained.append(module)
     parts, whole = (dict(module.model.named_parameters()) for module in trained)
-    start = dict(example.tiny.model().named_parameters())
+    start = dict(tiny.model().named_parameters())
     moved = max((whole[name] - start[name]).abs().max() for name in start)
     assert calls and moved > 1e-2, "training changed nothing, and so the comparison shows nothing"
     for name, parameter in parts.items():
         assert (parameter - whole[name]).abs().max() < 1e-4 * moved, name
 
 
-def test_ten_steps_saved_and_ten_more_are_twenty(example, calls, tmp_path):
-    straight, theirs = module_of(example, plain=False), module_of(example, plain=True)
-    wanted, plain = fit(example, straight, 20), fit(example, theirs, 20)
+def test_ten_steps_saved_and_ten_more_are_twenty(calls, tmp_path):
+    straight, theirs = module_of(plain=False), module_of(plain=True)
+    wanted, plain = fit(straight, 20), fit(theirs, 20)
     saving = ModelCheckpoint(tmp_path, "half", save_on_train_epoch_end=True)
-    first = fit(example, module_of(example, plain=False), 10, enable_checkpointing=True, callbacks=[saving])
-    resumed = module_of(example, plain=False)
-    second = fit(example, resumed, 20, ckpt_path=tmp_path / "half.ckpt")
+    first = fit(module_of(plain=False), 10, enable_checkpointing=True, callbacks=[saving])
+    resumed = module_of(plain=False)
+    second = fit(resumed, 20, ckpt_path=tmp_path / "half.ckpt")
     assert len(resumed.losses) == 10 and calls
     # To the bit. The step that an entry is filed under is Lightning's, which counts one more in a resumed run.
     assert [entry for _, entry in first + second] == [entry for _, entry in wanted]
     for name, parameter in resumed.model.named_parameters():
         assert torch.equal(parameter, dict(straight.model.named_parameters())[name]), name
     assert_same_log(wanted, plain)
-    assert_same_parameters(resumed, theirs, module_of(example, plain=True))
+    assert_same_parameters(resumed, theirs, module_of(plain=True))
 
 
-def test_the_example_runs_on_dpofast_and_learns(example, calls):
-    losses = example.main()
+def test_the_example_runs_on_dpofast_and_learns(calls):
+    losses = lightning_loop.main()
     assert len(losses) == 20 and len(calls) == 2 * 20  # policy and reference
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is the reference at the start
     assert losses[-1] < losses[0] - 0.05

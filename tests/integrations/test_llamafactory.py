@@ -1,7 +1,7 @@
 """LLaMA-Factory's own DPO runs with dpofast and without it: every logged number and every parameter, on a tiny model.
 
 A run is LLaMA-Factory's whole: arguments, template, data set, model loaded from a folder, training, evaluation, what it
-writes. Steps are taken with SGD, as in `test_trl.py`.
+writes. Steps are taken with SGD, as in `training.py`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
-import random
 import sys
 import types
 
@@ -24,57 +23,27 @@ if importlib.util.find_spec("torchaudio") is None:
     torchaudio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
     sys.modules["torchaudio"] = torchaudio
 
+import families
+import tiny
+import training
 from llamafactory.train.dpo import trainer as their_trainer
 from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dpofast.integrations import llamafactory as integration
 
-WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
-V = len(WORDS)
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-def model(seed: int, family: str):
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=V,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    if family == "gemma2":  # a tied head and a softcap
-        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models and data as LLaMA-Factory wants to find them."""
     root = tmp_path_factory.mktemp("llamafactory")
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", chat_template="{{ messages }}"
-    )
+    tokenizer = tiny.tokenizer(chat_template="{{ messages }}")
     for name, seed, family in (("llama", 0, "llama"), ("ref", 1, "llama"), ("gemma2", 0, "gemma2")):
-        model(seed, family).save_pretrained(root / name)
+        families.build(family, seed).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    choice = random.Random(0)
-
-    def text(most: int) -> str:
-        return " ".join(choice.choice(WORDS[3:]) for _ in range(choice.randint(2, most)))
-
-    rows = [{"instruction": text(6), "input": "", "chosen": text(5), "rejected": text(5)} for _ in range(22)]
+    rows = [{"instruction": row.pop("prompt"), "input": "", **row} for row in tiny.pairs(22)]
     (root / "train.json").write_text(json.dumps(rows[:16]))
     (root / "eval.json").write_text(json.dumps(rows[16:]))
     (root / "dataset_info.json").write_text(
@@ -106,9 +75,6 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
     integration.unpatch()
 
 
-TIMINGS = ("runtime", "per_second", "total_flos", "time")
-
-
 def run(folder, output, policy: str = "llama", **options) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """What a run of 20 steps logged, and the weights it saved."""
     run_exp(
@@ -138,30 +104,8 @@ def run(folder, output, policy: str = "llama", **options) -> tuple[list[dict[str
             **options,
         }
     )
-    history = [
-        {name: value for name, value in entry.items() if not any(word in name for word in TIMINGS)}
-        for entry in json.loads((output / "trainer_state.json").read_text())["log_history"]
-    ]
-    return history, load_file(next(output.glob("*model.safetensors")))
-
-
-def assert_same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(found) == len(wanted) > 20
-    for mine, theirs in zip(found, wanted):
-        assert mine.keys() == theirs.keys()
-        # rewards are beta times a difference of log-probabilities of some tens, in fp32
-        atol = 2e-6 + 1e-7 * max((abs(value) for name, value in theirs.items() if "logps" in name), default=1.0)
-        for name, value in theirs.items():
-            if name.endswith("rewards/accuracies") and abs(theirs[name.replace("accuracies", "margins")]) < atol:
-                continue  # policy and reference are the same, and which reward is larger is rounding
-            assert mine[name] == pytest.approx(value, rel=1e-5, abs=atol), name
-
-
-def assert_same_weights(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == wanted.keys()
-    for name, weight in found.items():
-        error = (weight - wanted[name]).abs().max()
-        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
+    logged = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return training.without_timings(logged), load_file(next(output.glob("*model.safetensors")))
 
 
 LORA = {"finetuning_type": "lora", "lora_rank": 2, "lora_target": "q_proj,down_proj", "ref_model": None}
@@ -189,8 +133,8 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     with integration.patched():
         ours, our_weights = run(folder, tmp_path / "ours", **options)
     assert len(calls) == count
-    assert_same_numbers(ours, theirs)
-    assert_same_weights(our_weights, their_weights)
+    training.assert_same_numbers(ours, theirs)
+    training.assert_same_weights(our_weights, their_weights)
     first, last = theirs[0]["loss"], theirs[19]["loss"]
     assert abs(last - first) > 1e-3, "training changed nothing, and so the comparison shows nothing"
 
@@ -209,7 +153,7 @@ def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):
     for mine, theirs in zip(*steps, strict=True):
         for name in ("loss", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
-    assert_same_weights(part_weights, whole_weights)
+    training.assert_same_weights(part_weights, whole_weights)
 
 
 def test_importing_patches_nothing_and_unpatch_puts_everything_back():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,60 +16,20 @@ pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
 
 import lightning
+import tiny
+import training
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from families import FAMILIES, V, build
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
 from dpofast import functional, losses, primitive, sequences
 from dpofast.integrations import models
 
-V, T = 64, 7
+T = 7
 EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.usefixtures("quick")
-
-
-COMMON = dict(
-    vocab_size=V,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-    initializer_range=0.4,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=1,
-)
-GPT2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=64)
-MAMBA = dict(mamba_d_ssm=16, mamba_n_heads=2, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1)
-# family: its configuration, and what its head must turn out to be: (scale, softcap, has a bias, is tied)
-FAMILIES = {
-    "llama": ({}, (1.0, None, False, False)),
-    "gemma2": (dict(final_logit_softcapping=3.0), (1.0, 3.0, False, True)),
-    "gemma3_text": (dict(final_logit_softcapping=7.0), (1.0, 7.0, False, True)),
-    "cohere": (dict(logit_scale=0.25), (0.25, None, False, True)),
-    "cohere2": (dict(logit_scale=0.0625), (0.0625, None, False, True)),
-    "granite": (dict(logits_scaling=8.0), (0.125, None, False, False)),  # divides
-    "hyperclovax": (dict(logits_scaling=0.5), (0.5, None, False, False)),  # multiplies
-    "gpt2": (GPT2, (1.0, None, False, True)),
-    "phi": ({}, (1.0, None, True, False)),
-    "falcon_h1": (dict(lm_head_multiplier=0.3, **MAMBA), (0.3, None, False, False)),
-    "opt": (dict(word_embed_proj_dim=8, ffn_dim=24, max_position_embeddings=64), (1.0, None, False, True)),
-    "nanochat": ({}, (1.0, 15.0, False, False)),  # a softcap that is in no field of this name
-    "mixtral": (dict(num_local_experts=2), (1.0, None, False, False)),
-}
-
-
-def build(family: str = "llama", seed: int = 0) -> torch.nn.Module:
-    torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family][0]})
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    head = model.get_output_embeddings()
-    if head.bias is not None:
-        torch.nn.init.normal_(head.bias)
-    return model
 
 
 def batch(rows: int = 4) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -454,10 +413,7 @@ def test_a_lora_adapter_on_the_head_is_multiplied_in_the_autocast_dtype_too():
 
 
 def mixture(**options) -> torch.nn.Module:
-    torch.manual_seed(0)
-    options = {"output_router_logits": True, "router_aux_loss_coef": 0.5, **options}
-    config = AutoConfig.for_model("mixtral", **COMMON, num_local_experts=4, **options)
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    return build("mixtral", **{"output_router_logits": True, **options})
 
 
 def test_the_routers_loss_of_a_mixture_is_added_as_the_model_adds_it_to_its_own():
@@ -672,36 +628,21 @@ def test_autocast_and_left_padding_count_in_distributed_data_parallel_too(one_ra
 TESTED_ELSEWHERE = ("tiny", "lightning_loop")
 
 
-@pytest.fixture
-def example(monkeypatch):
-    """A function that imports one."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield importlib.import_module
-    for module in {path.stem for path in EXAMPLES.glob("*.py")}:  # names that are nobody else's business
-        sys.modules.pop(module, None)
-
-
-def trained_by_transformers(example, accumulate: int, path, lr: float, **options) -> torch.nn.Module:
-    module, tiny = example("transformers_trainer"), example("tiny")
-    trainer = module.PreferenceTrainer(
+def trained_by_transformers(accumulate: int, path, lr: float, **options) -> torch.nn.Module:
+    trainer = importlib.import_module("transformers_trainer").PreferenceTrainer(
         model=tiny.model(),
         ref_model=tiny.model(),
         args=TrainingArguments(
-            output_dir=str(path),
-            max_steps=3,
-            per_device_train_batch_size=8 // accumulate,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=lr,
-            lr_scheduler_type="constant",
-            optim="sgd",
-            max_grad_norm=0.0,
-            logging_steps=1,
-            report_to="none",
-            save_strategy="no",
-            remove_unused_columns=False,
-            use_cpu=True,
-            disable_tqdm=True,
-            **options,
+            **training.arguments(
+                path,
+                steps=3,
+                per_device_train_batch_size=8 // accumulate,
+                gradient_accumulation_steps=accumulate,
+                learning_rate=lr,
+                lr_scheduler_type="constant",
+                remove_unused_columns=False,
+                **options,
+            )
         ),
         train_dataset=tiny.pairs(16),
         eval_dataset=tiny.pairs(6),
@@ -714,9 +655,8 @@ def trained_by_transformers(example, accumulate: int, path, lr: float, **options
     return trainer.model
 
 
-def trained_by_a_loop(example, name: str, accumulate: int, lr: float, monkeypatch, **options) -> torch.nn.Module:
+def trained_by_a_loop(name: str, accumulate: int, lr: float, monkeypatch, **options) -> torch.nn.Module:
     """The example as it is, but for its optimizer: Adam's steps are the same for gradients 4 times too large."""
-    module, tiny = example(name), example("tiny")
     made, make = [], tiny.model
 
     def noted():
@@ -726,22 +666,22 @@ def trained_by_a_loop(example, name: str, accumulate: int, lr: float, monkeypatc
     with monkeypatch.context() as context:
         context.setattr(tiny, "model", noted)
         context.setattr(torch.optim, "AdamW", lambda parameters, **_: torch.optim.SGD(parameters, lr=lr))
-        losses = module.main(steps=3, accumulate=accumulate, **options)
+        losses = importlib.import_module(name).main(steps=3, accumulate=accumulate, **options)
     assert losses[0] == pytest.approx(0.6931, abs=1e-4) and len(losses) == 3
     return made[-1]
 
 
 @pytest.mark.parametrize("how", ["transformers_trainer", "plain_loop", "accelerate_loop"])
-def test_an_example_that_accumulates_gradients_trains_as_with_a_larger_batch(how, example, monkeypatch, tmp_path):
+def test_an_example_that_accumulates_gradients_trains_as_with_a_larger_batch(how, monkeypatch, tmp_path):
     lr = 0.5
 
     def train(accumulate: int) -> torch.nn.Module:
         if how == "transformers_trainer":
-            return trained_by_transformers(example, accumulate, tmp_path, lr)
+            return trained_by_transformers(accumulate, tmp_path, lr)
         AcceleratorState._reset_state(reset_partial_state=True)
-        return trained_by_a_loop(example, how, accumulate, lr, monkeypatch)
+        return trained_by_a_loop(how, accumulate, lr, monkeypatch)
 
-    parts, whole, start = train(4), train(1), example("tiny").model()
+    parts, whole, start = train(4), train(1), tiny.model()
     moved = max((p - q).abs().max() for p, q in zip(whole.parameters(), start.parameters()))
     assert moved > 1e-2, "training changed nothing, and so the comparison shows nothing"
     for (name, p), q in zip(parts.named_parameters(), whole.parameters()):
@@ -749,7 +689,7 @@ def test_an_example_that_accumulates_gradients_trains_as_with_a_larger_batch(how
 
 
 @pytest.mark.parametrize("how", ["transformers_trainer", "accelerate_loop"])
-def test_an_example_in_mixed_precision_multiplies_both_heads_in_bf16(how, example, monkeypatch, tmp_path):
+def test_an_example_in_mixed_precision_multiplies_both_heads_in_bf16(how, monkeypatch, tmp_path):
     choose, dtypes = primitive.chosen, []
 
     def noted(*args, **kwargs):
@@ -759,19 +699,19 @@ def test_an_example_in_mixed_precision_multiplies_both_heads_in_bf16(how, exampl
     monkeypatch.setattr(primitive, "chosen", noted)
     AcceleratorState._reset_state(reset_partial_state=True)
     if how == "transformers_trainer":
-        trained_by_transformers(example, 1, tmp_path, 0.5, bf16=True)
+        trained_by_transformers(1, tmp_path, 0.5, bf16=True)
     else:
-        trained_by_a_loop(example, how, 1, 0.5, monkeypatch, mixed_precision="bf16", cpu=True)
+        trained_by_a_loop(how, 1, 0.5, monkeypatch, mixed_precision="bf16", cpu=True)
     assert len(dtypes) >= 3 * 2 and set(dtypes) == {(torch.bfloat16, torch.bfloat16)}
 
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.py")}.difference(TESTED_ELSEWHERE)))
-def test_the_example_runs_on_dpofast_and_learns(name, example, monkeypatch):
+def test_the_example_runs_on_dpofast_and_learns(name, monkeypatch):
     if name == "trl_dpo":
         pytest.importorskip("trl", minversion="1.16")
     choose, plans = primitive.chosen, []
     monkeypatch.setattr(primitive, "chosen", lambda *args, **kwargs: plans.append(args) or choose(*args, **kwargs))
-    losses = example(name).main()
+    losses = importlib.import_module(name).main()
     assert len(losses) >= 20 and len(plans) >= len(losses)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is the reference at the start
     assert losses[-1] < losses[0] - 0.05

@@ -1,12 +1,7 @@
-"""TRL's own trainers with dpofast and without it: every logged number and every parameter, on a tiny model.
-
-Steps are taken with SGD: what is compared is then linear in the gradients. Under Adam, an element whose gradient is
-rounding noise takes a step of full size, and of either sign.
-"""
+"""TRL's own trainers with dpofast and without it: every logged number and every parameter, on a tiny model."""
 
 from __future__ import annotations
 
-import random
 from types import SimpleNamespace
 
 import pytest
@@ -15,26 +10,19 @@ import torch
 pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("peft")
 
+import families
+import tiny
+import training
 import trl
 from datasets import Dataset
+from families import H, V
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer import utils
 
 from dpofast import reference
 from dpofast.integrations import trl as integration
 
-WORDS = ("<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61)))
-V, H = len(WORDS), 16
 TRL_LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
     "discopop sft sigmoid_norm"
@@ -44,43 +32,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
-    )
-
-
-def model(seed: int, family: str = "llama"):
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=V,
-        hidden_size=H,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    if family == "gemma2":  # a tied head and a softcap
-        return Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=3.0, attn_implementation="eager"))
-    if family == "mixtral":
-        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, router_aux_loss_coef=0.5))
-    return LlamaForCausalLM(LlamaConfig(**sizes))
-
-
-def rows(count: int = 16) -> list[dict[str, str]]:
-    """Prompts and completions of unequal length."""
-    choice = random.Random(0)
-
-    def text(most: int) -> str:
-        return " ".join(choice.choice(WORDS[3:]) for _ in range(choice.randint(1, most))) + " "
-
-    return [{"prompt": text(6), "chosen": text(5), "rejected": text(5)} for _ in range(count)]
+    return tiny.tokenizer(padding_side="left")
 
 
 @pytest.fixture
@@ -98,70 +50,28 @@ def calls(monkeypatch) -> list[tuple[int, ...]]:
     integration.unpatch()
 
 
-def arguments(path, steps: int, **options) -> dict:
-    return {
-        "output_dir": str(path),
-        "max_steps": steps,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.05,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        **options,
-    }
-
-
 def dpo(path, tokenizer, steps: int = 3, trainer=trl.DPOTrainer, policy=None, ref_seed: int | None = 1, **options):
     keywords = {name: options.pop(name) for name in ("peft_config", "eval_dataset") if name in options}
     if "peft_config" not in keywords and ref_seed is not None:
-        keywords["ref_model"] = model(ref_seed)
+        keywords["ref_model"] = families.build(seed=ref_seed)
     return trainer(
-        model=model(0) if policy is None else policy,
-        args=trl.DPOConfig(**arguments(path, steps, **options)),
-        train_dataset=Dataset.from_list(rows()),
+        model=families.build() if policy is None else policy,
+        args=trl.DPOConfig(**training.arguments(path, steps, **options)),
+        train_dataset=Dataset.from_list(tiny.pairs(16)),
         processing_class=tokenizer,
         **keywords,
     )
 
 
-TIMINGS = ("runtime", "per_second", "total_flos", "time")
-
-
 def history(trainer) -> list[dict[str, float]]:
-    return [
-        {name: value for name, value in entry.items() if not any(word in name for word in TIMINGS)}
-        for entry in trainer.state.log_history
-    ]
-
-
-def assert_same_numbers(found: list[dict[str, float]], wanted: list[dict[str, float]]) -> None:
-    assert len(found) == len(wanted) > 0
-    for mine, theirs in zip(found, wanted):
-        assert mine.keys() == theirs.keys()
-        # rewards are beta times a difference of log-probabilities of some tens, in fp32
-        atol = 2e-6 + 1e-7 * max((abs(value) for name, value in theirs.items() if "logps" in name), default=1.0)
-        for name, value in theirs.items():
-            if name.endswith("rewards/accuracies") and abs(theirs[name.replace("accuracies", "margins")]) < atol:
-                continue  # policy and reference are the same, and which reward is larger is rounding
-            assert mine[name] == pytest.approx(value, rel=1e-5, abs=atol), name
+    return training.without_timings(trainer.state.log_history)
 
 
 def assert_same_parameters(found, wanted, start) -> None:
-    wanted, start = dict(wanted.named_parameters()), dict(start.named_parameters())
-    found = dict(found.named_parameters())
-    assert found.keys() == wanted.keys()
-    for name, parameter in found.items():
-        error = (parameter - wanted[name]).abs().max()
-        assert error <= 1e-5 * wanted[name].abs().max(), f"{name}: {error}"
+    found, wanted, start = (dict(each.named_parameters()) for each in (found, wanted, start))
+    training.assert_same_weights(found, wanted)
     if start.keys() == wanted.keys():
-        moved = max(((wanted[name] - start[name]).abs().max() / start[name].abs().max()).item() for name in start)
-        assert moved > 1e-3, "training changed nothing, and so the comparison shows nothing"
+        training.assert_trained(wanted, start, least=1e-3)
 
 
 def assert_same_training(build, calls, start=None, train=lambda trainer: trainer.train()) -> tuple:
@@ -173,19 +83,22 @@ def assert_same_training(build, calls, start=None, train=lambda trainer: trainer
         ours = build()
         train(ours)
     assert calls
-    assert_same_numbers(history(ours), history(theirs))
-    assert_same_parameters(ours.model, theirs.model, model(0) if start is None else start)
+    training.assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model, families.build() if start is None else start)
     return ours, theirs
 
 
 # DPO
 
 
+STEEP = {"sppo_hard": 0.0005, "ipo": 0.002, "discopop": 0.002}
+"""Learning rates of losses whose steps overshoot at 0.05, where rounding grows with each."""
+
+
 def loss_cases():
     for name in TRL_LOSSES:
         smoothing = {"label_smoothing": 0.05} if name == "exo_pair" else {}
-        # steep losses: at 0.05 the steps overshoot, and rounding grows with each
-        steep = {"learning_rate": 0.002} if name in ("sppo_hard", "ipo") else {}
+        steep = {"learning_rate": STEEP[name]} if name in STEEP else {}
         yield {"loss_type": name, **smoothing, **steep}
     yield {"loss_type": "robust", "label_smoothing": 0.2}
     yield {"loss_type": "aot", "label_smoothing": 0.2}
@@ -194,7 +107,7 @@ def loss_cases():
     yield {"ld_alpha": 0.3, "beta": 0.5}
     yield {"use_weighting": True, "learning_rate": 0.5}
     yield {"loss_type": "discopop", "discopop_tau": 0.5}
-    yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+    yield {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0], "learning_rate": 0.02}
 
 
 @pytest.mark.parametrize("options", list(loss_cases()), ids=lambda o: "-".join(f"{v}" for v in o.values()))
@@ -215,7 +128,7 @@ def test_prompt_and_padding_are_dropped_on_the_cpu(tokenizer, calls, tmp_path):
 
 def variants():
     lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(rows(6))}
+    evaluation = {"eval_strategy": "steps", "eval_steps": 2, "eval_dataset": Dataset.from_list(tiny.pairs(6))}
     yield "precomputed reference", {"precompute_ref_log_probs": True}, 3 + 4
     yield "precomputed reference, the policy's own", {"precompute_ref_log_probs": True, "ref_seed": None}, 3 + 4
     yield "lora", {"peft_config": lora}, 3 * 2
@@ -253,7 +166,7 @@ def assert_accumulating_is_a_larger_batch(build, calls) -> None:
     for mine, theirs in zip(*steps, strict=True):
         for name in ("loss", "grad_norm"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
-    assert_same_parameters(parts.model, whole.model, model(0))
+    assert_same_parameters(parts.model, whole.model, families.build())
 
 
 @pytest.mark.parametrize("trainer", [trl.DPOTrainer, integration.DPOTrainer])
@@ -265,21 +178,23 @@ def test_dpo_trainer_learns_the_same_from_an_adapter_that_exists(tokenizer, call
     def build():
         torch.manual_seed(0)
         lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-        return dpo(tmp_path, tokenizer, policy=get_peft_model(model(0), lora), ref_seed=None)
+        return dpo(tmp_path, tokenizer, policy=get_peft_model(families.build(), lora), ref_seed=None)
 
     ours, _ = assert_same_training(build, calls)
     assert "ref" in ours.model.peft_config and len(calls) == 3 * 2
 
 
 def test_dpo_trainer_learns_the_same_with_a_tied_and_softcapped_head(tokenizer, calls, tmp_path):
-    assert_same_training(lambda: dpo(tmp_path, tokenizer, policy=model(0, "gemma2")), calls, model(0, "gemma2"))
+    assert_same_training(
+        lambda: dpo(tmp_path, tokenizer, policy=families.build("gemma2")), calls, families.build("gemma2")
+    )
 
 
 def test_dpo_trainer_learns_the_same_with_the_loss_of_a_mixtures_routers(tokenizer, calls, tmp_path):
     def build():
-        return dpo(tmp_path, tokenizer, policy=model(0, "mixtral"))
+        return dpo(tmp_path, tokenizer, policy=families.build("mixtral"))
 
-    ours, _ = assert_same_training(build, calls, model(0, "mixtral"))
+    ours, _ = assert_same_training(build, calls, families.build("mixtral"))
     assert ours.aux_loss_enabled and all(entry["aux_loss"] > 1 for entry in history(ours) if "loss" in entry)
 
 
@@ -294,8 +209,8 @@ def test_training_resumes_from_a_checkpoint_onto_the_same_path(tokenizer, calls,
     found, wanted = history(resumed)[:-1], history(whole)[:-1]  # the last entry sums up the run
     for entry in (*found, *wanted):
         entry.pop("num_tokens")  # TRL counts from zero again
-    assert_same_numbers(found, wanted)
-    assert_same_parameters(resumed.model, whole.model, model(0))
+    training.assert_same_numbers(found, wanted)
+    assert_same_parameters(resumed.model, whole.model, families.build())
 
 
 def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(tokenizer, calls, tmp_path):
@@ -304,12 +219,12 @@ def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(toke
         assert not calls
         trained = dpo(tmp_path, tokenizer, trainer=trainer, precompute_ref_log_probs=True)
         trained.train()
-        trained.evaluate(Dataset.from_list(rows(6)))
+        trained.evaluate(Dataset.from_list(tiny.pairs(6)))
         trainers.append(trained)
     theirs, ours = trainers
     assert len(calls) == 4 + 3 + 1 + 1  # references, three steps, references of other data, their evaluation
-    assert_same_numbers(history(ours), history(theirs))
-    assert_same_parameters(ours.model, theirs.model, model(0))
+    training.assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model, families.build())
     assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
 
 
@@ -317,16 +232,19 @@ def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(toke
 
 
 def kto_rows() -> list[dict]:
-    return [{"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0} for i, row in enumerate(rows())]
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 3 > 0}
+        for i, row in enumerate(tiny.pairs(16))
+    ]
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
 def test_kto_trainer_logs_and_learns_the_same(loss_type, tokenizer, calls, tmp_path):
     def build():
         return trl.KTOTrainer(
-            model=model(0),
-            ref_model=model(1),
-            args=trl.KTOConfig(**arguments(tmp_path, 3, loss_type=loss_type)),
+            model=families.build(),
+            ref_model=families.build(seed=1),
+            args=trl.KTOConfig(**training.arguments(tmp_path, 3, loss_type=loss_type)),
             train_dataset=Dataset.from_list(kto_rows()),
             processing_class=tokenizer,
         )
@@ -336,19 +254,23 @@ def test_kto_trainer_logs_and_learns_the_same(loss_type, tokenizer, calls, tmp_p
 
 def test_kto_and_sft_accumulating_gradients_are_a_larger_batch(tokenizer, calls, tmp_path):
     """SFT's loss is a mean over tokens of all accumulated batches, which Transformers counts."""
-    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows()]
+    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny.pairs(16)]
 
     def sft(options):
-        args = trl.SFTConfig(**arguments(tmp_path, 3, **options))
+        args = trl.SFTConfig(**training.arguments(tmp_path, 3, **options))
         data_set = Dataset.from_list(data)
-        return trl.SFTTrainer(model=model(0), args=args, train_dataset=data_set, processing_class=tokenizer)
+        return trl.SFTTrainer(model=families.build(), args=args, train_dataset=data_set, processing_class=tokenizer)
 
     def kto(options):  # apo_zero_unpaired has no KL, which is an estimate of each batch
-        args = trl.KTOConfig(**arguments(tmp_path, 3, loss_type="apo_zero_unpaired", **options))
+        args = trl.KTOConfig(**training.arguments(tmp_path, 3, loss_type="apo_zero_unpaired", **options))
         data_set = Dataset.from_list(kto_rows())
         return trl.KTOTrainer(
-            model=model(0), ref_model=model(1), args=args, train_dataset=data_set, processing_class=tokenizer
-        )
+            model=families.build(),
+            ref_model=families.build(seed=1),
+            args=args,
+            train_dataset=data_set,
+            processing_class=tokenizer,
+        )  # fmt: skip
 
     assert_accumulating_is_a_larger_batch(sft, calls)
     calls.clear()
@@ -357,13 +279,13 @@ def test_kto_and_sft_accumulating_gradients_are_a_larger_batch(tokenizer, calls,
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_sft_trainer_logs_and_learns_the_same(packed, tokenizer, calls, tmp_path):
-    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows()]
+    data = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in tiny.pairs(16)]
 
     def build():
         options = {"packing": True, "max_length": 16, "padding_free": True} if packed else {}
         return trl.SFTTrainer(
-            model=model(0),
-            args=trl.SFTConfig(**arguments(tmp_path, 3, per_device_train_batch_size=2, **options)),
+            model=families.build(),
+            args=trl.SFTConfig(**training.arguments(tmp_path, 3, per_device_train_batch_size=2, **options)),
             train_dataset=Dataset.from_list(data),
             processing_class=tokenizer,
         )
@@ -383,14 +305,14 @@ def test_online_trainers_log_and_learn_the_same(name, tokenizer, calls, tmp_path
     def build():
         config = getattr(trl, f"{name}Config")
         options = dict(num_generations=2, max_completion_length=6, temperature=0.9, num_iterations=2, **extra)
-        start = model(0)
+        start = families.build()
         start.save_pretrained(tmp_path / "start")  # the reference is loaded from the model's path
         policy = LlamaForCausalLM.from_pretrained(tmp_path / "start")
         return getattr(trl, f"{name}Trainer")(
             model=policy,
-            args=config(**arguments(tmp_path, 4, **options)),
+            args=config(**training.arguments(tmp_path, 4, **options)),
             reward_funcs=reward,
-            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows()]),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in tiny.pairs(16)]),
             processing_class=tokenizer,
         )
 
@@ -458,7 +380,7 @@ def test_mixed_precision_gives_the_dtypes_of_trl_and_less_error(outer):
 
 
 def test_a_batch_in_which_nothing_counts_gives_a_differentiable_zero(calls):
-    policy = model(0)
+    policy = families.build()
     utils.add_fused_lm_head(policy)
     tokens = torch.randint(3, V, (2, 5))
     with integration.patched():

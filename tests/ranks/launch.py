@@ -25,7 +25,8 @@ def torchrun(script: str, n: int, cwd: Path, *arguments: str, timeout: float = 2
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     command += [str(HERE / script), *arguments]
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE.parent))))
+    folders = os.environ.get("PYTHONPATH"), str(HERE.parent), str(HERE.parents[1] / "examples")
+    path = os.pathsep.join(filter(None, folders))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     if done.returncode:

@@ -11,33 +11,23 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import tiny
 import torch
 import torch.distributed as dist
+import training
+from families import H, V, build
 from peft import LoraConfig, get_peft_model
 from ranks import launch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpofast.integrations import models
 
-V, T, PAIRS, LR = 64, 7, 2, 0.5
-# what their heads are: plain; tied and softcapped; tied with a scale that is no power of two
-FAMILIES = {
-    "llama": {},
-    "gemma2": dict(final_logit_softcapping=3.0),
-    "cohere": dict(logit_scale=0.3),
-}
-
-
-def build(family: str = "llama", seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    sizes = dict(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                 num_key_value_heads=1, head_dim=8, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
-                 eos_token_id=1)  # fmt: skip
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **FAMILIES[family])).float()
+T, PAIRS, LR = 7, 2, 0.5
+# plain; tied and softcapped; tied with a scale that is no power of two
+FAMILIES = ("llama", "gemma2", "cohere")
 
 
 def lora(family: str = "llama", **options) -> nn.Module:
@@ -237,12 +227,12 @@ def fsdp2_scores_without_gradient() -> None:
     tokens, labels = batch()
     length = T - dist.get_rank()
     inputs, targets = {"input_ids": own(tokens)[:, :length]}, own(labels)[:, :length]
-    for training in (False, True, False, False):
-        with torch.set_grad_enabled(training):
+    for with_graph in (False, True, False, False):
+        with torch.set_grad_enabled(with_graph):
             found = models.model_logprob(wrapped, inputs, targets).logps
             torch.testing.assert_close(found, models.model_logprob(plain, inputs, targets).logps, rtol=1e-5, atol=1e-5)
-            assert found.requires_grad == training
-        if training:
+            assert found.requires_grad == with_graph
+        if with_graph:
             found.sum().backward()
 
 
@@ -273,7 +263,7 @@ def fsdp2_in_bf16() -> None:
             assert found.dtype == torch.float32
             torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.1)
             assert not torch.equal(found, found.bfloat16().float())
-            scale, softcap = models._transforms[models.find_head(wrapped)]
+            scale, softcap = models.wrapped.transforms[models.find_head(wrapped)]
             assert (scale, softcap) == models.head_inputs(rounded, **inputs)[3:5]
             (wanted.sum() / dist.get_world_size()).backward()
             found.sum().backward()
@@ -288,7 +278,7 @@ def the_whole_head_is_gone_between_forward_and_backward() -> None:
     """Of what is saved for the backward, all that has the head's size has no memory."""
     tokens, labels = batch()
 
-    def check_memory(wrapped: nn.Module, size: int = V * 16) -> None:
+    def check_memory(wrapped: nn.Module, size: int = V * H) -> None:
         head, saved = models.find_head(wrapped), []
 
         def pack(x: Tensor) -> Tensor:
@@ -361,48 +351,39 @@ def trl_in_data_parallel() -> None:
 
 def same(family: str = "llama", **options) -> None:
     """TRL's trainer with dpofast and without it."""
-    import integrations.test_trl as tiny
+    from dpofast.integrations import trl as integration
 
     theirs, their_parameters = trained(family, **options)
-    calls, linear_logprob = [], tiny.integration.linear_logprob
-    tiny.integration.linear_logprob = lambda *args, **kwargs: calls.append(1) or linear_logprob(*args, **kwargs)
-    with tiny.integration.patched():
+    calls, linear_logprob = [], integration.linear_logprob
+    integration.linear_logprob = lambda *args, **kwargs: calls.append(1) or linear_logprob(*args, **kwargs)
+    with integration.patched():
         ours, our_parameters = trained(family, **options)
-    tiny.integration.linear_logprob = linear_logprob
+    integration.linear_logprob = linear_logprob
     assert len(calls) == 3 * 2  # policy and reference
-    tiny.assert_same_numbers(ours, theirs)
+    training.assert_same_numbers(ours, theirs)
     for name, p in their_parameters.items():
         torch.testing.assert_close(our_parameters[name], p, rtol=1e-5, atol=1e-6, msg=lambda m, at=name: f"{at}: {m}")
-    start = dict(tiny.model(0, family).named_parameters())
+    start = dict(build(family).named_parameters())
     assert max((p - start[name]).abs().max() for name, p in their_parameters.items()) > 1e-3
-
-
-def tokenizer():
-    """The words of `test_trl.py`, whose own is pytest's."""
-    import integrations.test_trl as tiny
-
-    tiny_tokenizer = tiny.Tokenizer(tiny.models.WordLevel({word: i for i, word in enumerate(tiny.WORDS)}, "<unk>"))
-    tiny_tokenizer.pre_tokenizer = tiny.pre_tokenizers.WhitespaceSplit()
-    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "unk")}
-    return tiny.PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer, padding_side="left", **special)
 
 
 def trained(family: str = "llama", prepare=lambda arguments: None, read=parameters, **options):
     """What TRL's DPOTrainer logs, and the parameters in the end."""
-    import integrations.test_trl as tiny
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
 
     with tempfile.TemporaryDirectory() as path:
-        arguments = tiny.trl.DPOConfig(**tiny.arguments(path, 3, per_device_train_batch_size=2, **options))
+        arguments = DPOConfig(**training.arguments(path, 3, per_device_train_batch_size=2, **options))
         prepare(arguments)
-        trainer = tiny.trl.DPOTrainer(
-            model=tiny.model(0, family),
-            ref_model=tiny.model(1, family),
+        trainer = DPOTrainer(
+            model=build(family),
+            ref_model=build(family, seed=1),
             args=arguments,
-            train_dataset=tiny.Dataset.from_list(tiny.rows()),
-            processing_class=tokenizer(),
+            train_dataset=Dataset.from_list(tiny.pairs(16)),
+            processing_class=tiny.tokenizer(padding_side="left"),
         )
         trainer.train()
-    return tiny.history(trainer), read(trainer.model)
+    return training.without_timings(trainer.state.log_history), read(trainer.model)
 
 
 def trl_in_fsdp2() -> None:

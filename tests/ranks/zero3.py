@@ -67,7 +67,7 @@ def check(build, ref_model=None, silent=(), accumulate: int = 1, direct=False, *
     wrapped = engine(build(), accumulate=accumulate, **zero)
     tokens, labels = map(cases.own, cases.batch(silent))
     ref = {} if ref_model is None else {"ref_model": ref_model()}
-    weight = models._find(wrapped).linear.weight
+    weight = models.head.find(wrapped).linear.weight
     for _ in range(2 * accumulate):
         out = models.model_dpo_loss(wrapped, {"input_ids": tokens}, labels, beta=0.5, **ref)
         assert is_sharded(weight) or zero  # between forward and backward

@@ -1,0 +1,199 @@
+"""Log-probabilities and preference losses of a whole model."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpofast import checks, losses
+from dpofast.functional import DPOLossOutput, linear_dpo_loss, objective_of, scoring_options
+from dpofast.integrations.models.head import find
+from dpofast.integrations.models.kinds import is_wrapped, unwrapped
+from dpofast.integrations.models.probe import HeadInputs, head_inputs
+from dpofast.integrations.models.wrapped import results_in_wrapper
+from dpofast.primitive import LogprobOutput, linear_logprob
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from dpofast.options import LinearLossOptions
+
+
+ModelLogprobOutput = namedtuple("ModelLogprobOutput", (*LogprobOutput._fields, "aux_loss"), defaults=(None,))
+ModelLogprobOutput.__doc__ = "`LogprobOutput` of a model, and its aux_loss: a scalar, as in `HeadInputs`."
+
+
+def model_logprob(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, temperature: float = 1.0, **options: Any
+) -> ModelLogprobOutput:
+    """Log-probabilities of ``labels`` under a model, shifted as its own loss shifts them.
+
+    Equivalent to::
+
+        logits = model(**inputs).logits[:, :-1]
+        logps = logits.log_softmax(-1).gather(-1, labels[:, 1:, None])[..., 0]  # 0 where labels are -100
+
+    Args:
+        model: a causal language model, as in `find_head`.
+        inputs: what it takes: ``{"input_ids": ..., "attention_mask": ...}``. With padding on the left a model with an
+            embedding of positions (GPT-2) needs its ``position_ids``, here as in its own loss; there is a warning where
+            they are missing.
+        labels: ``[B, T]``, the input ids, with -100 at prompt and padding.
+        temperature, options: as in `linear_logprob`, but bias, logit_scale and softcap, which are the model's.
+
+    Returns:
+        `ModelLogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1. Of a mixture
+        of experts with ``output_router_logits``, aux_loss as well, for you to add to your loss with its coefficient.
+
+    Raises:
+        ValueError, TypeError: as `head_inputs` and `linear_logprob`.
+    """
+    _refuse_transform(options)
+
+    def compute(head: HeadInputs, targets: Tensor) -> ModelLogprobOutput:
+        out = linear_logprob(
+            head.hidden, head.weight, targets, bias=head.bias, temperature=temperature, logit_scale=head.logit_scale,
+            softcap=head.softcap, **options,
+        )  # fmt: skip
+        return ModelLogprobOutput(*out)
+
+    return _results(model, inputs, labels, compute)
+
+
+def model_dpo_loss(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    *,
+    ref_model: nn.Module | None = None,
+    ref_logps: Tensor | None = None,
+    router_aux_loss_coef: float | None = None,
+    loss_type: str | Sequence[str] = "sigmoid",
+    beta: float | Tensor | Mapping[str, Any] = 0.1,
+    label_smoothing: float | Mapping[str, Any] = 0.0,
+    reduction: str = "mean",
+    memory_budget: int | str | None = None,
+    backend: str = "auto",
+    group: Any = None,
+    sequence_group: Any = None,
+    **options: Unpack[LinearLossOptions],
+) -> DPOLossOutput:
+    """A preference loss of a model and a batch ``[chosen; rejected]``.
+
+    Equivalent to `dpofast.dpo_loss` of ``model(**inputs).logits[:, :-1]`` and ``labels[:, 1:]``, and for a mixture of
+    experts with ``output_router_logits``, as in the model's own loss::
+
+        loss = loss + router_aux_loss_coef * model(**inputs).aux_loss
+
+    The loss is a mean over this batch's pairs. Who divides it by the number of accumulated batches differs between
+    trainers: see docs/trainers.md.
+
+    Args:
+        model, inputs: as in `model_logprob`, 2B sequences.
+        labels: ``[2B, T]``, the input ids, with -100 at prompt and padding.
+        ref_model: the reference, run without gradient. None for a PEFT model: itself with its adapters disabled. Or
+        ref_logps: of the reference, ``[2B, T - 1]`` as `model_logprob` returns them, or summed ``[2B]``.
+        router_aux_loss_coef: of the routers' loss; None for the model's own coefficient, 0 for none of that loss.
+        loss_type, beta, label_smoothing, reduction, memory_budget, backend, group, sequence_group, options: as in
+            `linear_dpo_loss`, but for the head's own: bias, logit_scale, softcap.
+
+    Both models are run as they are: dropout, if they have any, is yours to turn off.
+
+    Returns:
+        `DPOLossOutput`, with the routers' aux_loss where the model returns one.
+
+    Raises:
+        ValueError, TypeError: as `head_inputs` and `linear_dpo_loss`; a router_aux_loss_coef without an aux_loss, or an
+            aux_loss without a coefficient.
+    """
+    _refuse_transform(options)
+    if ref_model is not None and ref_logps is not None:
+        raise ValueError("ref_logps: given beside a reference, ref_model; pass one of them")
+    options |= {
+        "loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction,
+        "memory_budget": memory_budget, "backend": backend, "group": group,
+    }  # fmt: skip
+    terms = objective_of(options).terms
+    disabled = nullcontext()
+    if ref_model is None and ref_logps is None and any(term.loss.reference for term in terms):
+        bare = unwrapped(model)
+        if hasattr(bare, "disable_adapter"):
+            ref_model, disabled = bare, bare.disable_adapter()
+    losses.check_reference(terms, ref_model is not None or ref_logps is not None, "ref_model or ref_logps")
+    if ref_model is not None:
+        with torch.no_grad(), disabled:
+            scoring = scoring_options(options)
+            ref_logps = model_logprob(ref_model, inputs, labels, **scoring).logps
+
+    def compute(head: HeadInputs, targets: Tensor) -> DPOLossOutput:
+        return linear_dpo_loss(
+            head.hidden, head.weight, targets, bias=head.bias, ref_logps=ref_logps, logit_scale=head.logit_scale,
+            softcap=head.softcap, sequence_group=sequence_group, **options,
+        )  # fmt: skip
+
+    out = _results(model, inputs, labels, compute)
+    coef = _aux_loss_coef(model, router_aux_loss_coef, out.aux_loss)
+    return out._replace(loss=out.loss + coef * out.aux_loss.to(out.loss)) if coef else out
+
+
+def _results(
+    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, compute: Callable[[HeadInputs, Tensor], Any]
+) -> Any:
+    """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them.
+
+    The tuple has an ``aux_loss``, in which that of the model comes out.
+    """
+
+    def aligned(found: HeadInputs) -> Any:
+        hidden = _shifted(found.hidden, labels)
+        return compute(found._replace(hidden=hidden), labels[:, 1:].to(hidden.device))
+
+    head = find(model)
+    if is_wrapped(model, head.linear):
+        return results_in_wrapper(model, head, inputs, aligned)
+    found = head_inputs(model, **inputs)
+    return aligned(found)._replace(aux_loss=found.aux_loss)
+
+
+def _refuse_transform(options: Mapping[str, Any]) -> None:
+    for name in ("bias", "logit_scale", "softcap"):
+        if name in options:
+            raise TypeError(f"{name}: the model's own, which is read from the model")
+
+
+def _shifted(hidden: Tensor, labels: Tensor) -> Tensor:
+    checks.dense("labels", labels)
+    if labels.dim() != 2 or hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels: got shape {list(labels.shape)}, expected {list(hidden.shape[:-1])}, that of the positions that "
+            "reach the head (no pre-shifted labels, and no logits_to_keep or prompt learning, which change them)"
+        )
+    return hidden[:, :-1]
+
+
+def _aux_loss_coef(model: nn.Module, given: float | None, aux_loss: Tensor | None) -> float:
+    """What the routers' loss is multiplied by, before it is added to another: as the model does, if not ``given``."""
+    if aux_loss is None:
+        if given:
+            raise ValueError(
+                f"router_aux_loss_coef: got {given}, but {type(model).__name__} returned no aux_loss; set "
+                "output_router_logits=True in its config or in inputs, or drop router_aux_loss_coef"
+            )
+        return 0.0
+    if given is not None:
+        return given
+    bare = unwrapped(model)
+    config = getattr(bare, "config", None)
+    for place in (*bare.modules(), *(() if config is None else (config.get_text_config(),))):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(vars(place).get(name), (int, float)):
+                return vars(place)[name]
+    raise ValueError(
+        f"router_aux_loss_coef: {type(bare).__name__} returned an aux_loss and has no coefficient for it; pass one, "
+        "0 to leave it out"
+    )
