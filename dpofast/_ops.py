@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,25 +146,33 @@ def _linear_logprob(
     """
     positions, y = _positions(labels, ignore_index, n_tokens)
     problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
-    values, cache = _forward(problem, bounds, ignore_index, outputs, backend, schedule, sizes, group)
+    values, cache = _forward(problem, bounds, ignore_index, outputs, _Where(backend, schedule, sizes, group))
     return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values), cache)
 
 
+class _Where(NamedTuple):
+    """Who computes, how, and with whom: the last arguments of the ops."""
+
+    backend: str
+    schedule: str
+    sizes: list[int]
+    group: str
+
+
 def _forward(
-    problem: Problem, bounds: Tensor | None, ignore_index: int | None, outputs: int, backend: str, schedule: str,
-    sizes: list[int], group: str,
-) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+    problem: Problem, bounds: Tensor | None, ignore_index: int | None, outputs: int, where: _Where
+) -> tuple[dict[str, Tensor], Tensor]:
     """What the backend makes of the tokens that count, [N], and the cache."""
     _check_range(problem.labels, problem.n_vocab if bounds is None else int(bounds[-1]), ignore_index)
-    engine, how, names = registry.get(backend), Schedule.of(schedule, sizes), wanted(outputs)
+    engine, how, names = registry.get(where.backend), Schedule.of(where.schedule, where.sizes), wanted(outputs)
     cache = engine.cache(how.cache_bytes, problem.hidden.device)
     if not problem.n_tokens:
         return {}, cache
     if bounds is None:
         return engine.forward(problem, how, names, cache), cache
-    part = distributed.slice_of_head(problem, bounds, group)
+    part = distributed.slice_of_head(problem, bounds, where.group)
     stats = engine.fold(part, how, names) if part.n_vocab else None
-    return distributed.finish(stats, problem, bounds, group, names), cache
+    return distributed.finish(stats, problem, bounds, where.group, names), cache
 
 
 def _fake_linear_logprob(
@@ -188,16 +197,17 @@ def _linear_logprob_backward(
     problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
     held = Saved(*_pick(labels, positions, saved[:3]), saved[3])
     arriving = OutputGrads(*_pick(labels, positions, incoming))
-    return _gradients(problem, bounds, held, arriving, needs, labels.numel(), backend, schedule, sizes, group)
+    where = _Where(backend, schedule, sizes, group)
+    return _gradients(problem, bounds, held, arriving, needs, labels.numel(), where)
 
 
 def _gradients(
     problem: Problem, bounds: Tensor | None, saved: Saved, incoming: OutputGrads, needs: list[bool], n_labels: int,
-    backend: str, schedule: str, sizes: list[int], group: str,
+    where: _Where,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `_linear_logprob_backward`, of the tokens that count among ``n_labels``."""
     hidden, weight, bias, positions = problem[:4]
-    engine, how = registry.get(backend), Schedule.of(schedule, sizes)
+    engine, how = registry.get(where.backend), Schedule.of(where.schedule, where.sizes)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
     if needs[1]:
         grads[1] = engine.grad_weight(weight)
@@ -212,12 +222,12 @@ def _gradients(
     # The ranks' shares of d hidden travel: those of tokens that count, before they are rounded.
     picked = take(hidden, positions)
     everywhere = torch.arange(positions.numel(), device=positions.device)
-    part = distributed.slice_of_head(problem._replace(hidden=picked, positions=everywhere), bounds, group)
+    part = distributed.slice_of_head(problem._replace(hidden=picked, positions=everywhere), bounds, where.group)
     share = picked.new_zeros(picked.shape, dtype=problem.wide) if needs[0] else None
     if part.n_vocab:
         engine.backward(part, how, saved, incoming, into._replace(hidden=share))
     if share is not None:
-        distributed.add_up(share, group)
+        distributed.add_up(share, where.group)
         grads[0].view(-1, share.shape[-1])[positions] = share.to(hidden.dtype)
     return tuple(grads)
 
@@ -263,7 +273,7 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, bias, labels, bounds, ignore_index, n_tokens, transform, outputs, *where = inputs
         positions, y = _packed(labels, ignore_index, n_tokens, positions)
         problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
-        values, cache = _forward(problem, bounds, ignore_index, outputs, *where)
+        values, cache = _forward(problem, bounds, ignore_index, outputs, _Where(*where))
         results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
         ctx.set_materialize_grads(False)
         wide = problem.wide  # what is merged over ranks comes in double
@@ -286,7 +296,7 @@ class _LinearLogprob(torch.autograd.Function):
         else:
             problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
             arriving = OutputGrads(*_pick(labels, positions, incoming))
-            grads = _gradients(problem, bounds, Saved(*packed, cache), arriving, needs, labels.numel(), *where)
+            grads = _gradients(problem, bounds, Saved(*packed, cache), arriving, needs, labels.numel(), _Where(*where))
         return (None, *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
 
 
@@ -346,7 +356,7 @@ def call_linear_logprob(positions: Tensor | None, hidden: Tensor, weight: Tensor
     labels, bounds, ignore_index, n_tokens, transform, outputs, *where = others
     positions, y = _packed(labels, ignore_index, n_tokens, positions)
     problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
-    values, _ = _forward(problem, bounds, ignore_index, outputs, *where)
+    values, _ = _forward(problem, bounds, ignore_index, outputs, _Where(*where))
     return _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
 
 
