@@ -13,7 +13,7 @@ struct Stats {
   int64_t pieces, stride;
 };
 
-// Where the results go, those that are not null; the same fields as ForwardArgs and RowsArgs.
+// Where the results go, those that are not null; the same fields as ForwardArgs and LogitsArgs.
 struct RowOutputs {
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
   uint8_t* is_top1;

@@ -1,5 +1,6 @@
 // Everything an instruction set's file needs before its target region opens: the standard headers and
 // the shared, baseline parts. Included first, so that none of it is compiled for the wider target.
+#pragma once
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -24,3 +25,5 @@
 #define DPOFAST_UNROLL _Pragma("GCC unroll 16")
 #endif
 #define DPOFAST_NOINLINE __attribute__((noinline))
+// What follows in the file is the region; the headers that belong there ask for it.
+#define DPOFAST_ISA_REGION
