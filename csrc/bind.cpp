@@ -1,4 +1,4 @@
-// The Python module: the only file that knows Python. Pointers arrive as integers (tensor.data_ptr()),
+// The Python module, but for its CUDA half (bind_cuda.cpp). Pointers arrive as integers (tensor.data_ptr()),
 // arguments were checked in Python; the GIL is released while a kernel runs.
 #include <pybind11/stl.h>
 
@@ -110,6 +110,7 @@ LogitsArgs read_logits(const py::dict& args) {
   a.grad_offsets = d.pointer<int64_t>("grad_offsets");
   a.threads = d.value<int>("threads");
   d.done();
+  if (a.n < 1 || a.v < 1 || a.threads < 1) throw std::invalid_argument("dpofast._C: sizes must be positive");
   return a;
 }
 
@@ -212,7 +213,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"),
       "(tokens in a vector, tokens in a panel, k in a dot-product step, bytes of a product's element, of an accumulator, of a "
-      "kept exponential)");
+      "cached exponential)");
   m.def(
       "peak",
       [](const std::string& isa, int hidden, int weight) {

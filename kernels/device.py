@@ -148,7 +148,7 @@ def store_piece(stats, n, row, mask, piece):
 
 @triton.jit
 def load_row(logps, lse, grad_logps, entropy, grad_entropy, row, mask):
-    """What g needs of each row: (z_max, log_sum, c, d_entropy, entropy, g of the label, 1 - p of the label), each [n].
+    """Loads what g needs of each row, each [n]: (z_max, log_sum, c, d_entropy, entropy, g of the label, 1 - p of it).
 
     c and d_entropy are the gradients that arrive. lse is [n, 2], z_max and log_sum; grad_logps, and grad_entropy with
     entropy, may be None.

@@ -123,7 +123,7 @@ def dot_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, 
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Whether every row of x [*, H] begins at a multiple of 16 elements, as 16-byte loads need to be told."""
+    """Says whether every row of x [*, H] begins at a multiple of 16 elements, which 16-byte loads need to be told."""
     return all(stride % 16 == 0 for stride in x.stride()[:-1])
 
 
@@ -135,7 +135,7 @@ def on(device: torch.device):
 
 
 def split_rows(jobs: int, width: int, least: int, programs: int) -> tuple[int, int]:
-    """How ``jobs`` rows (or tiles of rows) of ``width`` columns are cut so that ``programs`` are busy.
+    """Cuts ``jobs`` rows (or tiles of rows) of ``width`` columns so that ``programs`` are busy.
 
     Returns (splits of a row, columns of each, a multiple of ``least``).
     """

@@ -40,7 +40,7 @@ LARGEST = tl.constexpr(math.exp(40.0))
 
 
 class Form(NamedTuple):
-    """How the product is cut: tiles of ``n`` tokens and ``v`` rows of the weight, of which the epilogue takes one of
+    """A way to cut the product: tiles of ``n`` tokens and ``v`` rows of the weight, of which the epilogue takes one of
     ``pieces`` at a time; ``group`` columns of tiles run together, so that what runs at one time is about square."""
 
     n: int = 128
@@ -57,7 +57,7 @@ class Form(NamedTuple):
         return self.v // self.pieces
 
 
-FORM = Form()
+FORM = Form()  # on an H100 0.94 of cuBLAS's speed at H 4096, 0.84 at H 1024 (docs/design.md)
 WIDTH = FORM.width  # columns of a tile that has one sum and one shift
 _PACK = 1024  # elements of a token at a time: 8 of each thread, of four warps; neither number was tuned
 _SEAL_ROWS, _SEAL_TILES = (
@@ -67,7 +67,7 @@ _SEAL_ROWS, _SEAL_TILES = (
 
 
 class Partials(NamedTuple):
-    """What the product leaves of each token for `seal`, in fp32."""
+    """The numbers that the product leaves of each token for `seal`, in fp32."""
 
     z_label: Tensor  # [N], the label's z
     sums: Tensor  # [tiles(V), N], of e before it is rounded, the labels left out
@@ -75,13 +75,13 @@ class Partials(NamedTuple):
 
 
 def tiles(n_vocab: int, form: Form = FORM) -> int:
-    """How many rows ``sums`` and ``shifts`` have."""
+    """The number of rows of ``sums`` and ``shifts``."""
     return -(-n_vocab // form.width)
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs run at one time; three for a test without a GPU."""
+    """The number of programs that run at one time; three for a test without a GPU."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -93,7 +93,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def supported(device: torch.device, dtype: torch.dtype, n_hidden: int, *operands: Tensor) -> bool:
-    """Whether the kernels run there, on products of ``dtype`` and matrices such as ``operands``.
+    """Says whether the kernels run on that device, with products of ``dtype`` and matrices such as ``operands``.
 
     Args:
         operands: the weight, and packed and e where they exist already: unit strides along their rows, which begin at

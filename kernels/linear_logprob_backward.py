@@ -29,7 +29,7 @@ from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved, Trans
 
 
 class Skip(NamedTuple):
-    """Which tiles of g to leave out: those without a label's entry whose every p is < cut (1 - p_label)."""
+    """Says which tiles of g are left out: those without a label's entry whose every p is < cut (1 - p_label)."""
 
     cut: float
     order: Tensor | None = None  # [V] int64, a permutation: the vocabulary as it is cut into tiles
@@ -150,7 +150,7 @@ def linear_logprob_d_weight_kernel(
 
 
 class _Call(NamedTuple):
-    """The operands of one backward, and its launches."""
+    """One backward: its operands, and its launches as methods."""
 
     hidden: Tensor
     offsets: Tensor  # [n], the element where each token starts
@@ -212,7 +212,7 @@ class _Call(NamedTuple):
         )  # fmt: skip
 
     def scratch(self, tile: Tile, n: int, width: int) -> Tensor:
-        """Room for g, in whole tiles."""
+        """Makes room for g, in whole tiles."""
         dtype, _ = dot_dtype(self.hidden, self.weight)
         return torch.empty(n, triton.cdiv(width, tile.v) * tile.v, dtype=dtype, device=self.hidden.device)
 

@@ -1,4 +1,4 @@
-// From the running statistics of the vocabulary pieces to the results of each row. Compiled once, for
+// Makes the results of each row from the running statistics of the vocabulary's pieces. Compiled once, for
 // the baseline instruction set: it touches n numbers, not n x v.
 #pragma once
 #include "cpu/kernels.h"

@@ -56,7 +56,7 @@ struct Backward {
         direct(a.problem.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
         window(a.token_chunk && a.token_chunk < s.n_padded ? round_up(a.token_chunk, s.P) : s.n_padded),
         windows(ceil_div(s.n, window)),
-        // As many rows of the head as there are tokens in a window: then neither is packed often.
+        // A group has as many rows of the head as a window has tokens: then neither is packed often.
         group(windows == 1 || direct || !a.grad_weight || window / s.block >= s.blocks ? s.blocks
               : window > s.block                                                       ? window / s.block
                                                                                        : 1),

@@ -14,7 +14,7 @@ struct Nowhere {  // the exponentials are not wanted
   static constexpr bool kWanted = false;
 };
 
-// Into the cache of a block, with the shift that they are relative to: the m of their fold.
+// The exponentials go to the cache of a block, with the shift that they are relative to: the m of their fold.
 template <class K>
 struct ToCache {
   static constexpr bool kWanted = true;
@@ -28,7 +28,8 @@ struct ToCache {
   void put(int64_t r, int64_t t, reg e0, reg e1) { K::store_cached(e + r * width, width, t, e0, e1); }
 };
 
-// As the B operand of a product with W^T whose sums are relative to a shift of their own: `shift` [width].
+// The exponentials become the B operand of a product with W^T, whose sums are relative to a shift of their own: `shift`
+// [width].
 template <class K>
 struct ToProduct {
   static constexpr bool kWanted = true;
@@ -56,7 +57,7 @@ struct Fold {
   const acc* bias;
   Transform<V> transform;
 
-  // From products c [rows, width] of vocabulary v0.. and tokens t0..: transforms them and takes the labels' out. c has room
+  // Takes products c [rows, width] of vocabulary v0.. and tokens t0.., transforms them and takes the labels' out. c has room
   // for a row more.
   void prepare(acc* c, int64_t width, int64_t rows, int64_t v0, int64_t t0, int64_t n_tokens) const {
     const int64_t at = piece_of(v0) * stats.stride + t0;

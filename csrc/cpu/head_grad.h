@@ -76,7 +76,8 @@ struct GradTiles {
     }
   }
 
-  // From transformed logits c [rows, width] of rows r0.., a padding row -inf behind them. The label's entry is patched later.
+  // Makes g of transformed logits c [rows, width] of rows r0.., with a padding row of -inf behind them. The label's entry is
+  // patched later.
   DPOFAST_NOINLINE void from_logits(const acc* c, int64_t blk, int64_t r0, int64_t n_rows, const Window& window, int64_t panel,
                                     const Transform<V>& transform) const {
     const int64_t t0 = window.t0 + panel * s.P, width = s.width(t0 / s.P), rows = round_up(n_rows, 2);

@@ -23,7 +23,7 @@
 // kGroupRows, and the whole vocabulary where it is smaller give the same bits.
 #pragma once
 
-constexpr int64_t kFoldRows = 48;
+constexpr int64_t kFoldRows = 48;          // the least rows that a block of a large vocabulary has
 constexpr int64_t kGroupRows = 192;        // deep enough that accumulators are loaded and stored rarely
 constexpr int64_t kPieces = 8;             // so that few tokens still occupy many threads
 constexpr int64_t kTileRows = kGroupRows;  // logits that a thread has at a time: they stay in an L1 or L2 cache
@@ -76,7 +76,7 @@ struct Shape {
   int64_t h_panels() const { return ceil_div(h, P); }
   // W's rows can be the A operand as they lie, if their elements are the product's.
   bool weight_as_is() const { return problem.weight_dtype == K::kElemType && problem.weight_col_stride == 1 && h_padded == h; }
-  // Threads that `products` of n x h x v are worth.
+  // Threads that `products` of n x h x v are worth. What else is done to a logit is taken for 16 terms of its sum; not tuned.
   int threads(double products) const {
     const double useful = 2.0 * double(n) * double(h + 16) * double(v) * products / kThreadFlops;
     return useful >= problem.threads ? problem.threads : useful > 1 ? int(useful) : 1;
@@ -148,7 +148,7 @@ struct WeightBlocks {
   }
 
  private:
-  static constexpr int64_t kRows = 32;  // of a task: two tiles of a transposition, so that a block makes six tasks
+  static constexpr int64_t kRows = 32;  // of a task: whole tiles of every kind's transposition; a block makes six tasks
 };
 
 // The hidden rows of a panel, packed as the B operand of z^T: [h_padded / unit][tokens][unit].

@@ -113,7 +113,7 @@ __device__ __forceinline__ double quick_exp(double x) { return exp(x); }
 __device__ __forceinline__ float scaled_minus(float x, float scale, float shift) { return fmaf(x, scale, -shift); }
 __device__ __forceinline__ double scaled_minus(double x, double scale, double shift) { return fma(x, scale, -shift); }
 
-// For numbers of a row: accurate for every x.
+// These are for the numbers of a row: accurate for every x.
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }

@@ -6,7 +6,7 @@
 // first tile's maximum is taken; a row that outgrows it later has what was stored before scaled down, here, by the
 // block that found out.
 //
-// With a softcap e is also multiplied by what differs from entry to entry of dz/dx; the rest is in the row's factor.
+// With a softcap e is also multiplied by the slope dz/dx over its scale; the scale is in the row's factor.
 // The label's entry is 0 until logprob_seal sets it.
 #pragma once
 #include "cuda/logprob_fold.cuh"

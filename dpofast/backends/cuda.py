@@ -37,7 +37,7 @@ def launch(library: Any, function: str, device: torch.device, args: dict[str, An
 
 
 class CudaPasses(GpuPasses):
-    """`dpofast.backends.tiled.Passes` by ``library``, which `launch` explains, as `GpuPasses` does ``thread_blocks``."""
+    """`Passes` by the launchers of ``library``, which `launch` calls; `GpuPasses` says what ``thread_blocks`` are."""
 
     def __init__(self, library: Any, thread_blocks: int | None = None):
         super().__init__(thread_blocks)
@@ -45,7 +45,7 @@ class CudaPasses(GpuPasses):
         self.pair_losses: tuple[str, ...] = tuple(getattr(library, "cuda_pair_losses", ()))
 
     def _most_splits(self, n: int, device: torch.device) -> int:
-        """How many splits of a row make enough thread blocks of n rows."""
+        """The number of splits of each of n rows that makes enough thread blocks."""
         return -(-self.thread_blocks(device) // max(n, 1))
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
@@ -54,7 +54,7 @@ class CudaPasses(GpuPasses):
         return nothing_folded(stats)
 
     def _splits(self, n: int, width: int, device: torch.device) -> tuple[int, int]:
-        """How many splits make enough thread blocks, and how wide they are: in 64s, whole vectors of any dtype."""
+        """The number of splits that makes enough thread blocks, and their width, in 64s: whole vectors of any dtype."""
         splits = max(1, min(-(-width // _SPLIT), self._most_splits(n, device)))
         split_width = -(-width // (64 * splits)) * 64 if splits > 1 else width
         return -(-width // split_width), split_width

@@ -18,7 +18,7 @@ _ADDS_TO_WIDE_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the CUDA device has; 1 on any other device."""
+    """The number of multiprocessors of a CUDA device; 1 for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

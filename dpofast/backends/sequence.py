@@ -18,7 +18,7 @@ from dpofast.backends.cuda import CudaPasses
 
 
 class SequenceDPO(NamedTuple):
-    """What `sequence_dpo` returns.
+    """The results of `sequence_dpo`.
 
     Attributes:
         losses: of each pair ``[B]``, times its weight.
@@ -137,7 +137,7 @@ def _term(library: Any, loss_type: str, options: Mapping[str, Any]) -> losses.Te
 
 
 def _check_tokens(logps: Tensor, labels: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> int:
-    """What keeps the kernel within its tensors; the number of pairs."""
+    """Checks what keeps the kernel within its tensors; returns the number of pairs."""
     if (labels is None) == (mask is None):
         raise ValueError("labels and mask say which tokens count; pass one of them")
     name, marks = ("labels", labels) if mask is None else ("mask", mask)

@@ -56,7 +56,7 @@ class Exps(NamedTuple):
 
 
 class Passes(Protocol):
-    """What a backend does to a tile of logits."""
+    """The functions of a backend that do something to a tile of logits."""
 
     def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
         """The dtype of the operands of every product, and so of ``g``."""
@@ -104,17 +104,17 @@ class Passes(Protocol):
     def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
         """logps and lse without logits; ``e`` [n, V] and ``factor`` [n], if given, as after `fold` and `seal`.
 
-        Only asked for where `dpofast.plan.can_fuse` says so.
+        Called only where `dpofast.plan.can_fuse` says so.
         """
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-        """As `dpofast.backends.base.Backend.logits_forward`."""
+        """Does what `dpofast.backends.base.Backend.logits_forward` does."""
 
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
-        """As `dpofast.backends.base.Backend.logits_backward`."""
+        """Does what `dpofast.backends.base.Backend.logits_backward` does."""
 
     def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
-        """As `dpofast.backends.base.PairBackend.sequence_dpo`. Only asked for where there are ``pair_losses``."""
+        """Does what `dpofast.backends.base.PairBackend.sequence_dpo` does, where there are ``pair_losses``."""
 
 
 class TiledBackend:
@@ -157,7 +157,7 @@ class TiledBackend:
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Autocast reaches into the body of an op, where it would round the logits of a wide tile."""
+    """Turns autocast off, which reaches into the body of an op and would round the logits of a wide tile."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -326,11 +326,11 @@ class _Loops:
             out.copy_(wide)
 
     def is_written(self, out: Tensor) -> bool:
-        """Whether products write to ``out`` itself, and need no buffer for their sums."""
+        """Says whether products write to ``out`` itself, and need no buffer for their sums."""
         return out.dtype in (self.dtype, self.problem.wide)
 
     def put(self, tokens: slice, sums: Tensor, grads: InputGrads, *scales: Tensor) -> None:
-        """The sums of some tokens, times ``scales``, to their places."""
+        """Writes the sums of some tokens, times ``scales``, to their places in d hidden."""
         rows = grads.hidden.view(-1, grads.hidden.shape[-1])
         self.passes.scale_rows(sums, None, scales, rows, self.problem.chunk(tokens).positions)
 
@@ -338,7 +338,7 @@ class _Loops:
         return torch.empty(shape, dtype=dtype or self.problem.wide, device=self.problem.hidden.device)
 
     def sums(self, n: int) -> Tensor:
-        """Zeros, for d hidden of n tokens."""
+        """Makes zeros, to which d hidden of n tokens is added."""
         return torch.zeros(n, self.problem.n_hidden, dtype=self.problem.wide, device=self.problem.hidden.device)
 
     def tokens(self, chunk: slice) -> Tensor:
@@ -352,11 +352,11 @@ class _Loops:
         return self.problem.weight[v0:v1].to(self.dtype)
 
     def tile_memory(self, dtype: torch.dtype) -> Tensor:
-        """Room for one tile; see `tile_in`."""
+        """Makes room for one tile; `tile_in` takes it from there."""
         return self.empty(self.longest * up(self.block, 8), dtype=dtype)
 
     def cached(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What is in ``cache``: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
+        """Views of ``cache``: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
         n, h, wide = self.problem.n_tokens, self.problem.n_hidden, self.problem.wide
         dtype, v = self.dtype, self.problem.n_vocab
         columns, stride = cached_columns(self.schedule, n, v, dtype.itemsize)

@@ -28,13 +28,13 @@ def nothing_folded(stats: Tensor) -> Tensor:
 
 
 def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each label lies in this tile, [n], and the column it has there (any, if not), [n, 1]."""
+    """Finds the labels in a tile: whether each is there, [n], and its column there (any, if it is not), [n, 1]."""
     local = labels - v0
     return (local >= 0) & (local < width), local.clamp(0, width - 1).unsqueeze(-1)
 
 
 def put_label(e: Tensor, labels: Tensor, own: Tensor) -> None:
-    """The entries ``own`` [n] of the labels that lie in the columns of ``e``."""
+    """Sets the labels' entries to ``own`` [n], of those labels that lie in the columns of ``e``."""
     inside, index = _label_place(labels, 0, e.shape[1])
     e.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.to(e.dtype).unsqueeze(-1), e.gather(1, index)))
 
@@ -127,6 +127,7 @@ class TorchPasses:
         d = torch.where(none, -torch.inf - z_label, m - z_label + total.log())
         d = torch.where(z_label == torch.inf, torch.nan, d)
         logps = -softplus(d, threshold=torch.inf)
+        # exp(d) overflows far beyond 30; exp(-d) is below the rounding of d from there on.
         logps = torch.where(d > 30, -d - torch.log1p((-d).exp()), logps)
         z_max = torch.maximum(m, z_label)
         log_sum = (total * (m - z_max).exp() + (z_label - z_max).exp()).log()

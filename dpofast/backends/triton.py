@@ -92,7 +92,7 @@ took 3.8 times three bare products fused and 1.6 over tiles at H 4096, 3.7 and 6
 
 
 def _is_fused(problem: Problem, schedule: Schedule) -> bool:
-    """Whether the older kernels are for this: products fused with the softmax, on any GPU."""
+    """Says whether the older kernels, whose products are fused with the softmax, are the ones to run."""
     if schedule.is_fused or problem.wide == torch.float64:
         return False
     return schedule.keeps_nothing and problem.n_hidden < _WIDE_HIDDEN
