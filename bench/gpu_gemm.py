@@ -212,20 +212,20 @@ def fused(sweep: Sweep, n: int, h: int, v: int) -> None:
         return
     labels = torch.randint(v, (n,), device=sweep.device)
     offsets, packed = torch.arange(n, device=sweep.device) * h, torch.empty_like(hidden)
-    parts, wide = kernels.tiles(v), {"device": sweep.device, "dtype": FP32}
+    tiles, wide = kernels.tiles(v), {"device": sweep.device, "dtype": FP32}
     z_label, factor, logps, lse = (torch.empty(*shape, **wide) for shape in ((n,), (n,), (n,), (n, 2)))
-    sums, shifts = torch.empty(2, parts, n, **wide)
+    partials = kernels.Partials(z_label, *torch.empty(2, tiles, n, **wide))
     scale, flops = h**-0.5, 2.0 * n * h * v
     sweep.add("bare product, bf16", [n, h, v], lambda: mm(hidden, weight.T, e), flops=flops)
     pack = hidden, offsets, weight, labels, scale, packed, z_label
     sweep.add("pack_tokens", [n, h, v], lambda: kernels.pack_tokens(*pack))
-    for name, kept in (("linear_keep", e), ("linear_keep, score", None)):
+    for name, cached in (("linear_keep", e), ("linear_keep, score", None)):
 
-        def product(kept: Tensor | None = kept) -> None:
-            kernels.linear_keep(packed, weight, labels, scale, z_label, kept, sums, shifts)
+        def product(cached: Tensor | None = cached) -> None:
+            kernels.linear_keep(packed, weight, labels, scale, partials, cached)
 
         sweep.add(name, [n, h, v], product, flops=flops)
-    sweep.add("seal", [n, v], lambda: kernels.seal(z_label, sums, shifts, e, labels, scale, logps, lse, factor))
+    sweep.add("seal", [n, v], lambda: kernels.seal(partials, e, labels, scale, logps, lse, factor))
     sweep.write()
 
 

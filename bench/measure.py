@@ -164,7 +164,7 @@ def device_for(rehearse: bool) -> torch.device:
     from dpofast.backends.cuda import CudaPasses
     from dpofast.backends.tiled import TiledBackend
 
-    registry.added["cuda"] = TiledBackend(CudaPasses(cuda_library(True), blocks=8))
+    registry.added["cuda"] = TiledBackend(CudaPasses(cuda_library(True), thread_blocks=8))
     return CPU
 
 

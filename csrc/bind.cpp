@@ -1,4 +1,4 @@
-// The Python module: the only file that knows Python. Pointers arrive as integers (tensor.data_ptr()),
+// The Python module, but for its CUDA half (bind_cuda.cpp). Pointers arrive as integers (tensor.data_ptr()),
 // arguments were checked in Python; the GIL is released while a kernel runs.
 #include <pybind11/stl.h>
 
@@ -19,14 +19,14 @@ const Table& table(const std::string& isa) {
   return *t;
 }
 
-Head head(Args& d) {
-  Head a{};
+Problem read_problem(Args& d) {
+  Problem a{};
   a.n = d.value<int64_t>("n");
   a.h = d.value<int64_t>("h");
   a.v = d.value<int64_t>("v");
   a.hidden = d.pointer("hidden");
   a.hidden_dtype = d.dtype("hidden_dtype");
-  a.row_offsets = d.pointer<int64_t>("row_offsets");
+  a.token_offsets = d.pointer<int64_t>("token_offsets");
   a.hidden_col_stride = d.value<int64_t>("hidden_col_stride");
   a.weight = d.pointer("weight");
   a.weight_dtype = d.dtype("weight_dtype");
@@ -61,7 +61,7 @@ int64_t run(int64_t (*kernel)(const KernelArgs&), KernelArgs& a, Args& d) {
 int64_t forward(const std::string& isa, const py::dict& args) {
   Args d(args);
   ForwardArgs a{};
-  a.head = head(d);
+  a.problem = read_problem(d);
   a.outputs = d.value<unsigned>("outputs");
   d.read_results(a);
   a.stats = d.pointer("stats");
@@ -74,7 +74,7 @@ int64_t forward(const std::string& isa, const py::dict& args) {
 int64_t backward(const std::string& isa, const py::dict& args) {
   Args d(args);
   BackwardArgs a{};
-  a.head = head(d);
+  a.problem = read_problem(d);
   a.logps = d.pointer("logps");
   a.lse = d.pointer("lse");
   a.entropy = d.pointer("entropy");
@@ -85,16 +85,16 @@ int64_t backward(const std::string& isa, const py::dict& args) {
   a.jacobian = d.pointer("jacobian");
   a.grad_hidden = d.pointer("grad_hidden");
   a.grad_hidden_dtype = d.dtype("grad_hidden_dtype");
-  a.grad_rows = d.pointer<int64_t>("grad_rows");
+  a.grad_positions = d.pointer<int64_t>("grad_positions");
   a.grad_weight = d.pointer("grad_weight");
   a.grad_bias = d.pointer("grad_bias");
   a.token_chunk = d.value<int64_t>("token_chunk");
   return run(table(isa).backward, a, d);
 }
 
-RowsArgs rows(const py::dict& args) {
+LogitsArgs read_logits(const py::dict& args) {
   Args d(args);
-  RowsArgs a{};
+  LogitsArgs a{};
   a.n = d.value<int64_t>("n");
   a.v = d.value<int64_t>("v");
   a.logits = d.pointer("logits");
@@ -110,21 +110,22 @@ RowsArgs rows(const py::dict& args) {
   a.grad_offsets = d.pointer<int64_t>("grad_offsets");
   a.threads = d.value<int>("threads");
   d.done();
+  if (a.n < 1 || a.v < 1 || a.threads < 1) throw std::invalid_argument("dpofast._C: sizes must be positive");
   return a;
 }
 
-void rows_forward(const std::string& isa, const py::dict& d) {
-  const RowsArgs a = rows(d);
+void logits_forward(const std::string& isa, const py::dict& d) {
+  const LogitsArgs a = read_logits(d);
   const Table& t = table(isa);
   py::gil_scoped_release unlocked;
-  t.rows_forward(a);
+  t.logits_forward(a);
 }
 
-void rows_backward(const std::string& isa, const py::dict& d) {
-  const RowsArgs a = rows(d);
+void logits_backward(const std::string& isa, const py::dict& d) {
+  const LogitsArgs a = read_logits(d);
   const Table& t = table(isa);
   py::gil_scoped_release unlocked;
-  t.rows_backward(a);
+  t.logits_backward(a);
 }
 
 // The numbers that Python has to use (dpofast/contract.py).
@@ -199,11 +200,11 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dpofast's compiled kernels; takes addresses, sizes and strides, knows no framework";
-  m.def("forward", &forward, py::arg("isa"), py::arg("args"),
+  m.def("cpu_linear_logprob_forward", &forward, py::arg("isa"), py::arg("args"),
         "linear_logprob forward; returns the bytes of workspace that it needs, and does nothing with fewer");
-  m.def("backward", &backward, py::arg("isa"), py::arg("args"), "linear_logprob backward; likewise");
-  m.def("rows_forward", &rows_forward, py::arg("isa"), py::arg("args"), "logprob forward");
-  m.def("rows_backward", &rows_backward, py::arg("isa"), py::arg("args"), "logprob backward");
+  m.def("cpu_linear_logprob_backward", &backward, py::arg("isa"), py::arg("args"), "linear_logprob backward; likewise");
+  m.def("cpu_logits_forward", &logits_forward, py::arg("isa"), py::arg("args"), "logprob forward");
+  m.def("cpu_logits_backward", &logits_backward, py::arg("isa"), py::arg("args"), "logprob backward");
   m.def(
       "traits",
       [](const std::string& isa, int hidden, int weight) {
@@ -212,7 +213,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("isa"), py::arg("hidden_dtype"), py::arg("weight_dtype"),
       "(tokens in a vector, tokens in a panel, k in a dot-product step, bytes of a product's element, of an accumulator, of a "
-      "kept exponential)");
+      "cached exponential)");
   m.def(
       "peak",
       [](const std::string& isa, int hidden, int weight) {

@@ -22,7 +22,7 @@ void read_tile(Args& d, TileArgs& a) {
   a.labels = d.pointer<int64_t>("labels");
   d.read_transform(a);
   a.splits = d.value<int64_t>("splits");
-  a.part = d.value<int64_t>("part");
+  a.split_width = d.value<int64_t>("split_width");
 }
 
 void logprob_fold(const py::dict& args) {
@@ -182,8 +182,8 @@ py::tuple pair_losses() {
 
 void bind_cuda(py::module_& m) {
   m.def("cuda_logprob_fold", &logprob_fold, py::arg("args"), "folds a tile of logits into running statistics");
-  m.def("cuda_logprob_keep", &logprob_keep, py::arg("args"), "keeps the exponentials of a tile of logits");
-  m.def("cuda_logprob_seal", &logprob_seal, py::arg("args"), "completes what was kept of rows");
+  m.def("cuda_logprob_keep", &logprob_keep, py::arg("args"), "keeps the exponentials of a tile of logits in the cache");
+  m.def("cuda_logprob_seal", &logprob_seal, py::arg("args"), "completes rows of the cache");
   m.def("cuda_scale_rows", &scale_rows, py::arg("args"), "rows times a number each, picked and put");
   m.def("cuda_logprob_grad", &logprob_grad, py::arg("args"), "turns a tile of logits into its gradient");
   m.def("cuda_logprob_finish", &logprob_finish, py::arg("args"), "results of rows from their statistics");

@@ -26,6 +26,7 @@ def larger(a, b):
 @triton.jit
 def expm1(x):
     """exp(x) - 1 with full relative precision, for which Triton has no function on every device."""
+    # The term after the last is below half a unit in the last place where |x| < 0.5, below which the series is used.
     TERMS: tl.constexpr = 19 if x.dtype == tl.float64 else 10
     series = tl.full(x.shape, 1.0, x.dtype)
     for k in tl.static_range(TERMS, 1, -1):
@@ -41,21 +42,21 @@ def tanh(x):
 
 
 @triton.jit
-def transformed(x, scale, before, after, SOFTCAP: tl.constexpr):
-    """z of a logit x: softcap * tanh(logit_scale * x / softcap) / temperature; the factors come from launch.factors."""
+def transformed(x, scale, inner, cap, SOFTCAP: tl.constexpr):
+    """z of a logit x: softcap * tanh(logit_scale * x / softcap) / temperature; the numbers come from launch.factors."""
     if SOFTCAP:
-        z = tanh(x * tl.full((), before, x.dtype)) * tl.full((), after, x.dtype)
+        z = tanh(x * tl.full((), inner, x.dtype)) * tl.full((), cap, x.dtype)
     else:
         z = x * tl.full((), scale, x.dtype)
     return z
 
 
 @triton.jit
-def slope(z, scale, inverse, SOFTCAP: tl.constexpr):
+def slope(z, scale, inv_cap, SOFTCAP: tl.constexpr):
     """dz / dx."""
     s = tl.full((), scale, z.dtype)
     if SOFTCAP:
-        t = z * tl.full((), inverse, z.dtype)
+        t = z * tl.full((), inv_cap, z.dtype)
         s = s * (1 - t * t)
     return s
 
@@ -83,7 +84,7 @@ def merged(a, b, EXTRA: tl.constexpr):
         a_sq = a_sq * fa * fa + b_sq * fb * fb
         a_z += b_z
         a_top = larger(a_top, b_top)
-    # The label's logit is in at most one piece. NaN == -inf is false, so a NaN label is kept, too.
+    # The label's logit is in at most one piece. NaN == -inf is false, so a NaN label stays, too.
     return m, a_sum * fa + b_sum * fb, a_x, a_sq, a_z, a_top, tl.where(a_label == none, b_label, a_label)
 
 
@@ -147,9 +148,10 @@ def store_piece(stats, n, row, mask, piece):
 
 @triton.jit
 def load_row(logps, lse, grad_logps, entropy, grad_entropy, row, mask):
-    """What g needs of each row: (z_max, log_sum, c, e, entropy, g of the label, 1 - p of the label), each [n].
+    """Loads what g needs of each row, each [n]: (z_max, log_sum, c, d_entropy, entropy, g of the label, 1 - p of it).
 
-    lse is [n, 2]; grad_logps, and grad_entropy with entropy, may be None.
+    c and d_entropy are the gradients that arrive. lse is [n, 2], z_max and log_sum; grad_logps, and grad_entropy with
+    entropy, may be None.
     """
     z_max = tl.load(lse + 2 * row, mask, other=0.0)
     log_sum = tl.load(lse + 2 * row + 1, mask, other=0.0)
@@ -159,25 +161,25 @@ def load_row(logps, lse, grad_logps, entropy, grad_entropy, row, mask):
     if grad_logps is not None:
         c = tl.load(grad_logps + row, mask, other=0.0)
     own = c * rest
-    e, h = tl.zeros(logp.shape, logp.dtype), tl.zeros(logp.shape, logp.dtype)
+    d_entropy, row_entropy = tl.zeros(logp.shape, logp.dtype), tl.zeros(logp.shape, logp.dtype)
     if grad_entropy is not None:
-        e = tl.load(grad_entropy + row, mask, other=0.0)
-        h = tl.load(entropy + row, mask, other=0.0)
+        d_entropy = tl.load(grad_entropy + row, mask, other=0.0)
+        row_entropy = tl.load(entropy + row, mask, other=0.0)
         p = tl.exp(logp)
-        own -= tl.where(p > 0, e * p * (logp + h), 0.0)
-    return z_max, log_sum, c, e, h, own, rest
+        own -= tl.where(p > 0, d_entropy * p * (logp + row_entropy), 0.0)
+    return z_max, log_sum, c, d_entropy, row_entropy, own, rest
 
 
 @triton.jit
-def grad_tile(z, is_label, row, scale, inverse, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
-    """(d loss / d x, p) of a tile: dz/dx (c (onehot - p) - e p (log p + entropy))."""
-    z_max, log_sum, c, e, entropy, own, _ = row
+def grad_tile(z, is_label, row, scale, inv_cap, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
+    """(d loss / d x, p) of a tile: dz/dx (c (onehot - p) - d_entropy p (log p + entropy)); row of `load_row`."""
+    z_max, log_sum, c, d_entropy, entropy, own, _ = row
     log_p = z - z_max[:, None] - log_sum[:, None]
     p = tl.exp(log_p)
     f = tl.broadcast_to(c[:, None], z.shape)
     if ENTROPY:  # log p = -inf where p = 0: a large finite number in its place makes that entry 0 and not NaN
-        f += e[:, None] * (tl.where(log_p > FLOOR_LOGP, log_p, FLOOR_LOGP) + entropy[:, None])
-    g = tl.where(is_label, own[:, None], -p * f) * slope(z, scale, inverse, SOFTCAP)
+        f += d_entropy[:, None] * (tl.where(log_p > FLOOR_LOGP, log_p, FLOOR_LOGP) + entropy[:, None])
+    g = tl.where(is_label, own[:, None], -p * f) * slope(z, scale, inv_cap, SOFTCAP)
     return g, p
 
 

@@ -48,7 +48,7 @@ _OTHER = {
     ("backward", True): (Tile(64, 128, 32, 8, 2, c=64, k=32), Tile(128, 64, 32, 8, 2, c=64, k=32)),
     ("backward", False): _NVIDIA["backward", False],
 }
-# For tests: so small that a small problem has several of each.
+# Tests need tiles so small that a small problem has several of each.
 _INTERPRETER = {key: (Tile(16, 32, 16, 1, 1, c=32, k=16),) for key in _NVIDIA}
 
 TILES: dict[str, dict[tuple[str, bool], tuple[Tile, ...]]] = {
@@ -63,7 +63,7 @@ TILES: dict[str, dict[tuple[str, bool], tuple[Tile, ...]]] = {
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """A key of `TILES`."""
+    """The device's key of `TILES`."""
     if device.type == "cpu":
         return "interpreter"
     if device.type != "cuda" or torch.version.cuda is None:
@@ -95,46 +95,50 @@ def choose_tile(
 
 def time_of(launch: Callable[[], Any]) -> float:
     """Milliseconds, on the device."""
+    # Ten milliseconds to warm up and fifty to measure: a search over a few tiles stays below a second.
     return triton.testing.do_bench(launch, warmup=10, rep=50)
 
 
 def factors(transform: tuple[float, float, float]) -> dict[str, Any]:
-    """What kernels take of (temperature, logit_scale, softcap): see device.transformed."""
+    """The numbers that device.transformed takes of (temperature, logit_scale, softcap)."""
     temperature, logit_scale, softcap = transform
     return {
         "scale": logit_scale / temperature,
-        "before": logit_scale / softcap if softcap else 0.0,
-        "after": softcap / temperature,
+        "inner": logit_scale / softcap if softcap else 0.0,
+        "cap": softcap / temperature,
         "SOFTCAP": softcap != 0,
     }
 
 
 def grad_factors(transform: tuple[float, float, float]) -> dict[str, Any]:
-    """`factors`, and what device.slope takes."""
+    """`factors`, and the number that device.slope takes beside them."""
     temperature, _, softcap = transform
-    return factors(transform) | {"inverse": temperature / softcap if softcap else 0.0}
+    return factors(transform) | {"inv_cap": temperature / softcap if softcap else 0.0}
 
 
 def dot_dtype(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.dtype, tl.dtype]:
-    """What both operands of the products are converted to, in PyTorch's words and in Triton's."""
+    """The dtype that both operands of the products are converted to, in PyTorch's words and in Triton's."""
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     return dtype, {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
 
 
 def aligned(x: torch.Tensor) -> bool:
-    """Whether every row of x [*, H] begins at a multiple of 16 elements, as 16-byte loads need to be told."""
+    """Says whether every row of x [*, H] begins at a multiple of 16 elements, which 16-byte loads need to be told."""
     return all(stride % 16 == 0 for stride in x.stride()[:-1])
 
 
 def on(device: torch.device):
-    """Triton launches on the current device."""
+    """Makes ``device`` the current one, on which Triton launches."""
     if device.type == "cpu" or (device.type == "cuda" and torch.cuda.current_device() == device.index):
         return contextlib.nullcontext()  # entering a device that is current costs as much as a launch
     return torch.get_device_module(device).device(device)
 
 
-def splits(jobs: int, work: int, least: int, programs: int) -> tuple[int, int]:
-    """(parts, size of each, a multiple of ``least``) of ``work``: ``jobs`` times parts keep ``programs`` busy."""
-    parts = max(1, min(triton.cdiv(work, least), triton.cdiv(programs, jobs)))
-    size = triton.cdiv(triton.cdiv(work, parts), least) * least
-    return triton.cdiv(work, size), size
+def split_rows(jobs: int, width: int, least: int, programs: int) -> tuple[int, int]:
+    """Cuts ``jobs`` rows (or tiles of rows) of ``width`` columns so that ``programs`` are busy.
+
+    Returns (splits of a row, columns of each, a multiple of ``least``).
+    """
+    splits = max(1, min(triton.cdiv(width, least), triton.cdiv(programs, jobs)))
+    split_width = triton.cdiv(triton.cdiv(width, splits), least) * least
+    return triton.cdiv(width, split_width), split_width

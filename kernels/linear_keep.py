@@ -40,7 +40,7 @@ LARGEST = tl.constexpr(math.exp(40.0))
 
 
 class Form(NamedTuple):
-    """How the product is cut: tiles of ``n`` tokens and ``v`` rows of the weight, of which the epilogue takes one of
+    """A way to cut the product: tiles of ``n`` tokens and ``v`` rows of the weight, of which the epilogue takes one of
     ``pieces`` at a time; ``group`` columns of tiles run together, so that what runs at one time is about square."""
 
     n: int = 128
@@ -57,20 +57,31 @@ class Form(NamedTuple):
         return self.v // self.pieces
 
 
-FORM = Form()
+FORM = Form()  # on an H100 0.94 of cuBLAS's speed at H 4096, 0.84 at H 1024 (docs/design.md)
 WIDTH = FORM.width  # columns of a tile that has one sum and one shift
-_PACK = 1024  # elements of a token at a time
-_SEAL_ROWS, _SEAL_TILES = 16, 64  # 64 bytes of a row of sums, and how many of them at a time
+_PACK = 1024  # elements of a token at a time: 8 of each thread, of four warps; neither number was tuned
+_SEAL_ROWS, _SEAL_TILES = (
+    16,
+    64,
+)  # 64 bytes of a row of sums, and how many of them at a time; not tuned
+
+
+class Partials(NamedTuple):
+    """The numbers that the product leaves of each token for `seal`, in fp32."""
+
+    z_label: Tensor  # [N], the label's z
+    sums: Tensor  # [tiles(V), N], of e before it is rounded, the labels left out
+    shifts: Tensor  # [tiles(V), N]: z_label, or the largest z of a tile whose sum would be more than exp(40)
 
 
 def tiles(n_vocab: int, form: Form = FORM) -> int:
-    """How many rows ``sums`` and ``shifts`` have."""
+    """The number of rows of ``sums`` and ``shifts``."""
     return -(-n_vocab // form.width)
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """How many programs run at one time."""
+    """The number of programs that run at one time; three for a test without a GPU."""
     return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -82,7 +93,7 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def supported(device: torch.device, dtype: torch.dtype, n_hidden: int, *operands: Tensor) -> bool:
-    """Whether the kernels run there, on products of ``dtype`` and matrices such as ``operands``.
+    """Says whether the kernels run on that device, with products of ``dtype`` and matrices such as ``operands``.
 
     Args:
         operands: the weight, and packed and e where they exist already: unit strides along their rows, which begin at
@@ -174,7 +185,7 @@ def keep_piece(
     x = tl.exp2(z2)
     total = tl.sum(x, 1)
     if e is not None:
-        kept = x.to(e.dtype)
+        cached = x.to(e.dtype)
     outgrown = ~(total <= LARGEST)  # a NaN, too
     if tl.max(outgrown.to(tl.int32), 0) > 0:
         more = tl.where(outgrown, larger(0.0, tl.max(z2, 1)), 0.0)
@@ -182,9 +193,9 @@ def keep_piece(
         x = tl.exp2(z2 - more[:, None])  # inf - inf is NaN, as it shall be
         total = tl.sum(x, 1)
         if e is not None:
-            kept = x.to(e.dtype)
+            cached = x.to(e.dtype)
     if e is not None:
-        e.store([first_row, column], kept)
+        e.store([first_row, column], cached)
     at = (column // product.shape[1]).to(tl.int64) * N
     there = row < tl.where(column < V, N, 0)  # a piece may lie beyond the vocabulary
     tl.store(sums + at + row, total, mask=there)
@@ -235,10 +246,10 @@ def linear_keep_kernel(
 
 
 def linear_keep(
-    packed: Tensor, weight: Tensor, labels: Tensor, scale: float, z_label: Tensor, e: Tensor | None, sums: Tensor,
-    shifts: Tensor, form: Form = FORM,
+    packed: Tensor, weight: Tensor, labels: Tensor, scale: float, partials: Partials, e: Tensor | None,
+    form: Form = FORM,
 ) -> None:  # fmt: skip
-    """Multiplies, and keeps e = exp(z - shift) of z = scale * packed weight^T.
+    """Multiplies, and keeps e = exp(z - shift) of z = scale * packed weight^T: writes it to the cache.
 
     Equivalent, with one shift a row and tile t of WIDTH columns: ``e[:, t].copy_((z[:, t] - shifts[t]).exp())`` with
     the labels' entries 0, and ``sums[t] = e[:, t].sum(1)`` before e is rounded.
@@ -247,20 +258,18 @@ def linear_keep(
         packed: [N, H], of the weight's dtype, bf16 or fp16.
         weight: [V, H].
         labels: [N], int64.
-        z_label: [N] of `pack_tokens`.
+        partials: of which z_label is that of `pack_tokens`, and the others are filled.
         e: [N, V], bf16, of a multiple of 8 elements from row to row, all of them in memory: the last 16 bytes of a row
             are written whole. None where only a score is wanted.
-        sums: [tiles(V), N], fp32, the labels left out.
-        shifts: [tiles(V), N], fp32: z_label, or the largest z of a tile whose sum would be more than exp(40).
     """
     (n, n_hidden), n_vocab = packed.shape, weight.shape[0]
-    kept = None if e is None else TensorDescriptor(e, [n, n_vocab], [e.stride(0), 1], [form.n, form.width])
+    cached = None if e is None else TensorDescriptor(e, [n, n_vocab], [e.stride(0), 1], [form.n, form.width])
     programs = -(-n // form.n) * -(-n_vocab // form.v)
     with on(packed.device):
         linear_keep_kernel[(min(programs, _multiprocessors(packed.device)),)](
             TensorDescriptor(packed, [n, n_hidden], [packed.stride(0), 1], [form.n, form.h]),
             TensorDescriptor(weight, [n_vocab, n_hidden], [weight.stride(0), 1], [form.v, form.h]),
-            kept, labels, z_label, sums, shifts, n, n_vocab, n_hidden, scale * LOG2_E.value,
+            cached, labels, *partials, n, n_vocab, n_hidden, scale * LOG2_E.value,
             BLOCK_N=form.n, BLOCK_V=form.v, BLOCK_H=form.h, PIECES=form.pieces, GROUP=form.group, EARLY=form.early,
             num_warps=form.warps, num_stages=form.stages,
         )  # fmt: skip
@@ -277,14 +286,14 @@ def log1p(x):
 
 
 @triton.jit(
-    do_not_specialize=["n", "V", "parts", "ld"],
+    do_not_specialize=["n", "V", "n_tiles", "ld"],
     do_not_specialize_on_alignment=["z_label", "sums", "shifts", "labels", "logps", "lse", "factor"],
 )  # fmt: skip
 def seal_kernel(
-    z_label, sums, shifts,  # [n], [parts, n]
+    z_label, sums, shifts,  # [n], [n_tiles, n]
     e, ld, labels,  # [n, V] or None
     logps, lse, factor,  # [n], [n, 2], [n] or None
-    n, V, parts, scale, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
+    n, V, n_tiles, scale, ROWS: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     none = float("-inf")
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -295,8 +304,8 @@ def seal_kernel(
     top = tl.full((TILES, ROWS), none, tl.float32)
     least = tl.full((TILES, ROWS), float("inf"), tl.float32)
     total = tl.zeros((TILES, ROWS), tl.float32)
-    for first in range(0, parts, TILES):
-        there = (first + tl.arange(0, TILES) < parts)[:, None] & mask[None, :]
+    for first in range(0, n_tiles, TILES):
+        there = (first + tl.arange(0, TILES) < n_tiles)[:, None] & mask[None, :]
         piece = first * n + at
         shift = tl.load(shifts + piece, mask=there, other=none)
         x = tl.load(sums + piece, mask=there, other=0.0)
@@ -325,11 +334,11 @@ def seal_kernel(
         own = mask & (label >= 0) & (label < V)
         tl.store(e + start + label, (-total).to(e.dtype.element_ty), own)
         if tl.max(uneven.to(tl.int32), 0) > 0:
-            for part in range(0, parts):
-                shift = tl.load(shifts + part * n + row, uneven, other=none)
+            for tile in range(0, n_tiles):
+                shift = tl.load(shifts + tile * n + row, uneven, other=none)
                 scaled = uneven & (shift < m)
                 if tl.max(scaled.to(tl.int32), 0) > 0:
-                    column = part * WIDTH + tl.arange(0, WIDTH)
+                    column = tile * WIDTH + tl.arange(0, WIDTH)
                     entry = e + (start[:, None] + column[None, :])
                     others = scaled[:, None] & (column < V)[None, :] & (column[None, :] != label[:, None])
                     f = tl.exp(tl.where(scaled, shift - m, 0.0))
@@ -338,13 +347,13 @@ def seal_kernel(
 
 
 def seal(
-    z_label: Tensor, sums: Tensor, shifts: Tensor, e: Tensor | None, labels: Tensor, scale: float, logps: Tensor,
-    lse: Tensor, factor: Tensor | None, form: Form = FORM,
+    partials: Partials, e: Tensor | None, labels: Tensor, scale: float, logps: Tensor, lse: Tensor,
+    factor: Tensor | None, form: Form = FORM,
 ) -> None:  # fmt: skip
     """Log-probs from what `linear_keep` left, and e made the gradient: d logps / d (packed weight^T) = factor * e.
 
     Args:
-        z_label, sums, shifts: of the kernels before.
+        partials: what `linear_keep` left.
         e: [N, V], whose labels' entries are set here; None for a score, with ``factor``.
         logps: [N], fp32.
         lse: [N, 2], fp32: the largest shift, and what is to be added to it.
@@ -354,6 +363,6 @@ def seal(
     ld, n_vocab = (0, 0) if e is None else (e.stride(0), e.shape[1])
     with on(labels.device):
         seal_kernel[(-(-n // _SEAL_ROWS),)](
-            z_label, sums, shifts, e, ld, labels, logps, lse, factor, n, n_vocab, sums.shape[0], scale,
+            *partials, e, ld, labels, logps, lse, factor, n, n_vocab, len(partials.sums), scale,
             ROWS=_SEAL_ROWS, TILES=_SEAL_TILES, WIDTH=form.width, num_warps=4,
         )  # fmt: skip

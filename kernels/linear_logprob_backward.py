@@ -5,7 +5,7 @@ at a time. Three kernels for each block:
     linear_logprob_d_hidden  d hidden += g weight: a program owns a tile of d hidden and goes through the vocabulary
     linear_logprob_d_weight  d weight = g^T hidden: a program owns a tile of d weight and goes through the tokens
 
-That is three products, the least there are when nothing was kept. Without g in memory each gradient would need the
+That is three products, the least there are when nothing is cached. Without g in memory each gradient would need the
 logits for itself, four products; and since a tile of d hidden as wide as H fits in no program, each of its column
 tiles would need them again. Nothing is added up by two programs: no atomics, no locks, the same bits every time.
 
@@ -24,11 +24,12 @@ from dpofast.kernels.device import grad_tile, load_row, logits_tile, token_rows,
 from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, grad_factors, on
 from torch import Tensor
 
-from dpofast.backends.base import Saved
+from dpofast.backends._tensors import element_offsets
+from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved, Transform
 
 
 class Skip(NamedTuple):
-    """Which tiles of g to leave out: those without a label's entry whose every p is < cut (1 - p_label)."""
+    """Says which tiles of g are left out: those without a label's entry whose every p is < cut (1 - p_label)."""
 
     cut: float
     order: Tensor | None = None  # [V] int64, a permutation: the vocabulary as it is cut into tiles
@@ -41,10 +42,10 @@ def linear_logprob_grad_kernel(
     labels, logps, lse, grad_logps, entropy, grad_entropy,  # as in logprob_grad_kernel
     g, g_ld,  # [n, whole tiles of width], 0 beyond width
     d_bias,  # [tiles of tokens, width], sums over the tokens of each, or None
-    kept,  # FILTER: [tiles of tokens, tiles of width], whether a tile counts
+    counts,  # FILTER: [tiles of tokens, tiles of width], whether a tile counts
     dropped,  # FILTER: [tiles of width, n], the sum of p over the tile if it does not count
-    n, v0, width, H, cut, scale: tl.float64, before: tl.float64, after: tl.float64,
-    inverse: tl.float64, SOFTCAP: tl.constexpr, FILTER: tl.constexpr, DOT: tl.constexpr, EVEN_H: tl.constexpr,
+    n, v0, width, H, cut, scale: tl.float64, inner: tl.float64, cap: tl.float64,
+    inv_cap: tl.float64, SOFTCAP: tl.constexpr, FILTER: tl.constexpr, DOT: tl.constexpr, EVEN_H: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     tiles, v_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(width, BLOCK_V)
@@ -59,26 +60,27 @@ def linear_logprob_grad_kernel(
         v = tl.load(order + v)
     w_row = v.to(tl.int64) * w_ld
     logits = logits_tile(hidden, h_row, h_stride, weight, w_row, w_stride, bias, v, H, DOT, BLOCK_H, EVEN_H)
-    z = transformed(logits, scale, before, after, SOFTCAP)
-    held = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row < n)
+    z = transformed(logits, scale, inner, cap, SOFTCAP)
+    of_row = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row < n)
     label = tl.load(labels + row, row < n, other=-1)
     is_label = v[None, :] == label[:, None]
-    x, p = grad_tile(z, is_label, held, scale, inverse, SOFTCAP, grad_entropy is not None)
+    x, p = grad_tile(z, is_label, of_row, scale, inv_cap, SOFTCAP, grad_entropy is not None)
     x = tl.where((column < width)[None, :], x, 0.0)
     tl.store(g + row[:, None] * g_ld + column[None, :], x, mask=(row < n)[:, None])
     if d_bias is not None:
         tl.store(d_bias + n_tile * width + column, tl.sum(tl.where(here, x, 0.0), 0), mask=column < width)
     if FILTER:
-        matters = here & (is_label | (p >= cut * held[6][:, None]) | (p != p))
-        counts = tl.max(tl.max(matters.to(tl.int32), 1), 0)
-        tl.store(kept + n_tile * v_tiles + v_tile, counts)
-        mass = tl.where(counts > 0, 0.0, tl.sum(tl.where(here, p, 0.0), 1))
+        _, _, _, _, _, _, rest = of_row  # 1 - p of the label
+        matters = here & (is_label | (p >= cut * rest[:, None]) | (p != p))
+        count = tl.max(tl.max(matters.to(tl.int32), 1), 0)
+        tl.store(counts + n_tile * v_tiles + v_tile, count)
+        mass = tl.where(count > 0, 0.0, tl.sum(tl.where(here, p, 0.0), 1))
         tl.store(dropped + v_tile.to(tl.int64) * n + row, mass, mask=row < n)
 
 
 @triton.jit(do_not_specialize=["n", "v0", "width"])
 def linear_logprob_d_hidden_kernel(
-    g, g_ld, weight, w_ld, w_stride, order, kept, sums,  # sums [n, H] fp32, d hidden so far
+    g, g_ld, weight, w_ld, w_stride, order, counts, sums,  # sums [n, H] fp32, d hidden so far
     n, v0, width, H,
     FILTER: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -91,10 +93,10 @@ def linear_logprob_d_hidden_kernel(
     g_row = tl.minimum(row, n - 1) * g_ld
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for k0 in range(0, width, BLOCK_K):
-        counts = True
+        count = True
         if FILTER:
-            counts = tl.load(kept + n_tile * v_tiles + k0 // BLOCK_V) != 0
-        if counts:
+            count = tl.load(counts + n_tile * v_tiles + k0 // BLOCK_V) != 0
+        if count:
             k = k0 + tl.arange(0, BLOCK_K)
             v = v0 + k
             if order is not None:
@@ -112,7 +114,7 @@ def linear_logprob_d_hidden_kernel(
 
 @triton.jit(do_not_specialize=["n", "v0", "width"])
 def linear_logprob_d_weight_kernel(
-    g, g_ld, hidden, offsets, h_stride, order, kept, out, out_ld,
+    g, g_ld, hidden, offsets, h_stride, order, counts, out, out_ld,
     # out [*, H]: row i is of column i, or of order[v0 + i]
     n, v0, width, H,
     FILTER: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr,
@@ -125,10 +127,10 @@ def linear_logprob_d_weight_kernel(
     c = (job // v_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     for k0 in range(0, n, BLOCK_K):
-        counts = True
+        count = True
         if FILTER:
-            counts = tl.load(kept + (k0 // BLOCK_N) * v_tiles + v_tile) != 0
-        if counts:
+            count = tl.load(counts + (k0 // BLOCK_N) * v_tiles + v_tile) != 0
+        if count:
             k = k0 + tl.arange(0, BLOCK_K)
             h_row = token_rows(offsets, k, n, ALIGNED)
             left = tl.load(
@@ -148,17 +150,16 @@ def linear_logprob_d_weight_kernel(
 
 
 class _Call(NamedTuple):
-    """The operands of one backward, and its launches."""
+    """One backward: its operands, and its launches as methods."""
 
     hidden: Tensor
-    offsets: Tensor
+    offsets: Tensor  # [n], the element where each token starts
     weight: Tensor
     bias: Tensor | None
     labels: Tensor
-    transform: tuple[float, float, float]
+    transform: Transform
     saved: Saved
-    grad_logps: Tensor | None
-    grad_entropy: Tensor | None
+    incoming: OutputGrads
     skip: Skip | None
 
     def shared(self, tile: Tile) -> dict:
@@ -171,106 +172,108 @@ class _Call(NamedTuple):
     def order(self) -> Tensor | None:
         return None if self.skip is None else self.skip.order
 
-    def grad(self, tile: Tile, part: slice, v0: int, g: Tensor, to_bias: bool):
+    def grad(self, tile: Tile, chunk: slice, v0: int, g: Tensor, to_bias: bool):
         """Fills g [n, width]; (d bias of these tokens, which tiles count, dropped mass), each None if not wanted."""
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         tiles, v_tiles = triton.cdiv(n, tile.n), triton.cdiv(width, tile.v)
-        at = self.saved.chunk(part)
-        c, e = (None if x is None else x[part] for x in (self.grad_logps, self.grad_entropy))
+        at = self.saved.chunk(chunk)
+        grad_logps, grad_entropy = self.incoming.chunk(chunk)
+        entropy = None if grad_entropy is None else at.entropy
         d_bias = at.logps.new_empty(tiles, width) if to_bias else None
-        kept = dropped = None
+        counts = dropped = None
         if self.skip is not None:
-            kept = torch.empty(tiles, v_tiles, dtype=torch.int32, device=g.device)
+            counts = torch.empty(tiles, v_tiles, dtype=torch.int32, device=g.device)
             dropped = at.logps.new_empty(v_tiles, n)
         linear_logprob_grad_kernel[(tiles * v_tiles,)](
-            self.hidden, self.offsets[part], self.hidden.stride(-1), self.weight, *self.weight.stride(), self.bias,
-            self.order, self.labels[part], at.logps, at.lse, c, None if e is None else at.entropy, e,
-            g, g.stride(0), d_bias, kept, dropped, n, v0, width, n_hidden,
+            self.hidden, self.offsets[chunk], self.hidden.stride(-1), self.weight, *self.weight.stride(), self.bias,
+            self.order, self.labels[chunk], at.logps, at.lse, grad_logps, entropy, grad_entropy,
+            g, g.stride(0), d_bias, counts, dropped, n, v0, width, n_hidden,
             0.0 if self.skip is None else self.skip.cut, **grad_factors(self.transform), **self.shared(tile),
             EVEN_H=n_hidden % tile.h == 0, ALIGNED=aligned(self.hidden), BLOCK_H=tile.h,
         )  # fmt: skip
-        return None if d_bias is None else d_bias.sum(0), kept, None if dropped is None else dropped.sum(0)
+        return None if d_bias is None else d_bias.sum(0), counts, None if dropped is None else dropped.sum(0)
 
-    def d_hidden(self, tile: Tile, v0: int, g: Tensor, kept: Tensor | None, sums: Tensor, first: bool) -> None:
+    def d_hidden(self, tile: Tile, v0: int, g: Tensor, counts: Tensor | None, sums: Tensor, first: bool) -> None:
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         linear_logprob_d_hidden_kernel[(triton.cdiv(n, tile.n) * triton.cdiv(n_hidden, tile.c),)](
-            g, g.stride(0), self.weight, *self.weight.stride(), self.order, kept, sums, n, v0, width, n_hidden,
+            g, g.stride(0), self.weight, *self.weight.stride(), self.order, counts, sums, n, v0, width, n_hidden,
             **self.shared(tile), FIRST=first, BLOCK_C=tile.c, BLOCK_K=tile.k,
         )  # fmt: skip
 
     def d_weight(
-        self, tile: Tile, part: slice, v0: int, g: Tensor, kept: Tensor | None, out: Tensor, order: Tensor | None,
+        self, tile: Tile, chunk: slice, v0: int, g: Tensor, counts: Tensor | None, out: Tensor, order: Tensor | None,
         first: bool,
     ) -> None:  # fmt: skip
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         linear_logprob_d_weight_kernel[(triton.cdiv(width, tile.v) * triton.cdiv(n_hidden, tile.c),)](
-            g, g.stride(0), self.hidden, self.offsets[part], self.hidden.stride(-1), order, kept, out, out.stride(0),
+            g, g.stride(0), self.hidden, self.offsets[chunk], self.hidden.stride(-1), order, counts, out, out.stride(0),
             n, v0, width, n_hidden, **self.shared(tile), FIRST=first, ALIGNED=aligned(self.hidden), BLOCK_C=tile.c,
             BLOCK_K=tile.k,
         )  # fmt: skip
 
     def scratch(self, tile: Tile, n: int, width: int) -> Tensor:
-        """Room for g, in whole tiles."""
+        """Makes room for g, in whole tiles."""
         dtype, _ = dot_dtype(self.hidden, self.weight)
         return torch.empty(n, triton.cdiv(width, tile.v) * tile.v, dtype=dtype, device=self.hidden.device)
 
-    def once(self, tile: Tile, part: slice, width: int) -> None:
+    def once(self, tile: Tile, chunk: slice, width: int) -> None:
         """Every product of one block, for a choice of tiles: what it makes is thrown away."""
-        g = self.scratch(tile, part.stop - part.start, width)[:, :width]
-        kept = self.grad(tile, part, 0, g, False)[1]
-        self.d_hidden(tile, 0, g, kept, g.new_empty(g.shape[0], self.weight.shape[1], dtype=torch.float32), True)
-        self.d_weight(tile, part, 0, g, kept, g.new_empty(width, self.weight.shape[1]), None, True)
+        g = self.scratch(tile, chunk.stop - chunk.start, width)[:, :width]
+        counts = self.grad(tile, chunk, 0, g, False)[1]
+        self.d_hidden(tile, 0, g, counts, g.new_empty(g.shape[0], self.weight.shape[1], dtype=torch.float32), True)
+        self.d_weight(tile, chunk, 0, g, counts, g.new_empty(width, self.weight.shape[1]), None, True)
 
 
 def linear_logprob_backward(
-    hidden: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    transform: tuple[float, float, float], parts: list[slice], block: int, saved: Saved,
-    grad_logps: Tensor | None, grad_entropy: Tensor | None, sums: Tensor | None, grad_weight: Tensor | None,
-    grad_bias: Tensor | None, skip: Skip | None = None,
+    problem: Problem, chunks: list[slice], block: int, saved: Saved, incoming: OutputGrads, grads: InputGrads,
+    skip: Skip | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """Fills those of ``sums``, ``grad_weight`` and ``grad_bias`` that are given.
+    """Fills those of ``grads`` that are given.
 
     Args:
-        hidden, offsets, weight, bias, labels: as for `linear_logprob_forward`.
-        parts: consecutive slices of the n tokens, the first the longest; g of one of them and of ``block`` columns of
+        problem: as for `linear_logprob_forward`.
+        chunks: consecutive slices of the n tokens, the first the longest; g of one of them and of ``block`` columns of
             the vocabulary is in memory at a time. With more than one, d weight of a block is added up in fp32.
-        saved: logps [n], lse [n, 2], and entropy [n] where ``grad_entropy`` is given.
-        sums: [tokens of ``parts``, H] in fp32 for d hidden.
-        grad_weight, grad_bias: [V, H], [V]; every element is written once.
+        saved: logps [n], lse [n, 2] (z_max and log_sum), and entropy [n] where a gradient of it arrives.
+        grads: hidden's are sums in fp32, [tokens of ``chunks``, H]; of weight's and bias's, every element is written
+            once.
         skip: tiles to leave out; None: exact.
 
     Returns:
-        With ``skip``, the mass sum_v p_v that was dropped, [tokens of ``parts``].
+        With ``skip``, the mass sum_v p_v that was dropped, [tokens of ``chunks``].
     """
+    hidden, weight, _, positions, labels, transform = problem
+    sums, grad_weight, grad_bias = grads
     n_vocab, n_hidden = weight.shape
-    call = _Call(hidden, offsets, weight, bias, labels, transform, saved, grad_logps, grad_entropy, skip)
-    start, longest = parts[0].start, parts[0].stop - parts[0].start
+    offsets = element_offsets(hidden, positions)
+    call = _Call(hidden, offsets, weight, problem.wide_bias(), labels, transform, saved, incoming, skip)
+    start, longest = chunks[0].start, chunks[0].stop - chunks[0].start
     block = min(block, n_vocab)
     d_weight = None
-    if grad_weight is not None and len(parts) > 1:
+    if grad_weight is not None and len(chunks) > 1:
         d_weight = torch.empty(block, n_hidden, dtype=torch.float32, device=hidden.device)
-    dropped = None if skip is None else saved.logps.new_zeros(parts[-1].stop - start)
+    dropped = None if skip is None else saved.logps.new_zeros(chunks[-1].stop - start)
     with on(hidden.device):
         shape, dtype = (longest, block, n_hidden), dot_dtype(hidden, weight)[0]
-        tile = choose_tile("backward", hidden.device, dtype, shape, lambda t: call.once(t, parts[0], block))
+        tile = choose_tile("backward", hidden.device, dtype, shape, lambda t: call.once(t, chunks[0], block))
         scratch = call.scratch(tile, longest, block)
         for v0 in range(0, n_vocab, block):
             v1 = min(v0 + block, n_vocab)
             place = slice(v0, v1) if call.order is None else call.order[v0:v1]
             d_bias = None
-            for i, part in enumerate(parts):
-                g = scratch[: part.stop - part.start, : v1 - v0]
-                mine = slice(part.start - start, part.stop - start)
-                b, kept, mass = call.grad(tile, part, v0, g, grad_bias is not None)
+            for i, chunk in enumerate(chunks):
+                g = scratch[: chunk.stop - chunk.start, : v1 - v0]
+                mine = slice(chunk.start - start, chunk.stop - start)
+                b, counts, mass = call.grad(tile, chunk, v0, g, grad_bias is not None)
                 if mass is not None:
                     dropped[mine] += mass
                 if sums is not None:
-                    call.d_hidden(tile, v0, g, kept, sums[mine], v0 == 0)
+                    call.d_hidden(tile, v0, g, counts, sums[mine], v0 == 0)
                 if d_weight is not None:
-                    call.d_weight(tile, part, v0, g, kept, d_weight, None, i == 0)
+                    call.d_weight(tile, chunk, v0, g, counts, d_weight, None, i == 0)
                 elif grad_weight is not None:
                     out = grad_weight[v0:] if call.order is None else grad_weight
-                    call.d_weight(tile, part, v0, g, kept, out, call.order, True)
+                    call.d_weight(tile, chunk, v0, g, counts, out, call.order, True)
                 if b is not None:
                     d_bias = b if i == 0 else d_bias + b
             if d_weight is not None:

@@ -1,8 +1,8 @@
 """linear_logprob_forward: the product hidden weight^T, its bias and transform, and the online softmax of every row in
 one kernel. A tile of logits lives in registers and is never written.
 
-A program owns a tile of tokens and a part of the vocabulary, which streams past in blocks; for each block the hidden
-dimension is gone through in steps. Programs that run at the same time go through the same part of the vocabulary, so
+A program owns a tile of tokens and a split of the vocabulary, which streams past in blocks; for each block the hidden
+dimension is gone through in steps. Programs that run at the same time go through the same split of the vocabulary, so
 that they share its rows of the weight in the L2 cache. Each writes a partial, and logprob_merge adds them up in order.
 """
 
@@ -20,17 +20,20 @@ from dpofast.kernels.device import (
     token_rows,
     transformed,
 )
-from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, factors, on, splits
+from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, factors, on, split_rows
 from dpofast.kernels.logprob_fold import merge
 from torch import Tensor
 
+from dpofast.backends._tensors import element_offsets
+from dpofast.backends.base import Problem
 
-@triton.jit(do_not_specialize=["n", "parts", "part"])
+
+@triton.jit(do_not_specialize=["n", "splits", "split_width"])
 def linear_logprob_forward_kernel(
     hidden, offsets, h_stride,  # token i starts at element offsets[i]
     weight, w_ld, w_stride, bias,  # [V, H]; bias [V] or None
-    labels, partials,  # [n]; [parts, STATS, n]
-    n, V, H, parts, part, scale: tl.float64, before: tl.float64, after: tl.float64,
+    labels, partials,  # [n]; [splits, STATS, n]
+    n, V, H, splits, split_width, scale: tl.float64, inner: tl.float64, cap: tl.float64,
     SOFTCAP: tl.constexpr, EXTRA: tl.constexpr, DOT: tl.constexpr, EVEN_H: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -43,44 +46,40 @@ def linear_logprob_forward_kernel(
     h_row = token_rows(offsets, row, n, ALIGNED)
     label = tl.load(labels + row, mask, other=-1)
     piece = empty_piece(BLOCK_N, tl.float32)
-    begin = split * part
-    stop = tl.minimum(begin + part, V)
+    begin = split * split_width
+    stop = tl.minimum(begin + split_width, V)
     for v0 in range(begin, stop, BLOCK_V):
         v = tl.minimum(v0 + tl.arange(0, BLOCK_V), V - 1)
         w_row = v.to(tl.int64) * w_ld
         logits = logits_tile(hidden, h_row, h_stride, weight, w_row, w_stride, bias, v, H, DOT, BLOCK_H, EVEN_H)
-        z = transformed(logits, scale, before, after, SOFTCAP)
+        z = transformed(logits, scale, inner, cap, SOFTCAP)
         piece = fold_tile(piece, z, stop - v0, local_label(label, v0, BLOCK_V), EXTRA)
     n = n.to(tl.int64)
     store_piece(partials + split * STATS * n, n, row, mask, piece)
 
 
-def linear_logprob_forward(
-    hidden: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
-    transform: tuple[float, float, float], stats: Tensor, extra: bool, programs: int,
-) -> None:  # fmt: skip
+def linear_logprob_forward(problem: Problem, stats: Tensor, extra: bool, programs: int) -> None:
     """Folds the logits of every token into ``stats`` [Stat.COUNT, n], fp32.
 
     Equivalent: ``TorchPasses.fold(hidden @ weight.T, ...)`` over the whole vocabulary.
 
     Args:
-        hidden: [*, H]; ``offsets`` [n] are the elements where the n tokens start.
-        weight: [V, H], fp32, bf16 or fp16, as hidden; two dtypes are promoted as by `torch.promote_types`.
-        bias: [V] in fp32.
-        labels: [n].
+        problem: hidden and weight are fp32, bf16 or fp16; two dtypes are promoted as by `torch.promote_types`.
         extra: the optional statistics are wanted, too.
         programs: how many keep the device busy.
     """
+    hidden, weight, _, positions, labels, transform = problem
+    offsets, bias = element_offsets(hidden, positions), problem.wide_bias()
     n, (n_vocab, n_hidden) = labels.numel(), weight.shape
     dtype, DOT = dot_dtype(hidden, weight)
 
     def launch(tile: Tile) -> Tensor:
         tiles = triton.cdiv(n, tile.n)
-        parts, part = splits(tiles, n_vocab, tile.v, programs)
-        partials = stats.new_empty(parts, *stats.shape)
-        linear_logprob_forward_kernel[(tiles * parts,)](
+        splits, split_width = split_rows(tiles, n_vocab, tile.v, programs)
+        partials = stats.new_empty(splits, *stats.shape)
+        linear_logprob_forward_kernel[(tiles * splits,)](
             hidden, offsets, hidden.stride(-1), weight, weight.stride(0), weight.stride(1), bias, labels, partials,
-            n, n_vocab, n_hidden, parts, part, **factors(transform), EXTRA=extra, DOT=DOT,
+            n, n_vocab, n_hidden, splits, split_width, **factors(transform), EXTRA=extra, DOT=DOT,
             EVEN_H=n_hidden % tile.h == 0, ALIGNED=aligned(hidden), BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_H=tile.h,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

@@ -2,9 +2,11 @@
 rows of logits, wherever they start. One read, one write.
 
     p = exp(z - z_max - log_sum)
-    g = dz/dx * (c (onehot - p) - e p (log p + entropy))        c, e: incoming gradients of logps and entropy
+    g = dz/dx * (c (onehot - p) - d_entropy p (log p + entropy))
 
-logprob_keep writes dz/dx exp(z - shift): what a forward keeps while log_sum is not known yet.
+where c and d_entropy are the incoming gradients of logps and entropy.
+
+logprob_keep writes dz/dx exp(z - shift) to the cache, while log_sum is not known yet.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from dpofast.kernels.device import grad_tile, load_row, slope, transformed
 from dpofast.kernels.launch import grad_factors, on
 from torch import Tensor
 
-from dpofast.backends.base import Saved
+from dpofast.backends.base import OutputGrads, Saved
+from dpofast.backends.tiled import Tile
 
-BLOCK = 1024  # columns of a program
+BLOCK = 1024  # columns of a program: 8 of each thread, of four warps; neither number was tuned
 
 
 @triton.jit
@@ -39,13 +42,13 @@ def _columns(x, offsets, ld, bias, width, BLOCK: tl.constexpr, A: tl.constexpr):
 
 @triton.jit(do_not_specialize=["width"])
 def logprob_keep_kernel(
-    x, ld, bias, shift, out, out_ld, width, scale: tl.float64, before: tl.float64, after: tl.float64,
-    inverse: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    x, ld, bias, shift, out, out_ld, width, scale: tl.float64, inner: tl.float64, cap: tl.float64,
+    inv_cap: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, v, logits = _columns(x, None, ld, bias, width, BLOCK, shift.dtype.element_ty)
-    z = transformed(logits, scale, before, after, SOFTCAP)
-    kept = tl.exp(z - tl.load(shift + row)[:, None]) * slope(z, scale, inverse, SOFTCAP)
-    tl.store(out + row[:, None] * out_ld + v[None, :], kept, mask=v[None, :] < width)
+    z = transformed(logits, scale, inner, cap, SOFTCAP)
+    cached = tl.exp(z - tl.load(shift + row)[:, None]) * slope(z, scale, inv_cap, SOFTCAP)
+    tl.store(out + row[:, None] * out_ld + v[None, :], cached, mask=v[None, :] < width)
 
 
 @triton.jit(do_not_specialize=["width", "v0"])
@@ -54,14 +57,14 @@ def logprob_grad_kernel(
     labels, logps, lse,  # [n], [n], [n, 2]
     grad_logps, entropy, grad_entropy,  # [n] or None
     out, out_offsets, out_ld,  # as x, which it may be
-    width, v0, scale: tl.float64, before: tl.float64, after: tl.float64,
-    inverse: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    width, v0, scale: tl.float64, inner: tl.float64, cap: tl.float64,
+    inv_cap: tl.float64, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, v, logits = _columns(x, offsets, ld, bias, width, BLOCK, lse.dtype.element_ty)
-    z = transformed(logits, scale, before, after, SOFTCAP)
-    held = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row >= 0)
+    z = transformed(logits, scale, inner, cap, SOFTCAP)
+    saved = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row >= 0)
     is_label = v[None, :] == (tl.load(labels + row) - v0)[:, None]
-    g, _ = grad_tile(z, is_label, held, scale, inverse, SOFTCAP, grad_entropy is not None)
+    g, _ = grad_tile(z, is_label, saved, scale, inv_cap, SOFTCAP, grad_entropy is not None)
     if out_offsets is not None:
         start = tl.load(out_offsets + row)
     else:
@@ -74,8 +77,9 @@ def _grid(n: int, width: int) -> tuple[tuple[int], int]:
     return (n * triton.cdiv(width, block),), block
 
 
-def logprob_keep(x: Tensor, bias: Tensor | None, transform, shift: Tensor, out: Tensor) -> None:
-    """``out = exp(z - shift) dz/dx`` of logits x [n, width]; shift [n] is finite."""
+def logprob_keep(tile: Tile, shift: Tensor, out: Tensor) -> None:
+    """``out = exp(z - shift) dz/dx`` of the logits of ``tile``, without offsets; shift [n] is finite."""
+    x, bias, _, _, transform, _ = tile
     grid, block = _grid(*x.shape)
     with on(x.device):
         logprob_keep_kernel[grid](
@@ -85,18 +89,18 @@ def logprob_keep(x: Tensor, bias: Tensor | None, transform, shift: Tensor, out: 
 
 
 def logprob_grad(
-    x: Tensor, offsets: Tensor | None, bias: Tensor | None, labels: Tensor, v0: int,
-    transform: tuple[float, float, float], saved: Saved, grad_logps: Tensor | None,
-    grad_entropy: Tensor | None, out: Tensor, out_offsets: Tensor | None = None,
-) -> None:  # fmt: skip
-    """``out = d loss / d x`` of logits of columns v0, v0 + 1, ..; ``out`` may be ``x``.
+    tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None
+) -> None:
+    """``out = d loss / d x`` of the logits of ``tile``; ``out`` may be ``tile.x``.
 
     Equivalent: ``dpofast.backends.torch.TorchPasses.grad``.
 
     Args:
-        x, offsets, bias: as for `dpofast.kernels.logprob_fold.logprob_fold`; ``out`` and ``out_offsets`` likewise.
-        saved: logps [n], lse [n, 2], and entropy [n] where ``grad_entropy`` is given.
+        tile: as for `dpofast.kernels.logprob_fold.logprob_fold`; ``out`` and ``out_offsets`` as its x and offsets.
+        saved: logps [n], lse [n, 2] (z_max and log_sum), and entropy [n] where a gradient of it arrives.
     """
+    x, bias, labels, v0, transform, offsets = tile
+    grad_logps, grad_entropy = incoming
     n, width = labels.numel(), x.shape[-1]
     grid, block = _grid(n, width)
     with on(x.device):

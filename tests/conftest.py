@@ -68,7 +68,7 @@ def pytest_testnodedown(node: object, error: object) -> None:
 def emulator() -> str:
     """The backend whose kernels the emulator runs, compiled when a test first wants it."""
     # 8 blocks: few enough that ordinary tests meet one block a row, enough that a few long rows are split
-    registry.added[EMULATOR] = TiledBackend(CudaPasses(build.module(), blocks=8))
+    registry.added[EMULATOR] = TiledBackend(CudaPasses(build.module(), thread_blocks=8))
     return EMULATOR
 
 

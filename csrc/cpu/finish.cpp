@@ -1,3 +1,4 @@
+// finish.h, on top of the algebra of core/softmax.h.
 #include "cpu/finish.h"
 
 #include "core/softmax.h"

@@ -1,4 +1,4 @@
-// From the running statistics of the vocabulary pieces to the results of each row. Compiled once, for
+// Makes the results of each row from the running statistics of the vocabulary's pieces. Compiled once, for
 // the baseline instruction set: it touches n numbers, not n x v.
 #pragma once
 #include "cpu/kernels.h"
@@ -13,7 +13,7 @@ struct Stats {
   int64_t pieces, stride;
 };
 
-// Where the results go, those that are not null; the same fields as ForwardArgs and RowsArgs.
+// Where the results go, those that are not null; the same fields as ForwardArgs and LogitsArgs.
 struct RowOutputs {
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
   uint8_t* is_top1;

@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // The matrix product under everything: C[rows, P] (+)= A[rows, K] B[K, P], for one panel of B.
 //
 //   A   row-major, any leading dimension; elements are broadcast

@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // linear_logprob backward, in one call: d hidden, d weight and d bias from what the forward kept, or from logits made again.
 //
 // Tokens are taken a window at a time, and the vocabulary a group of blocks at a time: for each group, for each window, for
@@ -14,7 +19,7 @@ static void write_tokens(const Shape<K>& s, const BackwardArgs& a, int64_t panel
     const int64_t token = panel * s.P + t;
     const typename K::acc c = scale ? scale[token] : typename K::acc(1);
     for (int64_t k = 0; k < s.h; ++k) row[k] = c * sums[k * width + t];
-    write_row<K>(a.grad_hidden, a.grad_hidden_dtype, a.grad_rows[token] * s.h, row, s.h);
+    write_row<K>(a.grad_hidden, a.grad_hidden_dtype, a.grad_positions[token] * s.h, row, s.h);
   }
 }
 
@@ -38,20 +43,20 @@ struct Backward {
   const int64_t depth, column_panel;       // hidden as the B operand of d weight: panels of P columns, [window / unit][P][unit]
   const int64_t weight_ld;                 // of the sums of d weight
   const int64_t weight_span, hidden_span;  // panels in a task of d weight, of d hidden
-  acc *tiles, *rows, *sums, *weight_sums;  // d hidden's sums: panel after panel of [h, tokens]
+  acc *tiles, *token_scratch, *sums, *weight_sums;  // d hidden's sums: panel after panel of [h, tokens]
   elem *packed, *columns;
 
   explicit Backward(const BackwardArgs& args)
       : a(args),
-        s(a.head),
+        s(a.problem),
         cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)),
         to_weight(a.grad_weight || a.grad_bias),
         to_hidden(a.grad_hidden),
         recomputes(cached_blocks < s.blocks),
-        direct(a.head.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
+        direct(a.problem.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
         window(a.token_chunk && a.token_chunk < s.n_padded ? round_up(a.token_chunk, s.P) : s.n_padded),
         windows(ceil_div(s.n, window)),
-        // As many rows of the head as there are tokens in a window: then neither is packed often.
+        // A group has as many rows of the head as a window has tokens: then neither is packed often.
         group(windows == 1 || direct || !a.grad_weight || window / s.block >= s.blocks ? s.blocks
               : window > s.block                                                       ? window / s.block
                                                                                        : 1),
@@ -60,14 +65,14 @@ struct Backward {
         arena{static_cast<char*>(a.workspace)},
         w(s, recomputes, to_hidden, arena),
         g(s, window, to_weight, to_hidden, a.grad_entropy != nullptr, arena),
-        transform(a.head.temperature, a.head.logit_scale, a.head.softcap),
+        transform(a.problem.temperature, a.problem.logit_scale, a.problem.softcap),
         depth(round_up(window < s.n ? window : s.n, K::unit)),
         column_panel(depth * s.P),
         weight_ld(s.h_panels() * s.P),
         weight_span(direct || windows > 1 ? panels_together(s.h_panels(), threads) : 1),
         hidden_span(panels_together(ceil_div(window, s.P), threads)) {
     tiles = arena.take<acc>(threads * tile_size());
-    rows = arena.take<acc>(threads * row_size());
+    token_scratch = arena.take<acc>(threads * token_size());
     packed = recomputes ? arena.take<elem>(s.h_padded * window) : nullptr;
     sums = to_hidden ? arena.take<acc>(s.h * s.n_padded) : nullptr;
     columns = a.grad_weight ? arena.take<elem>(s.h_panels() * column_panel) : nullptr;
@@ -100,9 +105,9 @@ struct Backward {
     return {t0, t1, ceil_div(t1 - t0, s.P)};
   }
   int64_t tile_size() const { return (s.tile_rows() + 1) * s.P; }
-  int64_t row_size() const { return s.h_padded > s.P ? s.h_padded : s.P; }
+  int64_t token_size() const { return s.h_padded > s.P ? s.h_padded : s.P; }
   elem* elem_row(int thread) const {  // never used together with the row of accumulators, and elem is no larger
-    return reinterpret_cast<elem*>(rows + thread * row_size());
+    return reinterpret_cast<elem*>(token_scratch + thread * token_size());
   }
 
   int64_t group_blocks(int64_t at_group) const {
@@ -111,7 +116,7 @@ struct Backward {
   }
   int64_t weight_tasks() const { return a.grad_weight ? ceil_div(s.h_panels(), weight_span) : 0; }
   int64_t bias_tasks() const { return a.grad_bias ? 1 : 0; }
-  // Rows of d hidden^T are cut in pieces where there are fewer panels than keep the threads busy.
+  // Rows of d hidden^T in a task: a few panels still make tasks for all threads. 128 tiles were not compared with others.
   static constexpr int64_t kHiddenRows = 128 * K::MR;
   int64_t hidden_chunks() const { return ceil_div(s.h, kHiddenRows); }
   int64_t hidden_tasks(const Window& win) const { return to_hidden ? ceil_div(win.panels, hidden_span) * hidden_chunks() : 0; }
@@ -161,8 +166,8 @@ struct Backward {
     const int64_t to = panel + 1 < win.panels ? from + s.P : round_up(tokens, K::unit);
     for (int64_t t = from; t < to; ++t) {
       if (t < tokens)
-        read_row<K>(s.head.hidden, s.head.hidden_dtype, s.head.row_offsets[win.t0 + t], s.head.hidden_col_stride, s.h,
-                    s.h_padded, row);
+        read_row<K>(s.problem.hidden, s.problem.hidden_dtype, s.problem.token_offsets[win.t0 + t], s.problem.hidden_col_stride,
+                    s.h, s.h_padded, row);
       else
         for (int64_t k = 0; k < s.h; ++k) row[k] = elem(0);
       put_row<K>(columns, s.P, column_panel, t, row, s.h);
@@ -177,7 +182,7 @@ struct Backward {
       const int64_t width = s.width(win.t0 / s.P + panel);
       for_tiles(s, b, [&](int64_t r0, int64_t n_rows) {
         logits_tile<K>(s, w, packed + panel * s.P * s.h_padded, b, r0, n_rows, width, c);
-        transform_tile<K>(transform, static_cast<const acc*>(a.head.bias), b * s.block + r0, c, width, n_rows);
+        transform_tile<K>(transform, static_cast<const acc*>(a.problem.bias), b * s.block + r0, c, width, n_rows);
         g.from_logits(c, b, r0, n_rows, win, panel, transform);
       });
     }
@@ -221,12 +226,12 @@ struct Backward {
       acc* const row = tile + r * s.P;
       const int64_t at = (v0 + r) * s.h + k0;
       for (int64_t i = 0; add && i < width; ++i) row[i] += static_cast<const acc*>(a.grad_weight)[at + i];
-      write_row<K>(a.grad_weight, a.head.weight_dtype, at, row, width);
+      write_row<K>(a.grad_weight, a.problem.weight_dtype, at, row, width);
     }
   }
   void write_weight(int64_t b, int64_t in_group) const {
     for (int64_t r = 0; r < s.rows(b); ++r)
-      write_row<K>(a.grad_weight, a.head.weight_dtype, (b * s.block + r) * s.h,
+      write_row<K>(a.grad_weight, a.problem.weight_dtype, (b * s.block + r) * s.h,
                    weight_sums + (in_group * s.block + r) * weight_ld, s.h);
   }
 
@@ -251,7 +256,7 @@ struct Backward {
     });
   }
   void write_hidden(int64_t panel, int thread) const {
-    write_tokens<K>(s, a, panel, sums + panel * s.P * s.h, nullptr, rows + thread * row_size());
+    write_tokens<K>(s, a, panel, sums + panel * s.P * s.h, nullptr, token_scratch + thread * token_size());
   }
 };
 
@@ -259,17 +264,18 @@ struct Backward {
 template <class K>
 static int64_t scale_jacobian(const BackwardArgs& a) {
   using acc = typename K::acc;
-  const Shape<K> s(a.head);
+  const Shape<K> s(a.problem);
   if (a.cache_bytes < s.jacobian_bytes()) return -1;
   const int threads = s.threads(1.0 / double(s.v));
   Arena arena{static_cast<char*>(a.workspace)};
-  acc* rows = arena.take<acc>(threads * s.h_padded);
-  acc* scale = arena.take<acc>(s.n_padded);
+  acc* token_scratch = arena.take<acc>(threads * s.h_padded);
+  acc* row_scale = arena.take<acc>(s.n_padded);
   if (!a.workspace) return arena.used;
-  const acc slope = Transform<typename K::Vec>(a.head.temperature, a.head.logit_scale, a.head.softcap).scale;
-  for (int64_t t = 0; t < s.n; ++t) scale[t] = slope * static_cast<const acc*>(a.grad_logps)[t];
+  const acc scale = Transform<typename K::Vec>(a.problem.temperature, a.problem.logit_scale, a.problem.softcap).scale;
+  for (int64_t t = 0; t < s.n; ++t) row_scale[t] = scale * static_cast<const acc*>(a.grad_logps)[t];
   for_tasks(threads, s.panels, [&](int64_t panel, int thread) {
-    write_tokens<K>(s, a, panel, static_cast<const acc*>(a.jacobian) + panel * s.P * s.h, scale, rows + thread * s.h_padded);
+    write_tokens<K>(s, a, panel, static_cast<const acc*>(a.jacobian) + panel * s.P * s.h, row_scale,
+                    token_scratch + thread * s.h_padded);
   });
   return arena.used;
 }

@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // A tile of logits is folded into the running statistics of its tokens; its exponentials go where they are wanted.
 #pragma once
 
@@ -9,21 +14,22 @@ struct Nowhere {  // the exponentials are not wanted
   static constexpr bool kWanted = false;
 };
 
-// Into the cache of a block, with the m that they are relative to.
+// The exponentials go to the cache of a block, with the shift that they are relative to: the m of their fold.
 template <class K>
 struct ToCache {
   static constexpr bool kWanted = true;
   using V = typename K::Vec;
   using reg = typename V::reg;
-  typename K::cached* e;  // [rows, width] of this tile
-  typename K::acc* m;     // [folds, n_padded], this tile's, from the panel's first token
+  typename K::cached* e;   // [rows, width] of this tile
+  typename K::acc* shift;  // [folds, n_padded], this tile's, from the panel's first token
   int64_t width, n_padded;
 
-  void start(int64_t fold, int64_t t, reg m_now) { V::store(m + fold * n_padded + t, m_now); }
+  void start(int64_t fold, int64_t t, reg m_now) { V::store(shift + fold * n_padded + t, m_now); }
   void put(int64_t r, int64_t t, reg e0, reg e1) { K::store_cached(e + r * width, width, t, e0, e1); }
 };
 
-// As the B operand of a product with W^T whose sums are relative to a shift of their own: `shift` [width].
+// The exponentials become the B operand of a product with W^T, whose sums are relative to a shift of their own: `shift`
+// [width].
 template <class K>
 struct ToProduct {
   static constexpr bool kWanted = true;
@@ -51,7 +57,7 @@ struct Fold {
   const acc* bias;
   Transform<V> transform;
 
-  // From products c [rows, width] of vocabulary v0.. and tokens t0..: transforms them and takes the labels' out. c has room
+  // Takes products c [rows, width] of vocabulary v0.. and tokens t0.., transforms them and takes the labels' out. c has room
   // for a row more.
   void prepare(acc* c, int64_t width, int64_t rows, int64_t v0, int64_t t0, int64_t n_tokens) const {
     const int64_t at = piece_of(v0) * stats.stride + t0;
@@ -70,7 +76,7 @@ struct Fold {
     }
   }
 
-  // Folds what `prepare` left; the exponentials (times bend) go to `sink`.
+  // Folds what `prepare` left; the exponentials (times slope_over_scale) go to `sink`.
   template <class Sink>
   void operator()(const acc* c, int64_t width, int64_t rows, int64_t v0, int64_t t0, int64_t n_tokens, Sink sink) const {
     const int64_t at = piece_of(v0) * stats.stride + t0, rows_even = round_up(rows, 2);
@@ -129,8 +135,8 @@ struct Fold {
       }
       if constexpr (Sink::kWanted) {
         if (transform.has_cap) {
-          e0 = V::mul(e0, transform.bend(z0));
-          e1 = V::mul(e1, transform.bend(z1));
+          e0 = V::mul(e0, transform.slope_over_scale(z0));
+          e1 = V::mul(e1, transform.slope_over_scale(z1));
         }
         sink.put(r, lane, e0, e1);
       }
@@ -140,8 +146,8 @@ struct Fold {
     if constexpr (Extra) {
       if (stats.sum_x) {
         // An empty piece (old = 0, m_old = -inf) contributes 0, not 0 * -inf.
-        const reg shift = V::max(V::sub(m_old, m), V::set1(acc(kFloorLogp)));
-        const reg moved = V::fma(shift, old, V::load(stats.sum_x + at));
+        const reg d = V::max(V::sub(m_old, m), V::set1(acc(kFloorLogp)));
+        const reg moved = V::fma(d, old, V::load(stats.sum_x + at));
         V::store(stats.sum_x + at, V::fma(moved, f, sx));
       }
       if (stats.sum_sq) V::store(stats.sum_sq + at, V::fma(V::load(stats.sum_sq + at), V::mul(f, f), sq));

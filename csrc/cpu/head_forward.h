@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // linear_logprob forward: one pass over the vocabulary, in one call.
 #pragma once
 
@@ -18,12 +23,12 @@ struct Forward {
   int64_t together = 1, apart = 1;
   const int64_t span, spans;  // panels in a task, tasks of a block
   Stats<acc> stats{};
-  elem *packed, *exps, *rows;
+  elem *packed, *exps, *token_scratch;
   acc *tiles, *shift;
 
   explicit Forward(const ForwardArgs& args)
       : a(args),
-        s(a.head),
+        s(a.problem),
         threads(s.threads(a.jacobian ? 2 : 1)),
         cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)),
         jacobian(static_cast<acc*>(a.jacobian)),
@@ -52,7 +57,7 @@ struct Forward {
     stats.z_label = arena.take<acc>(s.n_padded);
     tiles = arena.take<acc>(threads * tile_size());
     exps = jacobian ? arena.take<elem>(threads * s.tile_rows() * s.P) : nullptr;
-    rows = arena.take<elem>(threads * s.h_padded);
+    token_scratch = arena.take<elem>(threads * s.h_padded);
     shift = jacobian ? arena.take<acc>(s.n_padded) : nullptr;
   }
 
@@ -96,7 +101,7 @@ struct Forward {
   void task(int64_t step, int64_t i, int thread) const {
     if (step == 0) {
       if (i >= s.panels) return w.prepare(0, i - s.panels);
-      return pack_tokens<K>(s, packed_of(i), rows + thread * s.h_padded, i);
+      return pack_tokens<K>(s, packed_of(i), token_scratch + thread * s.h_padded, i);
     }
     const int64_t block = i / spans;
     if (block < together && block_of(step, block) < s.blocks)
@@ -120,8 +125,8 @@ struct Forward {
   }
 
   void fold_tile(int64_t b, int64_t r0, int64_t n_rows, int64_t panel, acc* c, int thread) const {
-    const Fold<K> fold{stats, a.head.labels, static_cast<const acc*>(a.head.bias),
-                       Transform<V>(a.head.temperature, a.head.logit_scale, a.head.softcap)};
+    const Fold<K> fold{stats, a.problem.labels, static_cast<const acc*>(a.problem.bias),
+                       Transform<V>(a.problem.temperature, a.problem.logit_scale, a.problem.softcap)};
     const int64_t width = s.width(panel), t0 = panel * s.P, tokens = s.tokens(panel), v0 = b * s.block + r0;
     fold.prepare(c, width, n_rows, v0, t0, tokens);
     if (jacobian) {
@@ -129,7 +134,7 @@ struct Forward {
     } else if (b < cached_blocks) {
       const CacheBlock<K> cache(s, a.cache, b);
       fold(c, width, n_rows, v0, t0, tokens,
-           ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.m + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
+           ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.shift + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
     } else {
       fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
     }
@@ -152,17 +157,17 @@ struct Forward {
 
   // d logp / d hidden = (1 - p_label) W[label] - sum_{v != label} p_v W_v
   void finish_jacobian(int64_t panel, int thread) const {
-    const Transform<V> transform(a.head.temperature, a.head.logit_scale, a.head.softcap);
+    const Transform<V> transform(a.problem.temperature, a.problem.logit_scale, a.problem.softcap);
     const int64_t width = s.width(panel);
     acc* const sums = jacobian + panel * s.P * s.h;
-    elem* const row = rows + thread * s.h_padded;
+    elem* const row = token_scratch + thread * s.h_padded;
     for (int64_t t = 0; t < s.tokens(panel); ++t) {
       const int64_t token = panel * s.P + t;
       const acc* lse = static_cast<const acc*>(a.lse) + 2 * token;
       const acc logp = static_cast<const acc*>(a.logps)[token], others = -std::exp(shift[token] - lse[0] - lse[1]);
-      const acc own = -std::expm1(logp) * transform.bend(stats.z_label[token]);
-      read_row<K>(a.head.weight, a.head.weight_dtype, a.head.labels[token] * a.head.weight_row_stride, a.head.weight_col_stride,
-                  s.h, s.h_padded, row);
+      const acc own = -std::expm1(logp) * transform.slope_over_scale(stats.z_label[token]);
+      read_row<K>(a.problem.weight, a.problem.weight_dtype, a.problem.labels[token] * a.problem.weight_row_stride,
+                  a.problem.weight_col_stride, s.h, s.h_padded, row);
       for (int64_t k = 0; k < s.h; ++k) sums[k * width + t] = others * sums[k * width + t] + own * K::to_acc(row[k]);
     }
   }

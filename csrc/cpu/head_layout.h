@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // How linear_logprob lays its operands out, and what both of its directions share.
 //
 // Everything is transposed: the logits of a block of vocabulary rows and a panel of tokens are
@@ -18,24 +23,25 @@
 // kGroupRows, and the whole vocabulary where it is smaller give the same bits.
 #pragma once
 
-constexpr int64_t kFoldRows = 48;
+constexpr int64_t kFoldRows = 48;          // the least rows that a block of a large vocabulary has
 constexpr int64_t kGroupRows = 192;        // deep enough that accumulators are loaded and stored rarely
 constexpr int64_t kPieces = 8;             // so that few tokens still occupy many threads
 constexpr int64_t kTileRows = kGroupRows;  // logits that a thread has at a time: they stay in an L1 or L2 cache
 
 // Panels that one task takes against the same rows, which then come from the L3 cache or memory once for all of them; fewer
-// where every thread would not have two tasks.
+// where every thread would not have two tasks. Four were not compared with other numbers.
 constexpr int64_t kPanelsTogether = 4;
 constexpr int64_t panels_together(int64_t panels, int threads) {
   const int64_t share = panels / (2 * threads);
   return share < 1 ? 1 : share < kPanelsTogether ? share : kPanelsTogether;
 }
-constexpr int64_t kSlabRows = 48;  // rows that a task takes against its panels before the next: they stay in an L2 cache
+// Rows that a task takes against its panels before the next: in fp32 and up to H 4096 they are 768 KiB, of an L2 cache.
+constexpr int64_t kSlabRows = 48;
 
 // Fewer operations than this are done sooner by one thread than another is started: about 0.1 ms of AVX2.
 constexpr double kThreadFlops = 1e7;
 
-struct Arena {  // hands out 64-byte aligned pieces; with no base it only counts
+struct Arena {  // hands out buffers, aligned to a cache line of 64 bytes; with no base it only counts
   char* base;
   int64_t used = 0;
   template <class T>
@@ -49,11 +55,11 @@ struct Arena {  // hands out 64-byte aligned pieces; with no base it only counts
 template <class K>
 struct Shape {
   static constexpr int P = K::NV * K::Vec::W;  // tokens in a panel, and hidden columns in a panel of d weight
-  const Head& head;
+  const Problem& problem;
   int64_t n, h, v, block, h_padded, n_padded, panels, blocks;
 
-  explicit Shape(const Head& a)
-      : head(a),
+  explicit Shape(const Problem& a)
+      : problem(a),
         n(a.n),
         h(a.h),
         v(a.v),
@@ -69,11 +75,11 @@ struct Shape {
   int64_t tile_rows() const { return block < kTileRows ? block : kTileRows; }
   int64_t h_panels() const { return ceil_div(h, P); }
   // W's rows can be the A operand as they lie, if their elements are the product's.
-  bool weight_as_is() const { return head.weight_dtype == K::kElemType && head.weight_col_stride == 1 && h_padded == h; }
-  // Threads that `products` of n x h x v are worth.
+  bool weight_as_is() const { return problem.weight_dtype == K::kElemType && problem.weight_col_stride == 1 && h_padded == h; }
+  // Threads that `products` of n x h x v are worth. What else is done to a logit is taken for 16 terms of its sum; not tuned.
   int threads(double products) const {
     const double useful = 2.0 * double(n) * double(h + 16) * double(v) * products / kThreadFlops;
-    return useful >= head.threads ? head.threads : useful > 1 ? int(useful) : 1;
+    return useful >= problem.threads ? problem.threads : useful > 1 ? int(useful) : 1;
   }
 
   int64_t cache_elems() const { return block * n_padded; }
@@ -90,15 +96,15 @@ struct Shape {
   }
 };
 
-// exp(z - m) of one vocabulary block for all tokens, panel after panel, and the m [folds, n_padded] of each fold.
+// exp(z - shift) of one vocabulary block for all tokens, panel after panel, and the shifts [folds, n_padded] of each fold.
 template <class K>
 struct CacheBlock {
   typename K::cached* e;
-  typename K::acc* m;
+  typename K::acc* shift;
   CacheBlock(const Shape<K>& s, void* cache, int64_t b) {
     char* at = static_cast<char*>(cache) + b * s.cache_per_block();
     e = reinterpret_cast<typename K::cached*>(at);
-    m = reinterpret_cast<typename K::acc*>(at + round_up(s.cache_elems() * int64_t(sizeof(typename K::cached)), 64));
+    shift = reinterpret_cast<typename K::acc*>(at + round_up(s.cache_elems() * int64_t(sizeof(typename K::cached)), 64));
   }
 };
 
@@ -123,17 +129,18 @@ struct WeightBlocks {
   int64_t tasks() const { return any() ? ceil_div(s.block, kRows) : 0; }
 
   const elem* rows_of(int64_t b) const {
-    return as_is ? static_cast<const elem*>(s.head.weight) + b * s.block * s.head.weight_row_stride : converted[b % kBuffers];
+    return as_is ? static_cast<const elem*>(s.problem.weight) + b * s.block * s.problem.weight_row_stride
+                 : converted[b % kBuffers];
   }
-  int64_t ld_rows() const { return as_is ? s.head.weight_row_stride : s.h_padded; }
+  int64_t ld_rows() const { return as_is ? s.problem.weight_row_stride : s.h_padded; }
   const elem* transposed_of(int64_t b) const { return transposed[b % kBuffers]; }  // [h, block]
 
   void prepare(int64_t b, int64_t task) const {
     const int64_t r0 = task * kRows, rows = s.rows(b), r1 = r0 + kRows < rows ? r0 + kRows : rows;
     if (!as_is)
       for (int64_t r = r0; r < r1; ++r)
-        read_row<K>(s.head.weight, s.head.weight_dtype, (b * s.block + r) * s.head.weight_row_stride, s.head.weight_col_stride,
-                    s.h, s.h_padded, converted[b % kBuffers] + r * s.h_padded);
+        read_row<K>(s.problem.weight, s.problem.weight_dtype, (b * s.block + r) * s.problem.weight_row_stride,
+                    s.problem.weight_col_stride, s.h, s.h_padded, converted[b % kBuffers] + r * s.h_padded);
     if (!need_transposed) return;
     if (r1 > r0) transpose<K>(rows_of(b) + r0 * ld_rows(), ld_rows(), r1 - r0, s.h, transposed[b % kBuffers] + r0, s.block);
     for (int64_t r = rows; r < round_up(rows, 2) && r / kRows == task; ++r)  // the last block's odd row
@@ -141,7 +148,7 @@ struct WeightBlocks {
   }
 
  private:
-  static constexpr int64_t kRows = 32;
+  static constexpr int64_t kRows = 32;  // of a task: whole tiles of every kind's transposition; a block makes six tasks
 };
 
 // The hidden rows of a panel, packed as the B operand of z^T: [h_padded / unit][tokens][unit].
@@ -151,8 +158,8 @@ static void pack_tokens(const Shape<K>& s, typename K::elem* out, typename K::el
   for (int64_t t = 0; t < width; ++t) {
     // Lanes without a token repeat the last one: zeros would make NaN of an infinite weight, and 0 times that is not 0.
     if (t < s.tokens(panel))
-      read_row<K>(s.head.hidden, s.head.hidden_dtype, s.head.row_offsets[panel * s.P + t], s.head.hidden_col_stride, s.h,
-                  s.h_padded, row);
+      read_row<K>(s.problem.hidden, s.problem.hidden_dtype, s.problem.token_offsets[panel * s.P + t],
+                  s.problem.hidden_col_stride, s.h, s.h_padded, row);
     put_column<K>(out, width, t, row, s.h_padded);
   }
 }

@@ -1,7 +1,9 @@
+// The CPU kernels for AVX2 with FMA.
 #if defined(__x86_64__)
 #include "cpu/isa_begin.h"
 
 #define DPOFAST_FMA
+// 12 accumulators, 2 registers of B and one of A, of 16.
 #define DPOFAST_MR 6
 #define DPOFAST_NV 2
 

@@ -1,7 +1,9 @@
+// The CPU kernels for AVX-512, without its dot products of bf16.
 #if defined(__x86_64__)
 #include "cpu/isa_begin.h"
 
 #define DPOFAST_FMA
+// 24 accumulators, 4 registers of B and one of A, of 32.
 #define DPOFAST_MR 6
 #define DPOFAST_NV 4
 

@@ -1,8 +1,10 @@
+// The CPU kernels for AVX-512 with dot products of bf16.
 #if defined(__x86_64__)
 #include "cpu/isa_begin.h"
 
 #define DPOFAST_AVX512_BF16
 #define DPOFAST_FMA
+// 24 accumulators, 4 registers of B and one of A, of 32.
 #define DPOFAST_MR 6
 #define DPOFAST_NV 4
 

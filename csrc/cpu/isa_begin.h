@@ -1,5 +1,6 @@
 // Everything an instruction set's file needs before its target region opens: the standard headers and
 // the shared, baseline parts. Included first, so that none of it is compiled for the wider target.
+#pragma once
 #include <chrono>
 #include <cmath>
 #include <cstdint>
@@ -18,9 +19,12 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
+// Unrolls a whole loop over registers: none has more than 16 rounds.
 #if defined(__clang__)
 #define DPOFAST_UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define DPOFAST_UNROLL _Pragma("GCC unroll 16")
 #endif
 #define DPOFAST_NOINLINE __attribute__((noinline))
+// What follows in the file is the region; the headers that belong there ask for it.
+#define DPOFAST_ISA_REGION

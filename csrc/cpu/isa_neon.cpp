@@ -1,3 +1,4 @@
+// The CPU kernels for NEON, which is part of every aarch64 and needs no target region.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 

@@ -7,11 +7,11 @@
 namespace dpofast::cpu {
 
 // hidden [n, h] (rows gathered by offset), weight [v, h], labels [n]; n counts completion tokens only.
-struct Head {  // the problem
+struct Problem {
   int64_t n, h, v;
   const void* hidden;
   DType hidden_dtype;
-  const int64_t* row_offsets;  // [n], in elements from `hidden`
+  const int64_t* token_offsets;  // [n], in elements from `hidden`
   int64_t hidden_col_stride;
   const void* weight;
   DType weight_dtype;
@@ -26,7 +26,7 @@ struct Head {  // the problem
 // Statistics are [n] in the accumulator's type (fp32; fp64 when an input is fp64); lse is [n, 2]: the largest z
 // and log sum exp(z - it). Added up they would lose what tells the p of a row apart when logits share an offset.
 struct ForwardArgs {
-  Head head;
+  Problem problem;
   unsigned outputs;
   void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
   uint8_t* is_top1;
@@ -38,7 +38,7 @@ struct ForwardArgs {
 };
 
 struct BackwardArgs {
-  Head head;
+  Problem problem;
   const void *logps, *lse, *entropy;      // from the forward; entropy only with grad_entropy
   const void *grad_logps, *grad_entropy;  // [n]; grad_entropy may be null
   const void* cache;                      // what the forward left there, or null
@@ -46,15 +46,15 @@ struct BackwardArgs {
   int64_t cache_bytes;                    // of either
   void* grad_hidden;                      // contiguous rows; or null
   DType grad_hidden_dtype;
-  const int64_t* grad_rows;  // [n] row numbers in grad_hidden
-  void* grad_weight;         // weight's dtype, [v, h] contiguous; or null
-  void* grad_bias;           // accumulator's type, [v]; or null
-  int64_t token_chunk;       // with grad_weight or grad_bias: tokens packed at a time; 0: all
+  const int64_t* grad_positions;  // [n] row numbers in grad_hidden
+  void* grad_weight;              // weight's dtype, [v, h] contiguous; or null
+  void* grad_bias;                // accumulator's type, [v]; or null
+  int64_t token_chunk;            // with grad_weight or grad_bias: tokens packed at a time; 0: all
   void* workspace;
 };
 
-// The same passes over logits that exist already. logits [n, v] gathered by offset, unit column stride.
-struct RowsArgs {
+// The op `logprob`: the same passes over logits that exist already. logits [n, v] gathered by offset, unit column stride.
+struct LogitsArgs {
   int64_t n, v;
   const void* logits;
   DType dtype;
@@ -85,8 +85,8 @@ struct Table {
   const char* name;
   int64_t (*forward)(const ForwardArgs&);    // bytes of workspace; -1: the jacobian is larger than cache_bytes
   int64_t (*backward)(const BackwardArgs&);  // likewise
-  void (*rows_forward)(const RowsArgs&);
-  void (*rows_backward)(const RowsArgs&);
+  void (*logits_forward)(const LogitsArgs&);
+  void (*logits_backward)(const LogitsArgs&);
   Traits (*traits)(DType hidden, DType weight);
   Peak (*peak)(DType hidden, DType weight, char* work);
 };
@@ -96,7 +96,7 @@ const Table* const* tables();
 const Table* find(const char* name);  // nullptr if not available
 
 extern const Table kScalar;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 extern const Table kAvx2, kAvx512, kAvx512Bf16;
 #elif defined(__aarch64__)
 extern const Table kNeon;

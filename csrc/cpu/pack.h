@@ -1,3 +1,8 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // Moving matrices into the shapes that gemm.h wants, converting to the product's element type on the way.
 #pragma once
 

@@ -1,3 +1,4 @@
+// The team of threads of parallel.h: OpenMP's, found at run time, or new ones; barriers; the counter of tasks.
 #include "cpu/parallel.h"
 
 #include <atomic>

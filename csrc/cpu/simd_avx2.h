@@ -1,4 +1,9 @@
-// AVX2 vectors of 8 floats. Included inside a target region.
+// Included by isa_*.cpp only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_*.cpp, after isa_begin.h"
+#endif
+
+// AVX2 vectors of 8 floats.
 #pragma once
 
 struct Avx2Vec {

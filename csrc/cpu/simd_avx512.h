@@ -1,4 +1,9 @@
-// AVX-512 vectors of 16 floats. Included inside a target region; DPOFAST_AVX512_BF16 adds the bf16 forms.
+// Included by isa_*.cpp only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_*.cpp, after isa_begin.h"
+#endif
+
+// AVX-512 vectors of 16 floats. DPOFAST_AVX512_BF16 adds the bf16 forms.
 #pragma once
 
 struct Avx512Vec {

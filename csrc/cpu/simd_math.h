@@ -1,3 +1,8 @@
+// Included by isa_*.cpp only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_*.cpp, after isa_begin.h"
+#endif
+
 // Polynomials shared by the vector widths (minimax coefficients of the Cephes library, S. Moshier).
 #pragma once
 

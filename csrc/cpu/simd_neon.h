@@ -1,3 +1,8 @@
+// Included by isa_*.cpp only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_*.cpp, after isa_begin.h"
+#endif
+
 // NEON vectors of 4 floats. Part of every aarch64, so there is no target region.
 #pragma once
 

@@ -1,3 +1,8 @@
+// Included by isa_*.cpp only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_*.cpp, after isa_begin.h"
+#endif
+
 // Vectors for any machine: plain arrays that a compiler can turn into SSE2 or NEON. The scalar table's
 // float and double vectors, and every table's double.
 #pragma once

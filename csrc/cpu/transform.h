@@ -1,5 +1,11 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // The logit transform, a vector at a time:
-//   z = x * scale,  or  cap * tanh(x * inner) with d z / d x = scale * bend(z), bend(z) = 1 - (z / cap)^2
+//   z = x * scale,  or  cap * tanh(x * inner), with the slope d z / d x = scale * slope_over_scale(z), slope_over_scale(z) = 1
+//   - (z / cap)^2
 // where scale = logit_scale / temperature, cap = softcap / temperature, inner = logit_scale / softcap.
 #pragma once
 
@@ -23,9 +29,9 @@ struct Transform {
     return has_cap ? V::mul(V::set1(cap), V::tanh(V::mul(x, V::set1(inner)))) : V::mul(x, V::set1(scale));
   }
   // Kept >= 0, so that z = -inf, an entry that is left out, gives 0 and not NaN.
-  reg bend(reg z) const {
+  reg slope_over_scale(reg z) const {
     const reg u = V::mul(z, V::set1(inv_cap));
     return V::max(V::set1(0), V::sub(V::set1(1), V::mul(u, u)));
   }
-  acc bend(acc z) const { return has_cap ? acc(1) - z * inv_cap * z * inv_cap : acc(1); }
+  acc slope_over_scale(acc z) const { return has_cap ? acc(1) - z * inv_cap * z * inv_cap : acc(1); }
 };

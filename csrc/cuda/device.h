@@ -22,7 +22,8 @@
 
 namespace dpofast::cuda {
 
-constexpr int kThreads = 256;  // per block, in every kernel over rows
+// Per block, in every kernel over rows. With 64 registers a thread that is a quarter of an SM's; other numbers were not tuned.
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kAll = 0xffffffffu;
 
@@ -112,7 +113,7 @@ __device__ __forceinline__ double quick_exp(double x) { return exp(x); }
 __device__ __forceinline__ float scaled_minus(float x, float scale, float shift) { return fmaf(x, scale, -shift); }
 __device__ __forceinline__ double scaled_minus(double x, double scale, double shift) { return fma(x, scale, -shift); }
 
-// For numbers of a row: accurate for every x.
+// These are for the numbers of a row: accurate for every x.
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }
@@ -120,21 +121,20 @@ __device__ __forceinline__ double tanh_of(double x) { return tanh(x); }
 __device__ __forceinline__ float expm1_of(float x) { return expm1f(x); }
 __device__ __forceinline__ double expm1_of(double x) { return expm1(x); }
 
-// z and dz/dx of core/transform: softcap * tanh(logit_scale * x / softcap) / temperature, each part optional.
+// z = softcap * tanh(logit_scale * x / softcap) / temperature, each part optional, and its slope dz/dx.
 template <class A>
 struct Transform {
   A scale;    // logit_scale / temperature
-  A before;   // logit_scale / softcap
-  A after;    // softcap / temperature; 0: no softcap
-  A inverse;  // temperature / softcap; 0: no softcap
+  A inner;    // logit_scale / softcap
+  A cap;      // softcap / temperature; 0: no softcap
+  A inv_cap;  // temperature / softcap; 0: no softcap
 
-  __device__ __forceinline__ A operator()(A x) const { return after != 0 ? after * tanh_of(before * x) : scale * x; }
-  // dz/dx / scale
-  __device__ __forceinline__ A bend(A z) const {
-    const A t = after != 0 ? z * inverse : A(0);
+  __device__ __forceinline__ A operator()(A x) const { return cap != 0 ? cap * tanh_of(inner * x) : scale * x; }
+  __device__ __forceinline__ A slope_over_scale(A z) const {
+    const A t = cap != 0 ? z * inv_cap : A(0);
     return 1 - t * t;
   }
-  __device__ __forceinline__ A slope(A z) const { return scale * bend(z); }
+  __device__ __forceinline__ A slope(A z) const { return scale * slope_over_scale(z); }
 };
 
 template <class A>
@@ -144,18 +144,18 @@ inline Transform<A> make_transform(double temperature, double logit_scale, doubl
 }
 
 template <class T>
-struct alignas(16) Piece16 {
+struct alignas(16) Load16 {
   T x[16 / sizeof(T)];
 };
 
 template <class T>
-__device__ __forceinline__ Piece16<T> load_16_bytes(const T* from) {
+__device__ __forceinline__ Load16<T> load_16_bytes(const T* from) {
 #if defined(DPOFAST_EMULATE)
-  Piece16<T> piece;
-  memcpy(&piece, from, sizeof piece);
-  return piece;
+  Load16<T> load;
+  memcpy(&load, from, sizeof load);
+  return load;
 #else
-  return *reinterpret_cast<const Piece16<T>*>(from);
+  return *reinterpret_cast<const Load16<T>*>(from);
 #endif
 }
 
@@ -167,13 +167,13 @@ __device__ __forceinline__ A biased(A x, const A* bias, int v) {
 // Elements [begin, end) of one row, N at a time for each thread, then a tail one by one. `visit(v, count, x)` gets
 // x[0 .. count), elements v, v + 1, ... kAhead vectors are on their way at once. Which thread gets which elements does not
 // depend on the row's address, so that a row has the same bits wherever it lies; one that does not start at a multiple
-// of 16 bytes is only read in pieces.
+// of 16 bytes is only read one by one.
 template <int N, int kAhead = 2, class T, class F>
 __device__ __forceinline__ void for_vectors(const T* row, int begin, int end, const F& visit) {
-  constexpr int kPiece = 16 / int(sizeof(T));
-  static_assert(N % kPiece == 0, "whole pieces of 16 bytes");
+  constexpr int kPerLoad = 16 / int(sizeof(T));
+  static_assert(N % kPerLoad == 0, "whole loads of 16 bytes");
   struct Vec {
-    Piece16<T> pieces[N / kPiece];
+    Load16<T> loads[N / kPerLoad];
   };
   constexpr int kStep = kThreads * N;  // elements that the block visits at a time
   const int whole = begin + (end - begin) / N * N;
@@ -181,16 +181,16 @@ __device__ __forceinline__ void for_vectors(const T* row, int begin, int end, co
   auto load = [&](int v, Vec& some) {
     if (aligned) {
 #pragma unroll
-      for (int j = 0; j < N / kPiece; ++j) some.pieces[j] = load_16_bytes(row + v + j * kPiece);
+      for (int j = 0; j < N / kPerLoad; ++j) some.loads[j] = load_16_bytes(row + v + j * kPerLoad);
     } else {
 #pragma unroll
-      for (int j = 0; j < N; ++j) some.pieces[j / kPiece].x[j % kPiece] = row[v + j];
+      for (int j = 0; j < N; ++j) some.loads[j / kPerLoad].x[j % kPerLoad] = row[v + j];
     }
   };
   auto give = [&](int v, const Vec& some) {
     T x[N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = some.pieces[j / kPiece].x[j % kPiece];
+    for (int j = 0; j < N; ++j) x[j] = some.loads[j / kPerLoad].x[j % kPerLoad];
     visit(v, std::integral_constant<int, N>(), x);
   };
   int v = begin + int(int64_t(threadIdx.x) * N);
@@ -210,7 +210,7 @@ __device__ __forceinline__ void for_vectors(const T* row, int begin, int end, co
     visit(tail, std::integral_constant<int, 1>(), row + tail);
 }
 
-// Stores N values, in one piece of 16 bytes where they make one and `to` is aligned. (A struct of small elements is
+// Stores N values, 16 bytes at a time where they are that many and `to` is aligned. (A struct of small elements is
 // taken apart by the compiler, element by element: hence the words.)
 template <int N, class A, class G>
 __device__ __forceinline__ void store_vector(const A (&x)[N], G* to) {

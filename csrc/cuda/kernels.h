@@ -17,7 +17,7 @@ struct TileArgs {
   const void* bias;                          // [width] of acc, or null
   const int64_t* labels;                     // [n]
   double temperature, logit_scale, softcap;  // softcap 0: none
-  int64_t splits, part;                      // a row is cut into `splits` parts of `part` columns, a block each
+  int64_t splits, split_width;               // a row is cut into `splits` splits of so many columns, a block each
 };
 
 // Whether z is logit_scale / temperature times the logit.
@@ -29,13 +29,13 @@ struct FoldArgs : TileArgs {
   void* partials;    // [splits, kStats, n] where splits > 1
 };
 
-// A tile whose rows are a.ld apart, and where exp(z - shift) is kept of it.
+// A tile whose rows are a.ld apart, and the cache that keeps exp(z - shift) of it.
 struct KeepArgs : TileArgs {
   bool folds;                // also folds the tile into stats, with splits 1; else stats has it
   void* stats;               // [kStats, n]
   const void* shift_before;  // [n] of acc: each row's shift up to this tile; null: this is the first
   void* shift;               // [n] of acc: from this tile on; not shift_before
-  void* out;                 // where vocabulary number 0 of the first row is kept
+  void* out;                 // the cache's first row, at vocabulary number 0
   int64_t out_ld;
 };
 
@@ -43,10 +43,10 @@ struct SealArgs {
   const void* stats;        // [kStats, n]
   const void *lse, *shift;  // [n, 2] and [n] of acc
   const int64_t* labels;
-  int64_t n, width;  // tokens, and columns that are kept
+  int64_t n, width;  // tokens, and columns of the cache
   double temperature, logit_scale, softcap;
   void* factor;  // [n] of acc
-  void* out;     // [n, width]
+  void* out;     // [n, width], the cache
   int64_t out_ld;
 };
 

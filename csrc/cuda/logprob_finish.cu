@@ -1,3 +1,4 @@
+// Which instance of logprob_finish runs.
 #include "cuda/logprob_finish.cuh"
 
 #include "cuda/kernels.h"

@@ -1,3 +1,4 @@
+// Which instance of logprob_fold runs, and logprob_merge after it where rows are split.
 #include "cuda/logprob_fold.cuh"
 
 #include "cuda/kernels.h"

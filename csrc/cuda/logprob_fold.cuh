@@ -1,7 +1,7 @@
 // logprob_fold: folds one tile of logits [n, width] into the running statistics of its n rows; also whole rows of
 // logits, wherever they start. One read of the tile; the statistics are a handful of numbers per row.
 //
-// A row is cut into `splits` equal parts, one block each, when there are too few rows to fill the GPU. Then each block
+// A row is cut into `splits`, one block each, when there are too few rows to fill the GPU. Then each block
 // writes a partial, and logprob_merge adds them up in their order, so that the bits do not depend on timing.
 #pragma once
 #include "core/softmax.h"
@@ -10,7 +10,8 @@
 
 namespace dpofast::cuda {
 
-// One piece of a row. RowStats without `top`, which m is: the exact maximum over entries that are not the label's.
+// The statistics of a piece of a row, some of its entries. RowStats without `top`, which m is: the exact maximum over entries
+// that are not the label's.
 template <class A>
 struct Piece {
   A m, sum, sum_x, sum_sq, sum_z, top_before, z_label;
@@ -40,7 +41,7 @@ __device__ __forceinline__ void merge_pieces(Piece<A>& a, const Piece<A>& b) {
   }
   a.sum = a.sum * fa + b.sum * fb;
   a.m = m;
-  // The label's logit is in at most one piece. NaN == -inf is false, so a NaN label is kept, too.
+  // The label's logit is in at most one piece. NaN == -inf is false, so a NaN label stays, too.
   if (a.z_label == none) a.z_label = b.z_label;
 }
 
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   const int64_t jobs = a.n * a.splits;
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
     const int64_t row = job / a.splits, split = job - row * a.splits;
-    const int64_t begin = split * a.part, end = begin + a.part < a.width ? begin + a.part : a.width;
+    const int64_t begin = split * a.split_width, end = begin + a.split_width < a.width ? begin + a.split_width : a.width;
     const T* x = static_cast<const T*>(a.x) + (a.row_offsets ? a.row_offsets[row] : row * a.ld);
     const int64_t at = a.labels[row] - a.v0;
     const int label = at < 0 ? -1 : at < a.width ? int(at) : int(a.width);  // before this tile, in it or after it

@@ -1,3 +1,4 @@
+// Which instance of logprob_grad runs.
 #include "cuda/logprob_grad.cuh"
 
 #include "cuda/kernels.h"

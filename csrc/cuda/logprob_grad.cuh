@@ -2,7 +2,8 @@
 // rows of logits, wherever they start. One read, one write.
 //
 //   p = exp(z - z_max - log_sum)
-//   g = dz/dx * (c (onehot - p) - e p (log p + entropy))        c, e: incoming gradients of logps and entropy
+//   g = dz/dx * (c (onehot - p) - d_entropy p (log p + entropy))        c: the incoming gradient of logps, d_entropy: of the
+//   entropy
 //
 // At the label c (1 - p) is -c expm1(logp), so that nothing cancels for a confident token.
 #pragma once
@@ -11,12 +12,12 @@
 
 namespace dpofast::cuda {
 
-// What a row's entries are made with.
+// What a row's entries of g are made with.
 template <class A, bool kPlain>
 struct GradRow {
-  A z_max, log_sum, c, e, entropy;
+  A z_max, log_sum, c, d_entropy, entropy;
 
-  // Of the entry with the logit x that is not the label's. Plain: no bias, no softcap, and no gradient of the
+  // g of an entry that is not the label's, from its logit x. Plain: no bias, no softcap, and no gradient of the
   // entropy.
   __device__ __forceinline__ A value(A x, const Transform<A>& transform) const {
     if constexpr (kPlain) {
@@ -25,7 +26,7 @@ struct GradRow {
       const A z = transform(x), log_p = z - z_max - log_sum;
       A f = c;
       // log p = -inf where p = 0: a large finite number in its place makes that entry 0 and not NaN
-      if (e != 0) f += e * (fmax(log_p, A(kFloorLogp)) + entropy);
+      if (d_entropy != 0) f += d_entropy * (fmax(log_p, A(kFloorLogp)) + entropy);
       return -quick_exp(log_p) * f * transform.slope(z);
     }
   }
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   const int64_t jobs = a.n * a.splits;
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
     const int64_t row = job / a.splits, split = job - row * a.splits;
-    const int64_t begin = split * a.part, end = begin + a.part < a.width ? begin + a.part : a.width;
+    const int64_t begin = split * a.split_width, end = begin + a.split_width < a.width ? begin + a.split_width : a.width;
     const T* x = static_cast<const T*>(a.x) + (a.row_offsets ? a.row_offsets[row] : row * a.ld);
     G* out = static_cast<G*>(a.out) + (a.out_offsets ? a.out_offsets[row] : row * a.out_ld);
     const int64_t place = a.labels[row] - a.v0;
@@ -51,10 +52,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     r.z_max = at(a.lse, 2 * row);
     r.log_sum = at(a.lse, 2 * row + 1);
     r.c = kPlain ? -c * transform.scale : c;
-    r.e = a.grad_entropy ? at(a.grad_entropy, row) : 0;
+    r.d_entropy = a.grad_entropy ? at(a.grad_entropy, row) : 0;
     r.entropy = a.grad_entropy ? at(a.entropy, row) : 0;
     A own = c * -expm1_of(logp);
-    if (r.e != 0 && p_label > 0) own -= r.e * p_label * (logp + r.entropy);
+    if (r.d_entropy != 0 && p_label > 0) own -= r.d_entropy * p_label * (logp + r.entropy);
 
     for_vectors<kVec>(x, int(begin), int(end), [&](int v, auto count, const T* some) {
       constexpr int N = decltype(count)::value;

@@ -1,3 +1,4 @@
+// Which instances of logprob_keep and logprob_seal run.
 #include "cuda/logprob_keep.cuh"
 
 #include "cuda/kernels.h"

@@ -1,12 +1,12 @@
-// logprob_keep: stores what a backward needs of a tile of logits [n, width], e = exp(z - shift), and where one block has
-// a whole row of it, folds the tile into the running statistics on the way: one read and one write.
+// logprob_keep: writes to the cache what a backward needs of a tile of logits [n, width], e = exp(z - shift), and where one
+// block has a whole row of it, folds the tile into the running statistics on the way: one read and one write.
 //
 // A row keeps one shift for all its tiles: d logps / d x is then a factor of the row times e, and no pass goes over e
 // again. Any shift does whose distance from the largest logit is far from what the exponent of e's type can hold. The
 // first tile's maximum is taken; a row that outgrows it later has what was stored before scaled down, here, by the
 // block that found out.
 //
-// With a softcap e is also multiplied by what differs from entry to entry of dz/dx; the rest is in the row's factor.
+// With a softcap e is also multiplied by the slope dz/dx over its scale; the scale is in the row's factor.
 // The label's entry is 0 until logprob_seal sets it.
 #pragma once
 #include "cuda/logprob_fold.cuh"
@@ -16,9 +16,9 @@ namespace dpofast::cuda {
 // The largest e that may be stored. exp(40): sums of 2^31 of them, and their reciprocals times a small gradient, are
 // far from the limits of eight bits of exponent.
 template <class G>
-constexpr double kLargestKept = 2.3e17;
+constexpr double kLargestCached = 2.3e17;
 template <>
-constexpr double kLargestKept<f16> = 6e4;
+constexpr double kLargestCached<f16> = 6e4;  // fp16 ends at 65504
 
 // The block's sum or maximum of x, in every thread. `warps` is shared memory, kWarps of them.
 template <class A, class F>
@@ -34,9 +34,9 @@ __device__ __forceinline__ A over_block(A x, A* warps, const F& both) {
   return all;
 }
 
-// One part of a row, and the passes that a block makes over it. Plain: no bias and no softcap.
+// One split of a row, and the passes that a block makes over it. Plain: no bias and no softcap.
 template <class T, class G, bool kPlain>
-struct KeptRow {
+struct CachedRow {
   using A = acc_t<T>;
   static constexpr int kVec = 16 / int(sizeof(G) < sizeof(T) ? sizeof(G) : sizeof(T));
   static constexpr int kAhead = kPlain ? 2 : 1;  // a second vector would not fit the registers beside tanh's
@@ -85,7 +85,7 @@ struct KeptRow {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         sum += e[i];
-        if constexpr (!kPlain) e[i] *= transform.bend(all[i]);
+        if constexpr (!kPlain) e[i] *= transform.slope_over_scale(all[i]);
       }
       store_vector(e, out + v);
     });
@@ -101,14 +101,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   DPOFAST_SHARED(A, label_z, 1);
   const auto sum_of = [](A x, A y) { return x + y; };
   const auto max_of = [](A x, A y) { return larger(x, y); };
-  const A none = -A(INFINITY), most = A(kLargestKept<G>);
+  const A none = -A(INFINITY), most = A(kLargestCached<G>);
   const int64_t jobs = a.n * a.splits;
   for (int64_t job = blockIdx.x; job < jobs; job += gridDim.x) {
     const int64_t row = job / a.splits, split = job - row * a.splits;
-    const int64_t begin = split * a.part, end = begin + a.part < a.width ? begin + a.part : a.width;
+    const int64_t begin = split * a.split_width, end = begin + a.split_width < a.width ? begin + a.split_width : a.width;
     const int64_t label = a.labels[row] - a.v0;
     G* const first = static_cast<G*>(a.out) + row * a.out_ld;
-    const KeptRow<T, G, kPlain> part = {
+    const CachedRow<T, G, kPlain> mine = {
         transform, static_cast<const T*>(a.x) + row * a.ld,        static_cast<const A*>(a.bias), first + a.v0, int(begin),
         int(end),  label >= 0 && label < a.width ? int(label) : -1};
     A* const stats = static_cast<A*>(a.stats) + row;
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
 
     A shift = before;
     if constexpr (kFold) {
-      if (shift == none) shift = over_block(part.largest(), warps, max_of);
+      if (shift == none) shift = over_block(mine.largest(), warps, max_of);
     } else {  // the tile is folded in: stats has the largest z so far
       const A m = stats[kM * a.n];
       if (shift == none || quick_exp(m - shift) > most) shift = m;
@@ -124,15 +124,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
     if (threadIdx.x == 0) label_z[0] = none;
     __syncthreads();
     A z_label = none;
-    A sum = part.keep(shift == none ? 0 : shift, z_label);
+    A sum = mine.keep(shift == none ? 0 : shift, z_label);
     if (z_label != none) label_z[0] = z_label;  // at most one thread; a NaN is not none
     if constexpr (kFold) {
       sum = over_block(sum, warps, sum_of);
       if (!(sum <= most)) {  // too large for G somewhere, or a NaN, which stays one
-        const A top = over_block(part.largest(), warps, max_of);
+        const A top = over_block(mine.largest(), warps, max_of);
         if (top > shift) {
           shift = top;
-          sum = over_block(part.keep(shift, z_label), warps, sum_of);
+          sum = over_block(mine.keep(shift, z_label), warps, sum_of);
         }
       }
       if (threadIdx.x == 0) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) logprob_seal_kernel(const SealArgs a
     const A* const lse = static_cast<const A*>(a.lse) + 2 * row;
     G* const e = static_cast<G*>(a.out) + row * a.out_ld;
     A shift = static_cast<const A*>(a.shift)[row];
-    if (quick_exp(p.m - shift) > A(kLargestKept<G>)) {  // outgrown where nothing is kept
+    if (quick_exp(p.m - shift) > A(kLargestCached<G>)) {  // outgrown by a tile that is not cached
       const A factor = quick_exp(shift - p.m);
       for (int64_t v = lane; v < a.width; v += 32) {
         G less;
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads) logprob_seal_kernel(const SealArgs a
     // No other token is possible: every e is 0. And if the label is not, either, nothing is.
     const bool none = shift == -A(INFINITY);
     const int64_t label = a.labels[row];
-    if (label >= 0 && label < a.width) narrow(none ? 0 : -p.sum * exp_of(p.m - shift) * transform.bend(p.z_label), e[label]);
+    if (label >= 0 && label < a.width)
+      narrow(none ? 0 : -p.sum * exp_of(p.m - shift) * transform.slope_over_scale(p.z_label), e[label]);
     const A factor = none ? (p.z_label == -A(INFINITY) ? A(NAN) : A(0)) : -exp_of((shift - lse[0]) - lse[1]);
     static_cast<A*>(a.factor)[row] = factor * transform.scale;
   }

@@ -1,3 +1,4 @@
+// Which instance of scale_rows runs.
 #include "cuda/scale_rows.cuh"
 
 #include "cuda/kernels.h"

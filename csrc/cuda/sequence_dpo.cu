@@ -1,3 +1,4 @@
+// Which instance of sequence_dpo runs.
 #include "cuda/sequence_dpo.cuh"
 
 #include "cuda/kernels.h"

@@ -19,7 +19,7 @@ struct PairGrad {
 
 // What a loss compares of a completion, and its derivative by the completion's summed log-prob.
 struct Compared {
-  double value, slope;
+  double value, derivative;
 };
 
 // -log sigmoid(-x). Exact at both ends, and NaN stays NaN.
@@ -31,14 +31,14 @@ __device__ __forceinline__ double sigmoid(double x) {
   return x < 0 ? e * s : s;
 }
 
-__device__ __forceinline__ double sigmoid_slope(double x) { return sigmoid(x) * sigmoid(-x); }
+__device__ __forceinline__ double sigmoid_derivative(double x) { return sigmoid(x) * sigmoid(-x); }
 
 // A derivative that has vanished wins over a factor that has overflowed.
 __device__ __forceinline__ double chain(double outer, double inner) { return outer == 0 ? 0 : outer * inner; }
 
 // A loss f of x = scale (w - l) - shift, given f(x) and f'(x).
-__device__ __forceinline__ PairGrad of_difference(double f, double slope, double scale) {
-  return {f, scale * slope, -scale * slope};
+__device__ __forceinline__ PairGrad of_difference(double f, double derivative, double scale) {
+  return {f, scale * derivative, -scale * derivative};
 }
 
 // -(1 - eps) log sigmoid(x) - eps log sigmoid(-x)
@@ -70,7 +70,7 @@ __device__ __forceinline__ PairGrad ipo_loss(double w, double l, const PairOptio
 __device__ __forceinline__ PairGrad exo_pair_loss(double w, double l, const PairOptions& o) {
   const double x = o.beta * (w - l), eps = o.label_smoothing;
   const double chosen = -softplus(-x) - log1p(-eps), rejected = -softplus(x) - log(eps);
-  return of_difference(sigmoid(x) * chosen + sigmoid(-x) * rejected, sigmoid_slope(x) * (chosen - rejected), o.beta);
+  return of_difference(sigmoid(x) * chosen + sigmoid(-x) * rejected, sigmoid_derivative(x) * (chosen - rejected), o.beta);
 }
 
 // -log sigmoid(beta w) - (log sigmoid(-beta w) + log sigmoid(-beta l)) / 2
@@ -102,21 +102,21 @@ __device__ __forceinline__ PairGrad sppo_hard_loss(double w, double l, const Pai
 // sigmoid(-beta w) + sigmoid(beta l)
 __device__ __forceinline__ PairGrad apo_zero_loss(double w, double l, const PairOptions& o) {
   const double c = o.beta * w, r = o.beta * l;
-  return {sigmoid(-c) + sigmoid(r), -o.beta * sigmoid_slope(c), o.beta * sigmoid_slope(r)};
+  return {sigmoid(-c) + sigmoid(r), -o.beta * sigmoid_derivative(c), o.beta * sigmoid_derivative(r)};
 }
 
 // sigmoid(beta w) + sigmoid(-beta (w - l))
 __device__ __forceinline__ PairGrad apo_down_loss(double w, double l, const PairOptions& o) {
   const double c = o.beta * w, x = o.beta * (w - l);
-  return {sigmoid(c) + sigmoid(-x), o.beta * (sigmoid_slope(c) - sigmoid_slope(x)), o.beta * sigmoid_slope(x)};
+  return {sigmoid(c) + sigmoid(-x), o.beta * (sigmoid_derivative(c) - sigmoid_derivative(x)), o.beta * sigmoid_derivative(x)};
 }
 
 // -log sigmoid(x) sigmoid(-x / tau) + exp(log sigmoid(x / tau) - x), x = beta (w - l)
 __device__ __forceinline__ PairGrad discopop_loss(double w, double l, const PairOptions& o) {
   const double x = o.beta * (w - l), tau = o.discopop_tau, y = x / tau;
   const double logistic = softplus(-x), exponential = exp(-softplus(-y) - x);
-  const double slope = exponential * (sigmoid(-y) / tau - 1) - sigmoid(-x) * sigmoid(-y);
-  return of_difference(logistic * sigmoid(-y) + exponential, slope - logistic * sigmoid_slope(y) / tau, o.beta);
+  const double derivative = exponential * (sigmoid(-y) / tau - 1) - sigmoid(-x) * sigmoid(-y);
+  return of_difference(logistic * sigmoid(-y) + exponential, derivative - logistic * sigmoid_derivative(y) / tau, o.beta);
 }
 
 // -w
@@ -130,8 +130,8 @@ __device__ __forceinline__ PairGrad simpo_loss(double w, double l, const PairOpt
 // -log sigmoid(beta (w - l - lambda max(0, -w)))
 __device__ __forceinline__ PairGrad dpop_loss(double w, double l, const PairOptions& o) {
   const double penalty = w < 0 ? o.dpop_lambda : 0;
-  const double x = o.beta * (w - l + penalty * w), slope = -o.beta * sigmoid(-x);
-  return {softplus(-x), slope * (1 + penalty), -slope};
+  const double x = o.beta * (w - l + penalty * w), derivative = -o.beta * sigmoid(-x);
+  return {softplus(-x), derivative * (1 + penalty), -derivative};
 }
 
 // -log sigmoid(w - l) + sppo_hard
@@ -175,7 +175,9 @@ __device__ __forceinline__ Compared score(double r, const PairOptions& o) {
   return {expm1(exponent) / power, exp(exponent)};
 }
 
-__device__ __forceinline__ Compared per_token(const Compared& x, double length) { return {x.value / length, x.slope / length}; }
+__device__ __forceinline__ Compared per_token(const Compared& x, double length) {
+  return {x.value / length, x.derivative / length};
+}
 
 // What `loss` compares of a completion with `tokens` tokens, and ref = 0 where there is no reference.
 __device__ __forceinline__ Compared compared(PairLoss loss, double logp, double ref, int64_t tokens, const PairOptions& o) {
@@ -286,8 +288,8 @@ __global__ void __launch_bounds__(kThreads, 2) sequence_dpo_kernel(const Sequenc
     const PairGrad grad = pair_loss(a.loss, of[0].value, of[1].value, o);
     const double weight = element<T>(a.weight, pair, 1), share = weight / double(a.pairs);  // of the batch's mean
     static_cast<T*>(a.losses)[pair] = T(weight * grad.loss);
-    coefficients[0] = T(share * chain(grad.chosen, of[0].slope));
-    coefficients[1] = T(share * chain(grad.rejected, of[1].slope));
+    coefficients[0] = T(share * chain(grad.chosen, of[0].derivative));
+    coefficients[1] = T(share * chain(grad.rejected, of[1].derivative));
   }
   __syncthreads();
 #pragma unroll

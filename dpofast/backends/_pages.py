@@ -1,8 +1,8 @@
 """Memory for the two largest buffers that is not faulted in anew on every step.
 
 A buffer of hundreds of MB costs a page fault and a cleared page for each of its pages, which shows in a profile of
-the whole computation. So the last cache and the last gradient of the head are kept, once nobody uses them any
-more, and the next call takes their pages, as with the caching allocator of ``torch.cuda``. What is kept never exceeds
+the whole computation. So the last cache and the last gradient of the head stay mapped, once nobody uses them any
+more, and the next call takes their pages, as with the caching allocator of ``torch.cuda``. What stays never exceeds
 what the call before it needed.
 """
 
@@ -16,9 +16,9 @@ import threading
 import torch
 from torch import Tensor
 
-_SMALL = 1 << 20  # below it, malloc reuses its own pages
+_SMALL = 1 << 20  # bytes; below, malloc reuses its own pages
 _lock = threading.Lock()
-_kept: dict[str, list[mmap.mmap]] = {}  # by use: the last mapping, if any
+_spare: dict[str, list[mmap.mmap]] = {}  # by use: the last mapping, if any
 
 
 def _map(n_bytes: int) -> mmap.mmap:
@@ -47,19 +47,19 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, use: str) -> Tensor:
     if n_bytes < _SMALL:
         return torch.empty(shape, dtype=dtype)
     with _lock:
-        kept = _kept.setdefault(use, [])
-        if not kept or not n_bytes <= len(kept[0]) <= 2 * n_bytes or _references(kept) != _UNUSED:
-            kept.clear()  # its pages go back before the new ones come, unless a tensor still holds them
-            kept.append(_map(n_bytes))
-        return torch.frombuffer(kept[0], dtype=dtype, count=n_bytes // dtype.itemsize).view(shape)
+        last = _spare.setdefault(use, [])
+        if not last or not n_bytes <= len(last[0]) <= 2 * n_bytes or _references(last) != _UNUSED:
+            last.clear()  # its pages go back before the new ones come, unless a tensor still holds them
+            last.append(_map(n_bytes))
+        return torch.frombuffer(last[0], dtype=dtype, count=n_bytes // dtype.itemsize).view(shape)
 
 
 def empty_cache() -> None:
-    """Gives the memory that is kept between calls back to the system; what a tensor still uses goes with the tensor.
+    """Gives memory that stays mapped between calls back to the system; what a tensor still uses goes with the tensor.
 
     Example:
         >>> import dpofast
         >>> dpofast.empty_cache()
     """
     with _lock:
-        _kept.clear()
+        _spare.clear()

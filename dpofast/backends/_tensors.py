@@ -1,4 +1,4 @@
-"""What every backend does with its tensors: accumulators' dtypes, addresses, room for results."""
+"""Helpers that every backend uses for its tensors: accumulators' dtypes, addresses, room for results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pointer(x: Tensor | None) -> int | None:
 
 
 def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
-    """Where each row of ``x`` [*, H] starts, in elements, whatever its strides: no copy to flatten it."""
+    """Tells where each row of ``x`` [*, H] starts, in elements, whatever its strides: no copy flattens it."""
     if x.is_contiguous():
         return rows * x.shape[-1]
     offsets = torch.zeros_like(rows)
@@ -31,7 +31,7 @@ def element_offsets(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def empty_results(n: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Room for what a forward of n tokens returns; ``lse`` is in two parts, the largest z and log sum exp(z - it)."""
+    """Makes room for the results of n tokens; ``lse`` is two numbers, the largest z and log sum exp(z - it)."""
     out = {"logps": torch.empty(n, dtype=dtype, device=device), "lse": torch.empty(n, 2, dtype=dtype, device=device)}
     for name in names:
         out[name] = torch.empty(n, dtype=output_dtype(name, dtype), device=device)
@@ -41,7 +41,7 @@ def empty_results(n: int, names: tuple[str, ...], dtype: torch.dtype, device: to
 def places(shape: torch.Size, positions: Tensor) -> tuple[Tensor, ...]:
     """Indices along each of the dimensions of ``shape``, of which there may be none, of positions in row-major order.
 
-    As `torch.unravel_index`, which copies the shape to the device and waits for that.
+    `torch.unravel_index` does the same, but copies the shape to the device and waits for that.
     """
     indices, rest = [], positions
     for size in reversed(shape[1:]):

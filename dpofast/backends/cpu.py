@@ -15,7 +15,7 @@ from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
 from dpofast.native import C
 from dpofast.plan import Schedule
 
-_SMALL_WORKSPACE = 1 << 16  # bytes; a small head needs no more, and is called once
+_SMALL_WORKSPACE = 1 << 16  # bytes: what a small head needs, so that its kernel is called once; not tuned
 
 
 class CpuBackend:
@@ -34,21 +34,24 @@ class CpuBackend:
         self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...], cache: Tensor
     ) -> dict[str, Tensor]:
         results = empty_results(problem.n_tokens, outputs, problem.wide, problem.hidden.device)
-        for part in schedule.chunks(problem.n_tokens):
-            args, alive = _operands(problem.chunk(part), schedule)
-            args |= {name: pointer(chunk(results.get(name), part)) for name in ("logps", "lse", *STATISTICS)}
-            self._run(C.forward, args | {"outputs": flags(outputs), "stats": None} | _kept(schedule, cache))
+        for tokens in schedule.chunks(problem.n_tokens):
+            args, alive = _operands(problem.chunk(tokens), schedule)
+            args |= {name: pointer(chunk(results.get(name), tokens)) for name in ("logps", "lse", *STATISTICS)}
+            self._run(
+                C.cpu_linear_logprob_forward,
+                args | {"outputs": flags(outputs), "stats": None} | _cache_args(schedule, cache),
+            )
             del alive
         return results
 
     def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:
         no_results = dict.fromkeys(("logps", "lse", *STATISTICS))
         folded = []
-        for part in schedule.chunks(problem.n_tokens):
-            args, alive = _operands(problem.chunk(part), schedule)
+        for tokens in schedule.chunks(problem.n_tokens):
+            args, alive = _operands(problem.chunk(tokens), schedule)
             folded.append(torch.empty(Stat.COUNT, args["n"], dtype=problem.wide))
             args |= no_results | {"outputs": flags(outputs), "stats": folded[-1].data_ptr()}
-            self._run(C.forward, args | _kept(schedule, None))
+            self._run(C.cpu_linear_logprob_forward, args | _cache_args(schedule, None))
             del alive
         return torch.cat(folded, 1)
 
@@ -61,8 +64,8 @@ class CpuBackend:
         wide = grads._replace(bias=bias)
         everything = slice(0, problem.n_tokens)
         if schedule.splits_backward or (schedule.token_chunk and not grads.of_head):
-            for part in schedule.chunks(problem.n_tokens) if grads.hidden is not None else ():
-                self._backward(part, problem, schedule, saved, incoming, InputGrads(grads.hidden))
+            for tokens in schedule.chunks(problem.n_tokens) if grads.hidden is not None else ():
+                self._backward(tokens, problem, schedule, saved, incoming, InputGrads(grads.hidden))
             if grads.of_head:
                 self._backward(everything, problem, schedule, saved, incoming, wide._replace(hidden=None))
         else:
@@ -71,21 +74,29 @@ class CpuBackend:
             grads.bias.copy_(bias)
 
     def _backward(
-        self, part: slice, problem: Problem, schedule: Schedule, saved: Saved, incoming: OutputGrads, grads: InputGrads
+        self,
+        tokens: slice,
+        problem: Problem,
+        schedule: Schedule,
+        saved: Saved,
+        incoming: OutputGrads,
+        grads: InputGrads,
     ) -> None:
-        """Of the tokens of ``part``."""
-        args, alive = _operands(problem.chunk(part), schedule)
-        held, c = saved.chunk(part), incoming.chunk(part)
-        from_saved = c.entropy is None  # neither what the cache holds nor the jacobian is enough for an entropy's
+        """Fills what some of the tokens add to ``grads``: their own of hidden's, all of the head's."""
+        args, alive = _operands(problem.chunk(tokens), schedule)
+        saved, incoming, cache = saved.chunk(tokens), incoming.chunk(tokens), saved.cache
+        from_saved = (
+            incoming.entropy is None
+        )  # neither cached exponentials nor the jacobian is enough for the entropy's
         args |= {
-            "logps": held.logps.data_ptr(), "lse": held.lse.data_ptr(), "grad_logps": c.logps.data_ptr(),
-            "entropy": None if from_saved else held.entropy.data_ptr(), "grad_entropy": pointer(c.entropy),
-            "grad_hidden": pointer(grads.hidden), "grad_rows": chunk(problem.positions, part).data_ptr(),
+            "logps": saved.logps.data_ptr(), "lse": saved.lse.data_ptr(), "grad_logps": incoming.logps.data_ptr(),
+            "entropy": None if from_saved else saved.entropy.data_ptr(), "grad_entropy": pointer(incoming.entropy),
+            "grad_hidden": pointer(grads.hidden), "grad_positions": chunk(problem.positions, tokens).data_ptr(),
             "grad_hidden_dtype": DTYPE_CODES[(problem.hidden if grads.hidden is None else grads.hidden).dtype],
             "grad_weight": pointer(grads.weight), "grad_bias": pointer(grads.bias),
             "token_chunk": schedule.token_chunk if grads.of_head else 0,
         }  # fmt: skip
-        self._run(C.backward, args | _kept(schedule, saved.cache if from_saved else None))
+        self._run(C.cpu_linear_logprob_backward, args | _cache_args(schedule, cache if from_saved else None))
         del alive
 
     def _run(self, function: Callable[[str, dict[str, Any]], int], args: dict[str, Any]) -> None:
@@ -100,7 +111,7 @@ class CpuBackend:
         args, alive = _logits_operands(problem)
         args |= {name: pointer(results.get(name)) for name in ("logps", "lse", *STATISTICS)}
         no_gradients = dict.fromkeys(("grad_logps", "grad_entropy", "grad_logits", "grad_offsets"))
-        C.rows_forward(self.isa, args | no_gradients | {"outputs": flags(outputs)})
+        C.cpu_logits_forward(self.isa, args | no_gradients | {"outputs": flags(outputs)})
         del alive
         return results
 
@@ -112,7 +123,7 @@ class CpuBackend:
             "grad_logps": pointer(incoming.logps), "grad_entropy": pointer(incoming.entropy),
             "grad_logits": grad_logits.data_ptr(), "grad_offsets": grad_offsets.data_ptr(), "outputs": 0,
         }  # fmt: skip
-        C.rows_backward(self.isa, args)
+        C.cpu_logits_backward(self.isa, args)
         del alive
 
 
@@ -123,7 +134,7 @@ def _operands(problem: Problem, schedule: Schedule) -> tuple[dict[str, Any], tup
     args = {
         "n": problem.n_tokens, "h": problem.n_hidden, "v": problem.n_vocab,
         "hidden": hidden.data_ptr(), "hidden_dtype": DTYPE_CODES[hidden.dtype],
-        "row_offsets": offsets.data_ptr(), "hidden_col_stride": hidden.stride(-1),
+        "token_offsets": offsets.data_ptr(), "hidden_col_stride": hidden.stride(-1),
         "weight": weight.data_ptr(), "weight_dtype": DTYPE_CODES[weight.dtype],
         "weight_row_stride": weight.stride(0), "weight_col_stride": weight.stride(1),
         "bias": pointer(bias), "labels": problem.labels.data_ptr(), **problem.transform._asdict(),
@@ -132,17 +143,18 @@ def _operands(problem: Problem, schedule: Schedule) -> tuple[dict[str, Any], tup
     return args, (offsets, bias)
 
 
-def _kept(schedule: Schedule, cache: Tensor | None) -> dict[str, Any]:
-    """What the forward keeps, or the backward finds; a cache of None: nothing."""
-    kept = None if cache is None else cache.data_ptr()
+def _cache_args(schedule: Schedule, cache: Tensor | None) -> dict[str, Any]:
+    """The arguments that say what the forward writes to the cache, or the backward finds there; None: nothing."""
+    at = pointer(cache)
     return {
-        "cache": kept if schedule.keeps_exps else None,
-        "jacobian": kept if schedule.keeps_jacobian else None,
+        "cache": at if schedule.keeps_exps else None,
+        "jacobian": at if schedule.keeps_jacobian else None,
         "cache_bytes": 0 if cache is None else cache.numel(),
     }
 
 
 def _logits_operands(problem: LogitsProblem) -> tuple[dict[str, Any], Tensor]:
+    """The arguments that both directions share, and the tensor that must outlive the call."""
     offsets = element_offsets(problem.logits, problem.positions)
     return {
         "n": problem.n_tokens, "v": problem.n_vocab, "logits": problem.logits.data_ptr(),

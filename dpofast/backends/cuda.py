@@ -19,11 +19,11 @@ from dpofast.backends.torch import nothing_folded, put_label, slope
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
 from dpofast.losses import F_DIVERGENCES
 
-_PART = 4096  # columns of a row that one block reads at least, where rows are split
+_SPLIT = 4096  # columns of a row that a thread block reads at least, where rows are split: 16 a thread; not tuned
 
 
 def launch(library: Any, function: str, device: torch.device, args: dict[str, Any]) -> None:
-    """One launcher of ``library``, dpofast._C or another module that has them, on ``device``'s current stream."""
+    """Calls a launcher of ``library``, dpofast._C or another module that has them, on ``device``'s current stream."""
     if device.type != "cuda":
         args["stream"] = None
         getattr(library, f"cuda_{function}")(args)
@@ -37,16 +37,16 @@ def launch(library: Any, function: str, device: torch.device, args: dict[str, An
 
 
 class CudaPasses(GpuPasses):
-    """`dpofast.backends.tiled.Passes` by the launchers of ``library``; see `launch`, and `GpuPasses` for ``blocks``."""
+    """`Passes` by the launchers of ``library``, which `launch` calls; `GpuPasses` says what ``thread_blocks`` are."""
 
-    def __init__(self, library: Any, blocks: int | None = None):
-        super().__init__(blocks)
+    def __init__(self, library: Any, thread_blocks: int | None = None):
+        super().__init__(thread_blocks)
         self._library = library
         self.pair_losses: tuple[str, ...] = tuple(getattr(library, "cuda_pair_losses", ()))
 
     def _most_splits(self, n: int, device: torch.device) -> int:
-        """Parts of a row that make enough blocks of n rows."""
-        return -(-self.blocks(device) // max(n, 1))
+        """The number of splits of each of n rows that makes enough thread blocks."""
+        return -(-self.thread_blocks(device) // max(n, 1))
 
     def new_stats(self, n: int, wide: torch.dtype, device: torch.device) -> Tensor:
         # Partials of split rows lie behind the statistics, so that no tile makes a buffer.
@@ -54,10 +54,10 @@ class CudaPasses(GpuPasses):
         return nothing_folded(stats)
 
     def _splits(self, n: int, width: int, device: torch.device) -> tuple[int, int]:
-        """Parts of a row, so that there are enough blocks, and columns of each, a multiple of any vector."""
-        splits = max(1, min(-(-width // _PART), self._most_splits(n, device)))
-        part = -(-width // (64 * splits)) * 64 if splits > 1 else width
-        return -(-width // part), part
+        """The number of splits that makes enough thread blocks, and their width, in 64s: whole vectors of any dtype."""
+        splits = max(1, min(-(-width // _SPLIT), self._most_splits(n, device)))
+        split_width = -(-width // (64 * splits)) * 64 if splits > 1 else width
+        return -(-width // split_width), split_width
 
     def _launch(self, function: str, device: torch.device, args: dict[str, Any]) -> None:
         launch(self._library, function, device, args)
@@ -65,12 +65,12 @@ class CudaPasses(GpuPasses):
     def _tile(self, tile: Tile) -> dict[str, Any]:
         x, offsets = tile.x, tile.offsets
         n, width = (len(offsets), x.shape[-1]) if offsets is not None else x.shape
-        splits, part = self._splits(n, width, x.device)
+        splits, split_width = self._splits(n, width, x.device)
         return {
             "x": x.data_ptr(), "dtype": DTYPE_CODES[x.dtype], "row_offsets": pointer(offsets),
             "ld": x.stride(0) if offsets is None else 0, "n": n, "width": width, "v0": tile.v0,
             "bias": pointer(tile.bias), "labels": pointer(tile.labels), **tile.transform._asdict(),
-            "splits": splits, "part": part,
+            "splits": splits, "split_width": split_width,
         }  # fmt: skip
 
     def scale_rows(

@@ -1,4 +1,4 @@
-"""What the passes of backends with kernels of their own share, CUDA and Triton: products, splits, whole rows."""
+"""What the passes of CUDA and Triton, which have kernels of their own, share: products, and whole rows as tiles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ADDS_TO_WIDE_SUMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many the CUDA device has; 1 on any other."""
+    """The number of multiprocessors of a CUDA device; 1 for any other device."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -29,15 +29,15 @@ class GpuPasses(TorchPasses):
     ``out_offsets`` (elements): so whole rows of logits are tiles, wherever they start.
 
     Args:
-        blocks: thread blocks that keep the GPU busy; rows are split when there are fewer. None: four for each of the
-            device's multiprocessors.
+        thread_blocks: how many (in Triton: programs) keep the GPU busy; rows are split when there are fewer. None:
+            four for each of the device's multiprocessors, as many as have room there (``kBlocksPerSm``).
     """
 
-    def __init__(self, blocks: int | None = None):
-        self._blocks = blocks
+    def __init__(self, thread_blocks: int | None = None):
+        self._thread_blocks = thread_blocks
 
-    def blocks(self, device: torch.device) -> int:
-        return self._blocks or 4 * multiprocessors(device)
+    def thread_blocks(self, device: torch.device) -> int:
+        return self._thread_blocks or 4 * multiprocessors(device)
 
     def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
         return torch.promote_types(hidden, weight)
@@ -62,7 +62,7 @@ class GpuPasses(TorchPasses):
 
     def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
         # Here and not above: Triton is loaded by those who run it.
-        from dpofast.kernels.linear_keep import linear_keep, pack_tokens, seal, tiles
+        from dpofast.kernels.linear_keep import Partials, linear_keep, pack_tokens, seal, tiles
 
         hidden, weight, _, positions, labels, (temperature, logit_scale, _) = problem
         n, device, scale = problem.n_tokens, hidden.device, logit_scale / temperature
@@ -71,14 +71,13 @@ class GpuPasses(TorchPasses):
         if weight.data_ptr() % 16:
             weight = weight.clone()
         packed = torch.empty(n, problem.n_hidden, dtype=weight.dtype, device=device)
-        parts = tiles(problem.n_vocab)
-        z_label, sums, shifts = torch.empty(2 * parts + 1, n, dtype=problem.wide, device=device).split(
-            (1, parts, parts)
-        )
+        n_tiles = tiles(problem.n_vocab)
+        buffer = torch.empty(2 * n_tiles + 1, n, dtype=problem.wide, device=device)
+        partials = Partials(*buffer.split((1, n_tiles, n_tiles)))
         results = empty_results(n, (), problem.wide, device)
-        pack_tokens(hidden, element_offsets(hidden, positions), weight, labels, scale, packed, z_label)
-        linear_keep(packed, weight, labels, scale, z_label, e, sums, shifts)
-        seal(z_label, sums, shifts, e, labels, scale, results["logps"], results["lse"], factor)
+        pack_tokens(hidden, element_offsets(hidden, positions), weight, labels, scale, packed, partials.z_label)
+        linear_keep(packed, weight, labels, scale, partials, e)
+        seal(partials, e, labels, scale, results["logps"], results["lse"], factor)
         return results
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:

@@ -28,7 +28,6 @@ from dpofast.backends.base import (
     Problem,
     Saved,
     Transform,
-    chunk,
 )
 from dpofast.plan import Schedule, cached_columns
 from dpofast.plan.schedule import up
@@ -46,7 +45,7 @@ class Tile(NamedTuple):
 
 
 class Exps(NamedTuple):
-    """What the forward keeps of the logits of n tokens, column by column, and how the passes find their way in it."""
+    """The cached exponentials of n tokens' logits, column by column, and how the passes find their way in them."""
 
     e: Tensor  # [n, columns]: exp(z - shift) dz/dx, but for factors that belong to the row
     shifts: Tensor  # [blocks, n]: a tile's, for those passes that have one a tile, or the row's up to that tile
@@ -57,7 +56,7 @@ class Exps(NamedTuple):
 
 
 class Passes(Protocol):
-    """What a backend does to a tile of logits."""
+    """The functions of a backend that do something to a tile of logits."""
 
     def product_dtype(self, hidden: torch.dtype, weight: torch.dtype) -> torch.dtype:
         """The dtype of the operands of every product, and so of ``g``."""
@@ -105,17 +104,17 @@ class Passes(Protocol):
     def fused(self, problem: Problem, e: Tensor | None, factor: Tensor | None) -> dict[str, Tensor]:
         """logps and lse without logits; ``e`` [n, V] and ``factor`` [n], if given, as after `fold` and `seal`.
 
-        Only asked for where `dpofast.plan.can_fuse` says so.
+        Called only where `dpofast.plan.can_fuse` says so.
         """
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
-        """As `dpofast.backends.base.Backend.logits_forward`."""
+        """Does what `dpofast.backends.base.Backend.logits_forward` does."""
 
     def logits_backward(self, problem: LogitsProblem, saved: Saved, incoming: OutputGrads, grad_logits: Tensor) -> None:
-        """As `dpofast.backends.base.Backend.logits_backward`."""
+        """Does what `dpofast.backends.base.Backend.logits_backward` does."""
 
     def sequence_dpo(self, problem: PairsProblem) -> PairsResult:
-        """As `dpofast.backends.base.PairBackend.sequence_dpo`. Only asked for where there are ``pair_losses``."""
+        """Does what `dpofast.backends.base.PairBackend.sequence_dpo` does, where there are ``pair_losses``."""
 
 
 class TiledBackend:
@@ -158,7 +157,7 @@ class TiledBackend:
 
 
 def _no_autocast(x: Tensor) -> torch.autocast:
-    """Autocast reaches into the body of an op, where it would round the logits of a wide tile."""
+    """Turns autocast off, which reaches into the body of an op and would round the logits of a wide tile."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -178,59 +177,59 @@ class _Loops:
         if schedule.is_fused:
             return self.fused(cache)
         logits = self.tile_memory(problem.wide)
-        cached, jacobian, factors = self.kept(cache)
+        cached, jacobian, factors = self.cached(cache)
         e_rows = self.empty(self.longest, up(problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
         results = []
-        for part in self.chunks:
-            n, labels = part.stop - part.start, problem.labels[part]
-            e = e_rows[:n, : problem.n_vocab] if e_rows is not None else None if cached is None else cached[part]
+        for chunk in self.chunks:
+            n, labels = chunk.stop - chunk.start, problem.labels[chunk]
+            e = e_rows[:n, : problem.n_vocab] if e_rows is not None else None if cached is None else cached[chunk]
             columns = 0 if e is None else e.shape[1]
             exps = Exps(e, self.empty(-(-columns // schedule.block), n), schedule.block) if columns else None
             stats = passes.new_stats(n, problem.wide, problem.hidden.device)
-            for tile in self.tiles(self.tokens(part), labels, logits, 0):
+            for tile in self.tiles(self.tokens(chunk), labels, logits, 0):
                 passes.fold(tile, stats, outputs, exps if tile.v0 < columns else None)
             results.append(passes.finish(stats, labels, problem.n_vocab, outputs))
             if exps is not None:
-                passes.seal(exps, labels, problem.transform, stats, results[-1], factors[part])
+                passes.seal(exps, labels, problem.transform, stats, results[-1], factors[chunk])
             if jacobian is not None:
-                self.times_weight(e, jacobian[part])
+                self.times_weight(e, jacobian[chunk])
         return _concatenated(results)
 
     def fused(self, cache: Tensor) -> dict[str, Tensor]:
         """The forward whose products exponentiate: a launch for all of the vocabulary, and no logits in memory."""
-        cached, jacobian, factors = self.kept(cache)
+        cached, jacobian, factors = self.cached(cache)
         room = self.empty(self.longest, up(self.problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
         results = []
-        for part in self.chunks:
-            n = part.stop - part.start
-            e = cached[part] if cached is not None else room[:n, : self.problem.n_vocab] if room is not None else None
-            factor = None if factors is None else factors[part]
-            results.append(self.passes.fused(self.problem.chunk(part), e, factor))
+        for chunk in self.chunks:
+            n = chunk.stop - chunk.start
+            e = cached[chunk] if cached is not None else room[:n, : self.problem.n_vocab] if room is not None else None
+            factor = None if factors is None else factors[chunk]
+            results.append(self.passes.fused(self.problem.chunk(chunk), e, factor))
             if jacobian is not None:
-                self.times_weight(e, jacobian[part])
+                self.times_weight(e, jacobian[chunk])
         return _concatenated(results)
 
     def fold(self, outputs: tuple[str, ...]) -> Tensor:
         problem = self.problem
         logits, folded = self.tile_memory(problem.wide), []
-        for part in self.chunks:
-            stats = self.passes.new_stats(part.stop - part.start, problem.wide, problem.hidden.device)
-            for tile in self.tiles(self.tokens(part), problem.labels[part], logits, 0):
+        for chunk in self.chunks:
+            stats = self.passes.new_stats(chunk.stop - chunk.start, problem.wide, problem.hidden.device)
+            for tile in self.tiles(self.tokens(chunk), problem.labels[chunk], logits, 0):
                 self.passes.fold(tile, stats, outputs, None)
             folded.append(stats)
         return torch.cat(folded, 1)
 
     def backward(self, saved: Saved, incoming: OutputGrads, grads: InputGrads) -> None:
         from_saved = incoming.entropy is None
-        cached, jacobian, factors = self.kept(saved.cache)
+        cached, jacobian, factors = self.cached(saved.cache)
         if from_saved and jacobian is not None:
             self.put(slice(0, self.problem.n_tokens), jacobian, grads, factors, incoming.logps)
             return
         if not grads.of_head or self.schedule.splits_backward:
-            for part in self.chunks if grads.hidden is not None else ():
-                sums = self.sums(part.stop - part.start)
-                self.recompute(0, [part], saved, incoming, InputGrads(sums))
-                self.put(part, sums, grads)
+            for chunk in self.chunks if grads.hidden is not None else ():
+                sums = self.sums(chunk.stop - chunk.start)
+                self.recompute(0, [chunk], saved, incoming, InputGrads(sums))
+                self.put(chunk, sums, grads)
             if grads.of_head:
                 self.recompute(0, self.chunks, saved, incoming, grads._replace(hidden=None))
             return
@@ -272,26 +271,28 @@ class _Loops:
             self.passes.product(e.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
             grads.bias[: e.shape[1]] = two.sum(-1)
 
-    def recompute(self, first: int, parts: list[slice], saved: Saved, incoming: OutputGrads, grads: InputGrads) -> None:
-        """Both products of the vocabulary from ``first`` on, each slice of it for all ``parts`` in turn.
+    def recompute(
+        self, first: int, chunks: list[slice], saved: Saved, incoming: OutputGrads, grads: InputGrads
+    ) -> None:
+        """Both products of the vocabulary from ``first`` on, each slice of it for all ``chunks`` in turn.
 
-        ``grads.hidden``, sums of the tokens of ``parts``, is added to; slices of the others are written once.
+        ``grads.hidden``, sums of the tokens of ``chunks``, is added to; slices of the others are written once.
         """
         if first == self.problem.n_vocab:
             return
-        start = parts[0].start
+        start = chunks[0].start
         logits = self.tile_memory(self.problem.wide)
         g_tile = logits if self.dtype == self.problem.wide else self.tile_memory(self.dtype)
-        head = _HeadSums(self, len(parts), grads)
-        tokens = self.tokens(slice(start, parts[-1].stop))
+        head = _HeadSums(self, len(chunks), grads)
+        tokens = self.tokens(slice(start, chunks[-1].stop))
         for v0, v1 in self.vocabulary(first, self.problem.n_vocab):
-            for i, part in enumerate(parts):
-                h = tokens[part.start - start : part.stop - start]
-                tile = self.tile(h, self.problem.labels[part], logits, v0, v1)
+            for i, chunk in enumerate(chunks):
+                h = tokens[chunk.start - start : chunk.stop - start]
+                tile = self.tile(h, self.problem.labels[chunk], logits, v0, v1)
                 g = tile_in(g_tile, *tile.x.shape)
-                self.passes.grad(tile, saved.chunk(part), incoming.chunk(part), g)
+                self.passes.grad(tile, saved.chunk(chunk), incoming.chunk(chunk), g)
                 if grads.hidden is not None:
-                    sums = grads.hidden[part.start - start : part.stop - start]
+                    sums = grads.hidden[chunk.start - start : chunk.stop - start]
                     self.passes.accumulate(sums, g, self.slice_of_weight(v0, v1))
                 head.add(g, h, v0, i)
             head.write(v0, v1)
@@ -325,23 +326,23 @@ class _Loops:
             out.copy_(wide)
 
     def is_written(self, out: Tensor) -> bool:
-        """Whether products write to ``out`` itself, and need no buffer for their sums."""
+        """Says whether products write to ``out`` itself, and need no buffer for their sums."""
         return out.dtype in (self.dtype, self.problem.wide)
 
-    def put(self, part: slice, sums: Tensor, grads: InputGrads, *scales: Tensor) -> None:
-        """The sums of some tokens, times ``scales``, to their places."""
+    def put(self, tokens: slice, sums: Tensor, grads: InputGrads, *scales: Tensor) -> None:
+        """Writes the sums of some tokens, times ``scales``, to their places in d hidden."""
         rows = grads.hidden.view(-1, grads.hidden.shape[-1])
-        self.passes.scale_rows(sums, None, scales, rows, chunk(self.problem.positions, part))
+        self.passes.scale_rows(sums, None, scales, rows, self.problem.chunk(tokens).positions)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.problem.wide, device=self.problem.hidden.device)
 
     def sums(self, n: int) -> Tensor:
-        """Zeros, for d hidden of n tokens."""
+        """Makes zeros, to which d hidden of n tokens is added."""
         return torch.zeros(n, self.problem.n_hidden, dtype=self.problem.wide, device=self.problem.hidden.device)
 
-    def tokens(self, part: slice) -> Tensor:
-        return take(self.problem.hidden, self.problem.positions[part]).to(self.dtype)
+    def tokens(self, chunk: slice) -> Tensor:
+        return take(self.problem.hidden, self.problem.positions[chunk]).to(self.dtype)
 
     def vocabulary(self, start: int, stop: int, step: int | None = None) -> Iterator[tuple[int, int]]:
         step = step or self.schedule.block
@@ -351,16 +352,14 @@ class _Loops:
         return self.problem.weight[v0:v1].to(self.dtype)
 
     def tile_memory(self, dtype: torch.dtype) -> Tensor:
-        """Room for one tile; see `tile_in`."""
+        """Makes room for one tile; `tile_in` takes it from there."""
         return self.empty(self.longest * up(self.block, 8), dtype=dtype)
 
-    def kept(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What ``cache`` holds: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
+    def cached(self, cache: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Views of ``cache``: e [N, columns], or e W [N, H], or neither, and the factors of their rows [N]."""
         n, h, wide = self.problem.n_tokens, self.problem.n_hidden, self.problem.wide
-        dtype, (columns, stride) = (
-            self.dtype,
-            cached_columns(self.schedule, n, self.problem.n_vocab, self.dtype.itemsize),
-        )
+        dtype, v = self.dtype, self.problem.n_vocab
+        columns, stride = cached_columns(self.schedule, n, v, dtype.itemsize)
         if self.schedule.keeps_jacobian:
             columns, stride, dtype = h, h, wide
         if not columns:
@@ -372,7 +371,7 @@ class _Loops:
 
 
 def _concatenated(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of chunks of tokens."""
+    """The results of all tokens, from those of chunks of them."""
     return results[0] if len(results) == 1 else {name: torch.cat([r[name] for r in results]) for name in results[0]}
 
 

@@ -17,7 +17,7 @@ from dpofast.backends.tiled import Exps, Tile
 from dpofast.contract import FLOOR_LOGP, Stat
 
 _ROWS = 1024
-"""That are scaled at a time: their temporaries are small beside what the planner counts."""
+"""Rows that are scaled at a time: their temporaries are small beside what the planner counts."""
 
 
 def nothing_folded(stats: Tensor) -> Tensor:
@@ -28,13 +28,13 @@ def nothing_folded(stats: Tensor) -> Tensor:
 
 
 def _label_place(labels: Tensor, v0: int, width: int) -> tuple[Tensor, Tensor]:
-    """Whether each label lies in this tile, [n], and the column it has there (any, if not), [n, 1]."""
+    """Finds the labels in a tile: whether each is there, [n], and its column there (any, if it is not), [n, 1]."""
     local = labels - v0
     return (local >= 0) & (local < width), local.clamp(0, width - 1).unsqueeze(-1)
 
 
 def put_label(e: Tensor, labels: Tensor, own: Tensor) -> None:
-    """The entries ``own`` [n] of the labels that lie in the columns of ``e``."""
+    """Sets the labels' entries to ``own`` [n], of those labels that lie in the columns of ``e``."""
     inside, index = _label_place(labels, 0, e.shape[1])
     e.scatter_(1, index, torch.where(inside.unsqueeze(-1), own.to(e.dtype).unsqueeze(-1), e.gather(1, index)))
 
@@ -104,16 +104,16 @@ class TorchPasses:
 
         m = torch.maximum(stats[S.M], z.amax(-1))
         safe = torch.where(m == -torch.inf, 0.0, m)
-        shift = torch.where(stats[S.M] == -torch.inf, 0.0, stats[S.M] - safe)
+        d_m = torch.where(stats[S.M] == -torch.inf, 0.0, stats[S.M] - safe)
         factor = (stats[S.M] - safe).exp()
-        bend = 1.0 if exps is None else slope(z, tile.transform)
+        dz_dx = 1.0 if exps is None else slope(z, tile.transform)
         e = (z - safe.unsqueeze(-1)).exp_()
         if exps is not None:
-            torch.mul(e, bend, out=exps.tile(tile.v0, tile.v0 + z.shape[1]))
+            torch.mul(e, dz_dx, out=exps.tile(tile.v0, tile.v0 + z.shape[1]))
             exps.shifts[tile.v0 // exps.block].copy_(safe)
         if "entropy" in outputs:
             z.sub_(safe.unsqueeze(-1)).clamp_(min=FLOOR_LOGP).mul_(e)
-            stats[S.SUM_X] = (stats[S.SUM_X] + shift * stats[S.SUM]) * factor + z.sum(-1)
+            stats[S.SUM_X] = (stats[S.SUM_X] + d_m * stats[S.SUM]) * factor + z.sum(-1)
         stats[S.SUM] = stats[S.SUM] * factor + e.sum(-1)
         if "log_sum_sq_probs" in outputs:
             stats[S.SUM_SQ] = stats[S.SUM_SQ] * factor * factor + e.square_().sum(-1)
@@ -127,6 +127,7 @@ class TorchPasses:
         d = torch.where(none, -torch.inf - z_label, m - z_label + total.log())
         d = torch.where(z_label == torch.inf, torch.nan, d)
         logps = -softplus(d, threshold=torch.inf)
+        # exp(d) overflows far beyond 30; exp(-d) is below the rounding of d from there on.
         logps = torch.where(d > 30, -d - torch.log1p((-d).exp()), logps)
         z_max = torch.maximum(m, z_label)
         log_sum = (total * (m - z_max).exp() + (z_label - z_max).exp()).log()
@@ -163,7 +164,7 @@ class TorchPasses:
 
     def grad(self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor) -> None:
         z = _transformed(tile)
-        bend = slope(z, tile.transform)
+        dz_dx = slope(z, tile.transform)
         z_max, log_sum = saved.lse.unsqueeze(-2).unbind(-1)
         log_p = z.sub_(z_max).sub_(log_sum)
         p = log_p.exp()
@@ -172,13 +173,13 @@ class TorchPasses:
         if incoming.entropy is None:
             g = p.mul_(c.unsqueeze(-1)).neg_()
             own = torch.zeros_like(c)
-        else:  # d logps: -p c; d entropy: -p (log p + entropy) e
+        else:  # d logps: -p c; d entropy: -p (log p + entropy) d_entropy
             g = log_p.clamp_(min=FLOOR_LOGP).add_(saved.entropy.unsqueeze(-1)).mul_(incoming.entropy.unsqueeze(-1))
             own = -(p.gather(1, index) * g.gather(1, index)).squeeze(-1)
             g.add_(c.unsqueeze(-1)).mul_(p).neg_()
         own = (own - torch.expm1(saved.logps) * c).unsqueeze(-1)
         g.scatter_(1, index, torch.where(inside.unsqueeze(-1), own, g.gather(1, index)))
-        torch.mul(g, bend, out=out)
+        torch.mul(g, dz_dx, out=out)
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         x = take(problem.logits, problem.positions).to(problem.wide)

@@ -1,8 +1,8 @@
 """The Triton kernels of ``kernels/``: the passes over a tile of logits, and the fused ones that need no tile.
 
-Where nothing is kept from forward to backward (score, recompute), the forward computes the log-sum-exp while the
-product is at hand, and the backward makes ``g`` in the same way; logits are never written. Where ``g`` is kept, the
-schedules are those of `dpofast.backends.tiled`, with products by `torch.mm`; so they are for fp64.
+Where there is no cache (score, recompute), the forward computes the log-sum-exp while the
+product is at hand, and the backward makes ``g`` in the same way; logits are never written. The schedules with a cache
+ are those of `dpofast.backends.tiled`, with products by `torch.mm`; so they are for fp64.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpofast.backends._tensors import element_offsets
 from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import Exps, Tile, TiledBackend
@@ -26,24 +25,21 @@ class TritonPasses(GpuPasses):
     """`dpofast.backends.tiled.Passes` by Triton kernels."""
 
     def fold(self, tile: Tile, stats: Tensor, outputs: tuple[str, ...], exps: Exps | None) -> None:
-        x, transform = tile.x, tile.transform
-        blocks = self.blocks(x.device)
-        logprob_fold(x, tile.offsets, tile.bias, tile.labels, tile.v0, transform, stats, bool(outputs), blocks)
+        x = tile.x
+        logprob_fold(tile, stats, bool(outputs), self.thread_blocks(x.device))
         if exps is not None:
             shift = exps.shifts[tile.v0 // exps.block]
             shift.copy_(stats[Stat.M]).masked_fill_(shift == -torch.inf, 0.0)
-            logprob_keep(x, tile.bias, transform, shift, exps.tile(tile.v0, tile.v0 + x.shape[1]))
+            logprob_keep(tile, shift, exps.tile(tile.v0, tile.v0 + x.shape[1]))
 
     def grad(
         self, tile: Tile, saved: Saved, incoming: OutputGrads, out: Tensor, out_offsets: Tensor | None = None
     ) -> None:
-        logprob_grad(
-            tile.x, tile.offsets, tile.bias, tile.labels, tile.v0, tile.transform, saved, *incoming, out, out_offsets
-        )
+        logprob_grad(tile, saved, incoming, out, out_offsets)
 
 
 class TritonBackend(TiledBackend):
-    """`TiledBackend` whose schedules that keep nothing run on the fused kernels."""
+    """`TiledBackend` whose schedules without a cache run on the fused kernels."""
 
     passes: TritonPasses
 
@@ -60,7 +56,7 @@ class TritonBackend(TiledBackend):
             return super().fold(problem, schedule, outputs)
         device = problem.hidden.device
         stats = self.passes.new_stats(problem.n_tokens, problem.wide, device)
-        linear_logprob_forward(*_operands(problem), stats, bool(outputs), self.passes.blocks(device))
+        linear_logprob_forward(problem, stats, bool(outputs), self.passes.thread_blocks(device))
         return stats
 
     def backward(
@@ -69,26 +65,23 @@ class TritonBackend(TiledBackend):
         if not _is_fused(problem, schedule):
             super().backward(problem, schedule, saved, incoming, grads)
             return
-        operands = _operands(problem)
 
-        def run(parts: list[slice], to_hidden: bool, to_head: bool) -> None:
-            n = parts[-1].stop - parts[0].start
+        def run(chunks: list[slice], to_hidden: bool, to_head: bool) -> None:
+            n = chunks[-1].stop - chunks[0].start
             shape = n, problem.n_hidden
             sums = torch.empty(shape, dtype=problem.wide, device=problem.hidden.device) if to_hidden else None
-            linear_logprob_backward(
-                *operands, parts, schedule.block, saved, *incoming, sums,
-                *((grads.weight, grads.bias) if to_head else (None, None)),
-            )  # fmt: skip
+            into = InputGrads(sums, grads.weight, grads.bias) if to_head else InputGrads(sums)
+            linear_logprob_backward(problem, chunks, schedule.block, saved, incoming, into)
             if sums is not None:
-                at = problem.positions[parts[0].start : parts[-1].stop]
+                at = problem.positions[chunks[0].start : chunks[-1].stop]
                 grads.hidden.view(-1, problem.n_hidden)[at] = sums.to(grads.hidden.dtype)
 
         chunks, to_hidden = schedule.chunks(problem.n_tokens), grads.hidden is not None
         if grads.of_head and not schedule.splits_backward:
             run(chunks, to_hidden, True)
             return
-        for part in chunks if to_hidden else ():
-            run([part], True, False)
+        for chunk in chunks if to_hidden else ():
+            run([chunk], True, False)
         if grads.of_head:
             run(chunks, False, True)
 
@@ -99,13 +92,7 @@ took 3.8 times three bare products fused and 1.6 over tiles at H 4096, 3.7 and 6
 
 
 def _is_fused(problem: Problem, schedule: Schedule) -> bool:
-    """Whether the older kernels are for this: products fused with the softmax, on any GPU."""
+    """Says whether the older kernels, whose products are fused with the softmax, are the ones to run."""
     if schedule.is_fused or problem.wide == torch.float64:
         return False
     return schedule.keeps_nothing and problem.n_hidden < _WIDE_HIDDEN
-
-
-def _operands(problem: Problem) -> tuple:
-    """What the fused kernels are told of a problem."""
-    offsets = element_offsets(problem.hidden, problem.positions)
-    return problem.hidden, offsets, problem.weight, problem.wide_bias(), problem.labels, problem.transform

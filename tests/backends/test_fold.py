@@ -46,7 +46,7 @@ def test_slices_fold_and_differentiate_to_the_whole(backend, problem, bounds, ou
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of values that where() throws away
 def test_slices_of_triton(problem, bounds, monkeypatch):
     triton = pytest.importorskip("dpofast.backends.triton", exc_type=ImportError)
-    monkeypatch.setitem(registry.added, "triton:here", triton.TritonBackend(triton.TritonPasses(blocks=6)))
+    monkeypatch.setitem(registry.added, "triton:here", triton.TritonBackend(triton.TritonPasses(thread_blocks=6)))
     check_slices("triton:here", problem, bounds, STATISTICS)
 
 

@@ -1,6 +1,6 @@
 """The kernels of linear_keep against fp64: in Triton's interpreter where there is no GPU, else on a Hopper GPU.
 
-The interpreter has no bf16 products: operands are fp16 there. What is kept is bf16 wherever its bits are looked at.
+The interpreter has no bf16 products: operands are fp16 there. The cache is bf16 wherever its bits are looked at.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def run(p: Problem, keep: bool = True, before_seal=None, form: kernels.Form = ke
         e, padding, factor = storage[:, :v], storage[:, v:], torch.full((n,), **nan)
     kernels.pack_tokens(p.hidden, p.offsets, p.weight, p.labels, p.scale, packed, z_label)
     assert torch.equal(packed.nan_to_num(), p.tokens().to(packed.dtype).nan_to_num())
-    kernels.linear_keep(packed, p.weight, p.labels, p.scale, z_label, e, sums, shifts, form)
+    partials = kernels.Partials(z_label, sums, shifts)
+    kernels.linear_keep(packed, p.weight, p.labels, p.scale, partials, e, form)
     got = Result(z_label, sums, shifts, e, logps, lse, factor, padding)
     if before_seal is not None:
         before_seal(got)
-    kernels.seal(z_label, sums, shifts, e, p.labels, p.scale, logps, lse, factor, form)
+    kernels.seal(partials, e, p.labels, p.scale, logps, lse, factor, form)
     return got
 
 
@@ -307,7 +308,7 @@ def test_the_loops_that_run_on_it(name):
     hidden = given.hidden.view(1, n + 5, n_hidden)
     positions = given.offsets // n_hidden
     case = HeadProblem(hidden, given.weight, None, positions, given.labels, Transform(logit_scale=0.25))
-    engine = TiledBackend(GpuPasses(blocks=4))
+    engine = TiledBackend(GpuPasses(thread_blocks=4))
     cache = torch.empty(
         n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE
     )

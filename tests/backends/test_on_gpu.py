@@ -21,7 +21,7 @@ CARRIED = "carried"
 
 @pytest.fixture
 def carried(monkeypatch):
-    emulated = OnDevice(TiledBackend(CudaPasses(build.module(), blocks=8)), "cpu")
+    emulated = OnDevice(TiledBackend(CudaPasses(build.module(), thread_blocks=8)), "cpu")
     monkeypatch.setitem(registry.added, CARRIED, emulated)
     with numerics.threads(1):
         yield emulated

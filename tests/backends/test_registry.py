@@ -152,13 +152,16 @@ def test_explain_says_why_one_cannot_run(monkeypatch):
 
 def test_the_compiled_module_checks_what_it_is_given():
     with pytest.raises(ValueError, match="missing argument n"):
-        native.C.forward("scalar", {})
+        native.C.cpu_linear_logprob_forward("scalar", {})
     problem = LogitsProblem(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
     args, _alive = cpu._logits_operands(problem)
+    args |= {"outputs": 0} | dict.fromkeys(
+        ("logps", "lse", *STATISTICS, "grad_logps", "grad_entropy", "grad_logits", "grad_offsets")
+    )
     with pytest.raises(ValueError, match="unknown argument colour"):
-        native.C.rows_forward("scalar", args | dict.fromkeys((
-            "logps", "lse", *STATISTICS, "grad_logps", "grad_entropy", "grad_logits", "grad_offsets", "colour",
-        )) | {"outputs": 0})  # fmt: skip
+        native.C.cpu_logits_forward("scalar", args | {"colour": None})
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        native.C.cpu_logits_forward("scalar", args | {"v": 0})
     with pytest.raises(ValueError, match="'sse9' is not available"):
         native.C.traits("sse9", 0, 0)
     with pytest.raises(ValueError, match="unknown dtype code"):

@@ -22,7 +22,7 @@ from numerics import EVERYTHING, SCHEDULES, problem, run_forced
 
 import dpofast
 from dpofast.backends import registry
-from dpofast.backends.base import Problem, Saved
+from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved
 from dpofast.backends.triton import TritonBackend, TritonPasses
 from dpofast.plan import Schedule
 
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.fixture(autouse=True)
 def backend(monkeypatch) -> str:
     """`dpofast.linear_logprob(..., backend=NAME)`, with rows split: 6 programs to keep busy."""
-    monkeypatch.setitem(registry.added, NAME, TritonBackend(TritonPasses(blocks=6)))
+    monkeypatch.setitem(registry.added, NAME, TritonBackend(TritonPasses(thread_blocks=6)))
     with numerics.threads(1):
         yield NAME
 
@@ -332,11 +332,11 @@ def case_of_g(n: int, h: int, v: int, spread: float):
 def backward(p, saved, skip=None, block=64, chunk=0):
     n, (v, h) = len(p.labels), p.weight.shape
     out = torch.full((n, h), math.nan), torch.full((v, h), math.nan), torch.full((v,), math.nan)
-    parts = [slice(i, min(n, i + (chunk or n))) for i in range(0, n, chunk or n)]
+    chunks = [slice(i, min(n, i + (chunk or n))) for i in range(0, n, chunk or n)]
+    of = Problem(p.hidden, p.weight, None, torch.arange(n), p.labels)
     dropped = linear_logprob_backward(
-        p.hidden, torch.arange(n) * h, p.weight, None, p.labels, (1.0, 1.0, 0.0), parts, block, saved,
-        p.grad_logps.float(), None, *out, skip,
-    )  # fmt: skip
+        of, chunks, block, saved, OutputGrads(p.grad_logps.float()), InputGrads(*out), skip
+    )
     return *out, dropped
 
 
@@ -381,19 +381,19 @@ def test_a_label_or_a_nan_keeps_its_tile(what):
     lse = torch.stack((z.amax(-1), z.logsumexp(-1) - z.amax(-1)), -1)
     g = -p.grad_logps[:, None] * log_p.exp()
     g[torch.arange(16), p.labels] = -p.grad_logps * logps.expm1()
-    kept = torch.zeros(160, dtype=torch.bool)
+    counts = torch.zeros(160, dtype=torch.bool)
     for tile in (1, 3, *((4,) if what == "label" else ())):
-        kept[32 * tile : 32 * tile + 32] = True
+        counts[32 * tile : 32 * tile + 32] = True
     if what == "NaN":
         p.hidden[5] = math.nan
     d_hidden, d_weight, _, dropped = backward(p, Saved(logps.float(), lse.float()), Skip(1e-6), block=160)
     if what == "NaN":
         assert d_weight.isnan().all()
         return
-    want = torch.where(kept, g, 0.0)
+    want = torch.where(counts, g, 0.0)
     torch.testing.assert_close(d_hidden.double(), want @ p.weight.double(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(d_weight.double(), want.T @ p.hidden.double(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(dropped.double(), torch.where(kept, 0.0, log_p.exp()).sum(-1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(dropped.double(), torch.where(counts, 0.0, log_p.exp()).sum(-1), rtol=1e-4, atol=0)
 
 
 def test_a_cut_of_0_is_exact():

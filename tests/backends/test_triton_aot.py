@@ -39,7 +39,7 @@ class Case(NamedTuple):
     arch: str
     dtype: str
     tile: int  # which of launch.TILES
-    flags: tuple[str, ...]  # of EVERY_FLAG, "odd" (H), "blocks" and "parts" (more than one)
+    flags: tuple[str, ...]  # of EVERY_FLAG, "odd" (H), "blocks" and "chunks" (more than one)
 
 
 PART = (
@@ -52,7 +52,7 @@ ALL = tuple(
     for arch in ARCHS
     for dtype in ("fp32", "bf16", "fp16", "fp64")
     for tile, flags in (
-        (0, ()), (0, EVERY_FLAG), (0, (*EVERY_FLAG, "odd", "blocks", "parts")), (1, (*EVERY_FLAG, "odd")),
+        (0, ()), (0, EVERY_FLAG), (0, (*EVERY_FLAG, "odd", "blocks", "chunks")), (1, (*EVERY_FLAG, "odd")),
     )
     if not (tile and dtype == "fp64") and not (flags == EVERY_FLAG and dtype != "bf16")
 )  # fmt: skip
@@ -143,7 +143,7 @@ def launches_of(case: Case) -> list[Launch]:
     from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
     from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
 
-    from dpofast.backends.base import LogitsProblem, OutputGrads, Saved, Transform
+    from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
     from dpofast.backends.tiled import Exps, Tile
     from dpofast.backends.triton import TritonPasses
 
@@ -153,49 +153,48 @@ def launches_of(case: Case) -> list[Launch]:
     n, v, h = 64, 8192, 250 if has("odd") else 256  # so long that rows are split
     transform = Transform(0.7, 1.3, 30.0 if has("softcap") else 0.0)
     outputs = ("entropy",) if has("extra") or has("entropy") else ()
-    labels, offsets = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+    labels, positions = torch.zeros(n, dtype=torch.int64), torch.arange(n)
     bias = torch.zeros(v, dtype=wide) if has("bias") else None
     one = torch.zeros(n, dtype=wide)
     saved = Saved(one, torch.zeros(n, 2, dtype=wide), one)
-    e = one if has("entropy") else None
-    passes = TritonPasses(blocks=2 * n)
+    incoming = OutputGrads(one, one if has("entropy") else None)
+    passes = TritonPasses(thread_blocks=2 * n)
     stats = passes.new_stats(n, wide, labels.device)
 
     def passes_over_logits():
         x, g, logits = torch.empty(n, v, dtype=wide), torch.empty(n, v, dtype=dtype), torch.empty(n, v, dtype=dtype)
-        tile, rows = Tile(x, bias, labels, 0, transform), LogitsProblem(logits, offsets, labels, transform)
+        tile, rows = Tile(x, bias, labels, 0, transform), LogitsProblem(logits, positions, labels, transform)
         passes.fold(tile, stats, outputs, Exps(g, torch.empty(1, n, dtype=wide), v))
         passes.fold(tile._replace(x=x[:, :1024]), stats, outputs, None)  # too short to be split
-        passes.grad(tile, saved, OutputGrads(one, e), g)
+        passes.grad(tile, saved, incoming, g)
         passes.logits_forward(rows, outputs)
-        passes.logits_backward(rows, saved, OutputGrads(one, e), logits)
+        passes.logits_backward(rows, saved, incoming, logits)
 
     def fused():
         hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
-        operands = hidden, offsets, weight, bias, labels, transform
-        linear_logprob_forward(*operands, stats, bool(outputs), 2)
+        problem = Problem(hidden, weight, bias, positions, labels, transform)
+        linear_logprob_forward(problem, stats, bool(outputs), 2)
         skip = Skip(1e-6, torch.arange(v)) if has("order") else None
-        parts = [slice(0, 32), slice(32, n)] if has("parts") else [slice(0, n)]
-        linear_logprob_backward(
-            *operands, parts, v // 2 if has("blocks") else v, saved, one, e, torch.empty(n, h),
-            torch.empty(v, h, dtype=dtype), torch.empty(v) if has("bias") else None, skip,
-        )  # fmt: skip
+        chunks = [slice(0, 32), slice(32, n)] if has("chunks") else [slice(0, n)]
+        grads = InputGrads(torch.empty(n, h), torch.empty(v, h, dtype=dtype), torch.empty(v) if has("bias") else None)
+        linear_logprob_backward(problem, chunks, v // 2 if has("blocks") else v, saved, incoming, grads, skip)
 
-    def kept():
+    def exponentiating():
         packed, weight, z_label = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype), one
         sums = torch.empty(linear_keep.tiles(v), n)
-        linear_keep.pack_tokens(packed, offsets, weight, labels, 1.0, packed, z_label)
+        partials = linear_keep.Partials(z_label, sums, sums)
+        linear_keep.pack_tokens(packed, positions, weight, labels, 1.0, packed, z_label)
         for e in (torch.empty(n, v, dtype=torch.bfloat16), None):
-            linear_keep.linear_keep(packed, weight, labels, 1.0, z_label, e, sums, sums)
+            linear_keep.linear_keep(packed, weight, labels, 1.0, partials, e)
             factor = None if e is None else one
-            linear_keep.seal(z_label, sums, sums, e, labels, 1.0, one, torch.empty(n, 2), factor)
+            linear_keep.seal(partials, e, labels, 1.0, one, torch.empty(n, 2), factor)
 
     if case.dtype == "fp64":  # has products by torch.mm
         return recorded(passes_over_logits)
     with tiles_of(case):
         launches = recorded(passes_over_logits) + recorded(fused)
     if (case.arch, case.dtype) in KEPT and not (case.flags or case.tile):
-        launches += recorded(kept)
+        launches += recorded(exponentiating)
     return launches
 
 

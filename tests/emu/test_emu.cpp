@@ -228,7 +228,7 @@ struct Case {
   int64_t ld_more = 0, offset = 0;
   bool scattered = false, bias = false, outputs = true, entropy = false;
   double temperature = 1, scale = 1, softcap = 0;
-  int64_t part = 0;                 // 0: rows are not split
+  int64_t split_width = 0;          // 0: rows are not split
   Special special = Special::none;  // of row 1
 };
 
@@ -236,9 +236,9 @@ std::string describe(const Case& c) {
   char text[300];
   std::snprintf(text, sizeof text,
                 "n %d v %d tile %d dtypes %d %d ld +%d offset %d scattered %d bias %d outputs %d entropy %d softcap %g "
-                "part %d special %d seed %d",
+                "split_width %d special %d seed %d",
                 int(c.n), int(c.v), int(c.tile), int(c.x), int(c.out), int(c.ld_more), int(c.offset), c.scattered, c.bias,
-                c.outputs, c.entropy, c.softcap, int(c.part), int(c.special), int(emu::seed));
+                c.outputs, c.entropy, c.softcap, int(c.split_width), int(c.special), int(emu::seed));
   return text;
 }
 
@@ -335,8 +335,8 @@ void check(const Case& c) {
     a.temperature = c.temperature, a.logit_scale = c.scale, a.softcap = c.softcap;
     a.outputs = c.outputs ? 15 : 0;
     a.stats = stats.data();
-    a.part = c.part ? c.part : a.width;
-    a.splits = ceil_div(a.width, a.part);
+    a.split_width = c.split_width ? c.split_width : a.width;
+    a.splits = ceil_div(a.width, a.split_width);
     Vector partials(acc, a.splits * kStats * n);
     a.partials = partials.data();
     launch_logprob_fold(c.x, a, nullptr);
@@ -378,8 +378,8 @@ void check(const Case& c) {
     a.out = out.all.data(c.offset + v0);
     a.out_offsets = c.scattered ? out.starts.data() : nullptr;
     a.out_ld = out.ld;
-    a.part = c.part ? c.part : a.width;
-    a.splits = ceil_div(a.width, a.part);
+    a.split_width = c.split_width ? c.split_width : a.width;
+    a.splits = ceil_div(a.width, a.split_width);
     launch_logprob_grad(c.x, c.out, a, nullptr);
   }
   for (int64_t row = 0; row < n; ++row) {
@@ -394,16 +394,16 @@ void check(const Case& c) {
     for (int64_t i = v; i < out.ld; ++i) expect(out.all[out.offset + row * out.ld + i], kNaN, 0, "a gap", row, i, c);
 }
 
-// What a row of the kept exponentials must survive: at the k-th tile, of three.
+// What a row of cached exponentials must survive: at the k-th tile, of three.
 enum class Trouble { none, grows, grows_twice, shrinks, minus_inf, plus_inf, nan, all_minus_inf, sure };
 
 // Keeps the exponentials of a problem in three tiles and seals them: factor e is d logps / d x.
-void check_kept(DType t, DType kept, Trouble trouble, bool folds, bool bias, double softcap) {
+void check_cached(DType t, DType cached, Trouble trouble, bool folds, bool bias, double softcap) {
   const int64_t n = 5, v = 1500, tile = 512, ld = 1504;
   const DType acc = t == DType::f64 ? DType::f64 : DType::f32;
-  Case c{n, v, tile, t, kept};
+  Case c{n, v, tile, t, cached};
   c.bias = bias, c.softcap = softcap, c.temperature = 0.7, c.scale = 1.3;
-  Rows x(t, n, v, ld, 0), e(kept, n, v, ld, 0);
+  Rows x(t, n, v, ld, 0), e(cached, n, v, ld, 0);
   Vector biases(acc, v), stats(acc, kStats * n, 0), shifts(acc, 3 * n), factor(acc, n);
   std::vector<int64_t> labels;
   for (int64_t i = 0; i < v; ++i) biases.put(i, uniform());
@@ -432,13 +432,13 @@ void check_kept(DType t, DType kept, Trouble trouble, bool folds, bool bias, dou
     want.emplace_back(logits, labels[size_t(row)], c, 1, 0);
     for (int column : {kM, kTopBefore, kZLabel}) stats.put(column * n + row, -kInf);
   }
-  const int64_t part = folds ? tile : 200, splits = ceil_div(tile, part);
+  const int64_t split_width = folds ? tile : 200, splits = ceil_div(tile, split_width);
   Vector partials(acc, splits * kStats * n);
   auto fill = [&](TileArgs& a, int64_t v0) {
     a.x = x.all.data(v0), a.ld = ld, a.n = n, a.width = std::min(tile, v - v0), a.v0 = v0;
     a.bias = bias ? biases.data(v0) : nullptr, a.labels = labels.data();
     a.temperature = c.temperature, a.logit_scale = c.scale, a.softcap = softcap;
-    a.part = part, a.splits = ceil_div(a.width, part);
+    a.split_width = split_width, a.splits = ceil_div(a.width, split_width);
   };
   for (int64_t v0 = 0; v0 < v; v0 += tile) {
     if (!folds) {
@@ -451,7 +451,7 @@ void check_kept(DType t, DType kept, Trouble trouble, bool folds, bool bias, dou
     fill(a, v0);
     a.folds = folds, a.stats = stats.data(), a.out = e.all.data(), a.out_ld = ld;
     a.shift_before = v0 ? shifts.data((v0 / tile - 1) * n) : nullptr, a.shift = shifts.data(v0 / tile * n);
-    launch_logprob_keep(t, kept, a, nullptr);
+    launch_logprob_keep(t, cached, a, nullptr);
   }
   Vector logps(acc, n), lse(acc, 2 * n);
   FinishArgs f{};
@@ -461,21 +461,21 @@ void check_kept(DType t, DType kept, Trouble trouble, bool folds, bool bias, dou
   s.stats = stats.data(), s.lse = lse.data(), s.shift = shifts.data(2 * n), s.labels = labels.data(), s.n = n, s.width = v;
   s.temperature = c.temperature, s.logit_scale = c.scale, s.softcap = softcap;
   s.factor = factor.data(), s.out = e.all.data(), s.out_ld = ld;
-  launch_logprob_seal(acc, kept, s, nullptr);
-  const double round = kept == DType::bf16 ? 1 / 256.0 : kept == DType::f16 ? 1 / 2048.0 : 0;
+  launch_logprob_seal(acc, cached, s, nullptr);
+  const double round = cached == DType::bf16 ? 1 / 256.0 : cached == DType::f16 ? 1 / 2048.0 : 0;
   const double eps = acc == DType::f64 ? 1e-11 : 3e-5;
   for (int64_t row = 0; row < n; ++row) {
     const Naive& w = want[size_t(row)];
-    expect(logps[row], w.logp, eps * (10 + std::fabs(w.logp)), "logps of kept rows", row, int64_t(trouble), c);
+    expect(logps[row], w.logp, eps * (10 + std::fabs(w.logp)), "logps of cached rows", row, int64_t(trouble), c);
     for (int64_t i = 0; i < v; ++i) {
       // With fp16 the label's entry is the caller's, and what is 2^-24 of the row's largest is lost.
-      if (kept == DType::f16 && i == labels[size_t(row)]) continue;
-      const double g = w.grad[size_t(i)], tiny = kept == DType::f16 ? 1e-7 : 1e-9;
-      expect(factor[row] * e.all[e.at(false, row, i)], g, (round + eps) * std::fabs(g) + tiny, "kept", row, i, c);
+      if (cached == DType::f16 && i == labels[size_t(row)]) continue;
+      const double g = w.grad[size_t(i)], tiny = cached == DType::f16 ? 1e-7 : 1e-9;
+      expect(factor[row] * e.all[e.at(false, row, i)], g, (round + eps) * std::fabs(g) + tiny, "cached", row, i, c);
     }
   }
   for (int64_t row = 0; row + 1 < n; ++row)
-    for (int64_t i = v; i < ld; ++i) expect(e.all[row * ld + i], kNaN, 0, "a gap of kept rows", row, i, c);
+    for (int64_t i = v; i < ld; ++i) expect(e.all[row * ld + i], kNaN, 0, "a gap of cached rows", row, i, c);
 }
 
 // Two blocks for nine rows: each takes several, and shared memory is used again for the next.
@@ -499,11 +499,11 @@ void check_few_blocks() {
   }
   const Transform<float> transform = make_transform<float>(1, 1, 0);
   FoldArgs a{};
-  a.x = x.all.data(), a.ld = a.width = a.part = v, a.n = n, a.splits = 1, a.labels = labels.data(), a.outputs = 15;
+  a.x = x.all.data(), a.ld = a.width = a.split_width = v, a.n = n, a.splits = 1, a.labels = labels.data(), a.outputs = 15;
   a.stats = stats.data();
   emu::launch(2, kThreads, [&] { logprob_fold_kernel<float, true, false>(a, transform); });
   GradArgs g{};
-  g.x = x.all.data(), g.ld = g.width = g.part = g.out_ld = v, g.n = n, g.splits = 1, g.labels = labels.data();
+  g.x = x.all.data(), g.ld = g.width = g.split_width = g.out_ld = v, g.n = n, g.splits = 1, g.labels = labels.data();
   g.lse = lse.data(), g.logps = logps.data(), g.grad_logps = ones.data();
   g.out = out.all.data();
   emu::launch(2, kThreads, [&] { logprob_grad_kernel<float, float, true>(g, transform); });
@@ -544,7 +544,7 @@ void check_far_rows(bool scattered) {
     for (int column : {kM, kTopBefore, kZLabel}) stats.put(column * n + row, -kInf);
   FoldArgs a{};
   a.x = all, a.row_offsets = scattered ? offsets.data() : nullptr;
-  a.ld = scattered ? 0 : far, a.n = n, a.width = a.part = v, a.splits = 1, a.labels = labels.data();
+  a.ld = scattered ? 0 : far, a.n = n, a.width = a.split_width = v, a.splits = 1, a.labels = labels.data();
   a.temperature = a.logit_scale = 1, a.stats = stats.data();
   launch_logprob_fold(DType::bf16, a, nullptr);
   FinishArgs f{};
@@ -552,7 +552,7 @@ void check_far_rows(bool scattered) {
   launch_logprob_finish(DType::f32, f, nullptr);
   GradArgs g{};
   g.x = g.out = all, g.row_offsets = g.out_offsets = a.row_offsets, g.ld = g.out_ld = a.ld, g.n = n;
-  g.width = g.part = v, g.splits = 1, g.labels = labels.data(), g.temperature = g.logit_scale = 1;
+  g.width = g.split_width = v, g.splits = 1, g.labels = labels.data(), g.temperature = g.logit_scale = 1;
   const std::vector<float> ones = {1, 1};
   g.lse = lse.data(), g.logps = logps.data(), g.grad_logps = ones.data();
   launch_logprob_grad(DType::bf16, DType::bf16, g, nullptr);
@@ -579,19 +579,19 @@ std::vector<Case> cases() {
     add({3, 17, 17, t[0], t[1]}, [](Case& c) { c.offset = 3, c.bias = true; });
     add({7, 1300, 500, t[0], t[1]}, [](Case& c) { c.ld_more = 3, c.offset = 1, c.bias = c.entropy = true; });
     add({6, 2100, 2100, t[0], t[1]}, [](Case& c) {
-      c.ld_more = 5, c.scattered = c.bias = c.entropy = true, c.part = 601;
+      c.ld_more = 5, c.scattered = c.bias = c.entropy = true, c.split_width = 601;
       c.temperature = 0.7, c.scale = 1.3, c.softcap = 4;
     });
     add({5, 700, 333, t[0], t[1]}, [](Case& c) { c.offset = 5, c.outputs = false, c.softcap = 4; });
-    add({6, 900, 450, t[0], t[1]}, [](Case& c) { c.ld_more = 1, c.part = 128; });
+    add({6, 900, 450, t[0], t[1]}, [](Case& c) { c.ld_more = 1, c.split_width = 128; });
     add({5, 257, 257, t[0], t[1]}, [](Case& c) { c.entropy = true; });
   }
-  add({300, 40, 40, f32, f32}, [](Case& c) { c.part = 13; });  // more rows than a block of merge and finish has threads
+  add({300, 40, 40, f32, f32}, [](Case& c) { c.split_width = 13; });  // more rows than a block of merge and finish has threads
   for (Special special : {Special::first_minus_inf, Special::all_minus_inf, Special::plus_inf, Special::nan,
                           Special::label_minus_inf, Special::label_nan, Special::bad_label})
-    for (int64_t part : {0, 100}) {
-      add({4, 600, 300, f32, f32}, [&](Case& c) { c.special = special, c.part = part; });
-      add({4, 300, 300, bf16, bf16}, [&](Case& c) { c.special = special, c.part = part; });
+    for (int64_t split_width : {0, 100}) {
+      add({4, 600, 300, f32, f32}, [&](Case& c) { c.special = special, c.split_width = split_width; });
+      add({4, 300, 300, bf16, bf16}, [&](Case& c) { c.special = special, c.split_width = split_width; });
     }
   return all;
 }
@@ -605,8 +605,8 @@ int kernels() {
     for (const auto& kind : kinds)
       for (int trouble = 0; trouble <= int(Trouble::sure); ++trouble)
         for (bool folds : {true, false}) {
-          check_kept(kind[0], kind[1], Trouble(trouble), folds, false, 0);
-          check_kept(kind[0], kind[1], Trouble(trouble), folds, true, trouble % 2 ? 0 : 60);
+          check_cached(kind[0], kind[1], Trouble(trouble), folds, false, 0);
+          check_cached(kind[0], kind[1], Trouble(trouble), folds, true, trouble % 2 ? 0 : 60);
         }
     check_few_blocks();
     check_far_rows(false);

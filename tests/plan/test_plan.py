@@ -25,7 +25,7 @@ def ask(function, isa, hidden, weight, n, h, v, block, threads, as_is, **more) -
     """Bytes of workspace that the kernels ask for; nothing is read, so any address will do."""
     there = 64
     args = {
-        "n": n, "h": h, "v": v, "hidden": there, "hidden_dtype": DTYPE_CODES[hidden], "row_offsets": there,
+        "n": n, "h": h, "v": v, "hidden": there, "hidden_dtype": DTYPE_CODES[hidden], "token_offsets": there,
         "hidden_col_stride": 1, "weight": there, "weight_dtype": DTYPE_CODES[weight],
         "weight_row_stride": h if as_is else 1, "weight_col_stride": 1 if as_is else v, "bias": None, "labels": there,
         "temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0, "block": block, "threads": threads,
@@ -53,8 +53,8 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
             here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
             for (flags, k), jacobian in itertools.product(((0, 0), (2, 1), (15, 5)), (False, True)):
                 asked = ask(
-                    native.C.forward, *here, outputs=flags, jacobian=64 if jacobian else None, cache_bytes=1 << 40,
-                    **NO_RESULTS,
+                    native.C.cpu_linear_logprob_forward, *here, outputs=flags, jacobian=64 if jacobian else None,
+                    cache_bytes=1 << 40, **NO_RESULTS,
                 )  # fmt: skip
                 assert layout[k].forward(jacobian) == asked, (here, flags, jacobian)
             for to_hidden, to_weight, recomputes, entropy in itertools.product((False, True), repeat=4):
@@ -62,10 +62,10 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                     continue
                 for chunk in (0, 60, 700) if to_weight else (0,):
                     asked = ask(
-                        native.C.backward, *here, cache=None if recomputes else 64,
+                        native.C.cpu_linear_logprob_backward, *here, cache=None if recomputes else 64,
                         cache_bytes=layout[0].cache_per_block() * layout[0].blocks, jacobian=None,
                         entropy=64 if entropy else None, grad_entropy=64 if entropy else None, grad_logps=64,
-                        grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden], grad_rows=64,
+                        grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden], grad_positions=64,
                         grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None, token_chunk=chunk,
                     )  # fmt: skip
                     wanted = to_hidden, to_weight, recomputes, entropy, chunk
@@ -80,10 +80,13 @@ def test_a_jacobian_that_has_no_room_is_refused(isa):
     room = 8 * -(-5 // vector) * vector * 4
     forward = {"outputs": 0, "jacobian": 64, **NO_RESULTS}
     backward = dict.fromkeys(("cache", "entropy", "grad_entropy", "grad_weight", "grad_bias")) | {
-        "jacobian": 64, "grad_logps": 64, "grad_hidden": 64, "grad_hidden_dtype": DTYPE_CODES[FP32], "grad_rows": 64,
-        "token_chunk": 0,
+        "jacobian": 64, "grad_logps": 64, "grad_hidden": 64, "grad_hidden_dtype": DTYPE_CODES[FP32],
+        "grad_positions": 64, "token_chunk": 0,
     }  # fmt: skip
-    for function, more in ((native.C.forward, forward), (native.C.backward, backward)):
+    for function, more in (
+        (native.C.cpu_linear_logprob_forward, forward),
+        (native.C.cpu_linear_logprob_backward, backward),
+    ):
         assert ask(function, *sizes, **more, cache_bytes=room) > 0
         with pytest.raises(ValueError, match="the jacobian is larger than cache_bytes"):
             ask(function, *sizes, **more, cache_bytes=room - 1)

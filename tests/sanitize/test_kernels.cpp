@@ -189,10 +189,10 @@ void check_linear_logprob(const Table& table, const Case& c) {
   weight.fill(4 / std::sqrt(double(c.h)));
   bias.fill(1);
   for (int64_t i = 0; i < c.v; ++i) bias.set(i, bias.get(i) + c.ramp * double(i));
-  std::vector<int64_t> offsets, labels, grad_rows;
+  std::vector<int64_t> offsets, labels, grad_positions;
   for (int64_t t = 0; t < c.n; ++t) {
     offsets.push_back((c.n - 1 - t) * c.h);  // the last row first
-    grad_rows.push_back((t + 1) % c.n);
+    grad_positions.push_back((t + 1) % c.n);
     labels.push_back(t == 0 ? c.v - 1 : t == 1 ? 0 : int64_t((uniform() + 1) / 2 * double(c.v)));
   }
   const double temperature = 0.7, scale = 1.3, softcap = c.softcap ? 3.0 : 0.0;
@@ -221,7 +221,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
       const double g = x[size_t(t * c.v + i)];
       want.d_bias[size_t(i)] += g;
       for (int64_t k = 0; k < c.h; ++k) {
-        want.d_hidden[size_t(grad_rows[size_t(t)] * c.h + k)] += g * weight.get(i * row_stride + k * col_stride);
+        want.d_hidden[size_t(grad_positions[size_t(t)] * c.h + k)] += g * weight.get(i * row_stride + k * col_stride);
         want.d_weight[size_t(i * c.h + k)] += g * hidden.get(offsets[size_t(t)] + k);
       }
     }
@@ -235,17 +235,18 @@ void check_linear_logprob(const Table& table, const Case& c) {
   Tensor logps(acc, c.n), lse(acc, 2 * c.n), entropy(acc, c.n), log_sum_sq_probs(acc, c.n), mean_logits(acc, c.n);
   std::vector<uint8_t> is_top1(size_t(c.n), 255);
 
-  Head head{};
-  head.n = c.n, head.h = c.h, head.v = c.v;
-  head.hidden = hidden.data(), head.hidden_dtype = c.hidden, head.row_offsets = offsets.data(), head.hidden_col_stride = 1;
-  head.weight = weight.data(), head.weight_dtype = c.weight;
-  head.weight_row_stride = row_stride, head.weight_col_stride = col_stride;
-  head.bias = c.bias ? bias.data() : nullptr, head.labels = labels.data();
-  head.temperature = temperature, head.logit_scale = scale, head.softcap = softcap;
-  head.block = c.block, head.threads = c.threads;
+  Problem problem{};
+  problem.n = c.n, problem.h = c.h, problem.v = c.v;
+  problem.hidden = hidden.data(), problem.hidden_dtype = c.hidden, problem.token_offsets = offsets.data(),
+  problem.hidden_col_stride = 1;
+  problem.weight = weight.data(), problem.weight_dtype = c.weight;
+  problem.weight_row_stride = row_stride, problem.weight_col_stride = col_stride;
+  problem.bias = c.bias ? bias.data() : nullptr, problem.labels = labels.data();
+  problem.temperature = temperature, problem.logit_scale = scale, problem.softcap = softcap;
+  problem.block = c.block, problem.threads = c.threads;
 
   ForwardArgs f{};
-  f.head = head;
+  f.problem = problem;
   f.logps = logps.data(), f.lse = lse.data();
   if (c.entropy) {  // all statistics, or none
     f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
@@ -276,13 +277,13 @@ void check_linear_logprob(const Table& table, const Case& c) {
   Tensor d_hidden(c.hidden, c.n * c.h), d_weight(c.weight, c.v * c.h), d_bias(acc, c.v);
   const bool with_jacobian = c.schedule == kJacobian && !c.entropy, head_trains = c.schedule != kJacobian;
   BackwardArgs b{};
-  b.head = head;
+  b.problem = problem;
   b.logps = logps.data(), b.lse = lse.data(), b.grad_logps = grad_logps.data();
   if (c.entropy) b.entropy = entropy.data(), b.grad_entropy = grad_entropy.data();
   else b.cache = f.cache;
   b.jacobian = with_jacobian ? f.jacobian : nullptr;
   b.cache_bytes = f.cache_bytes;
-  b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_rows = grad_rows.data();
+  b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_positions = grad_positions.data();
   b.grad_weight = head_trains ? d_weight.data() : nullptr;
   b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
   b.token_chunk = c.token_chunk;
@@ -296,7 +297,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   // The bits do not depend on the number of threads.
   if (c.threads == 1) return;
   Tensor again(c.hidden, c.n * c.h);
-  b.head.threads = 1;
+  b.problem.threads = 1;
   b.grad_hidden = again.data();
   Buffer workspace(table.backward(b));
   b.workspace = workspace.data.get();
@@ -321,24 +322,24 @@ void check_equal_bits(const Table& table, DType type) {
 
   auto run = [&](int64_t first, int64_t count, int64_t block, bool cached, bool jacobian, int threads) {
     ForwardArgs f{};
-    f.head = Head{count,
-                  h,
-                  v,
-                  hidden.data(),
-                  type,
-                  offsets.data() + first,
-                  1,
-                  weight.data(),
-                  type,
-                  h,
-                  1,
-                  bias.data(),
-                  labels.data() + first,
-                  0.7,
-                  1.3,
-                  0.0,
-                  block,
-                  threads};
+    f.problem = Problem{count,
+                        h,
+                        v,
+                        hidden.data(),
+                        type,
+                        offsets.data() + first,
+                        1,
+                        weight.data(),
+                        type,
+                        h,
+                        1,
+                        bias.data(),
+                        labels.data() + first,
+                        0.7,
+                        1.3,
+                        0.0,
+                        block,
+                        threads};
     const int64_t n_padded = round_up(count, traits.vector), blocks = ceil_div(v, block);
     Buffer cache(cached ? blocks * (round_up(block * n_padded * traits.cached_size, 64) +
                                     round_up(ceil_div(block, 48) * n_padded * traits.acc_size, 64))
@@ -405,7 +406,7 @@ void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool soft
 
   Tensor logps(acc, n), lse(acc, 2 * n), stat_entropy(acc, n), log_sum_sq_probs(acc, n), mean_logits(acc, n);
   std::vector<uint8_t> is_top1(size_t(n), 255);
-  RowsArgs a{};
+  LogitsArgs a{};
   a.n = n, a.v = v, a.logits = logits.data(), a.dtype = dtype, a.row_offsets = offsets.data(), a.labels = labels.data();
   a.temperature = 0.7, a.logit_scale = 1.3, a.softcap = cap, a.threads = threads;
   a.logps = logps.data(), a.lse = lse.data();
@@ -414,7 +415,7 @@ void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool soft
     a.entropy = stat_entropy.data(), a.log_sum_sq_probs = log_sum_sq_probs.data(), a.mean_logits = mean_logits.data();
     a.is_top1 = is_top1.data();
   }
-  table.rows_forward(a);
+  table.logits_forward(a);
   char where[120];
   std::snprintf(where, sizeof where, "%s rows: n %d v %d dtype %d softcap %d entropy %d inplace %d", table.name, int(n), int(v),
                 int(dtype), softcap, entropy, inplace);
@@ -431,7 +432,7 @@ void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool soft
   Tensor& out = inplace ? logits : grad;
   a.grad_logps = grad_logps.data();
   a.grad_logits = out.data(), a.grad_offsets = grad_offsets.data();
-  table.rows_backward(a);
+  table.logits_backward(a);
   std::vector<double> got;
   for (int64_t t = 0; t < n; ++t)
     for (int64_t i = 0; i < v; ++i) got.push_back(out.get(grad_offsets[size_t(t)] + i));

@@ -1,9 +1,14 @@
+// Included by isa_body.h only, within an instruction set's target region and namespace.
+#if !defined(DPOFAST_ISA_REGION)
+#error "included by isa_body.h, after isa_begin.h"
+#endif
+
 // logprob on one instruction set: statistics and gradients of logits that exist already, a row at a time,
 // one read of memory forward, one read and one write backward.
 #pragma once
 
 template <class V, DType D>
-struct Rows {
+struct Logits {
   using acc = typename V::scalar;
   using reg = typename V::reg;
   using stored = std::conditional_t<D == DType::f32, float, std::conditional_t<D == DType::f64, double, uint16_t>>;
@@ -43,7 +48,7 @@ struct Rows {
     return padded;
   }
 
-  static void forward(const RowsArgs& a) {
+  static void forward(const LogitsArgs& a) {
     const Transform<V> transform(a.temperature, a.logit_scale, a.softcap);
     for_tasks(a.threads, a.n, [&](int64_t row, int) {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
@@ -69,7 +74,7 @@ struct Rows {
         const acc chunk_max = V::reduce_max(top);
         if (l >= n && chunk_max > top_before) top_before = chunk_max;
         const acc m_new = chunk_max > m ? chunk_max : m, safe = m_new == -inf ? acc(0) : m_new;
-        const acc f = std::exp(m - safe), shift = m == -inf ? acc(0) : m - safe;
+        const acc f = std::exp(m - safe), d_m = m == -inf ? acc(0) : m - safe;
         reg s = V::set1(0), sx = s, sq = s;
         const bool extra = a.outputs & (kEntropy | kLogSumSqProbs);
         for (int64_t i = 0; i < padded; i += V::W) {
@@ -79,7 +84,7 @@ struct Rows {
           sx = V::fma(e, V::max(d, V::set1(acc(kFloorLogp))), sx);
           sq = V::fma(e, e, sq);
         }
-        sum_x = (sum_x + shift * sum) * f + V::reduce_add(sx);
+        sum_x = (sum_x + d_m * sum) * f + V::reduce_add(sx);
         sum_sq = sum_sq * f * f + V::reduce_add(sq);
         sum = sum * f + V::reduce_add(s);
         m = m_new;
@@ -92,15 +97,15 @@ struct Rows {
     });
   }
 
-  static void backward(const RowsArgs& a) {
+  static void backward(const LogitsArgs& a) {
     const Transform<V> transform(a.temperature, a.logit_scale, a.softcap);
     auto value = [](const void* p, int64_t i) { return p ? static_cast<const acc*>(p)[i] : acc(0); };
     for_tasks(a.threads, a.n, [&](int64_t row, int) {
       const stored* x = static_cast<const stored*>(a.logits) + a.row_offsets[row];
       stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
-      const acc c = transform.scale * value(a.grad_logps, row), e = transform.scale * value(a.grad_entropy, row);
+      const acc c = transform.scale * value(a.grad_logps, row), d_entropy = transform.scale * value(a.grad_entropy, row);
       const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row),
-                h = value(a.entropy, row);
+                entropy = value(a.entropy, row);
       acc z[kChunk];
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
         const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(transform, x + v0, n, z);
@@ -111,17 +116,20 @@ struct Rows {
           const reg zi = V::load(z + i), log_p = V::sub(V::sub(zi, V::set1(z_max)), V::set1(log_sum));
           const reg p = V::exp(log_p);
           reg f = V::set1(-c);
-          if (a.grad_entropy) f = V::sub(f, V::mul(V::set1(e), V::add(V::max(log_p, V::set1(acc(kFloorLogp))), V::set1(h))));
+          if (a.grad_entropy) {
+            const reg above_mean = V::add(V::max(log_p, V::set1(acc(kFloorLogp))), V::set1(entropy));
+            f = V::sub(f, V::mul(V::set1(d_entropy), above_mean));
+          }
           reg g = V::mul(p, f);
-          if (transform.has_cap) g = V::mul(g, transform.bend(zi));
+          if (transform.has_cap) g = V::mul(g, transform.slope_over_scale(zi));
           if (i + V::W <= n) store(out + v0 + i, g);
           else V::store(z + i, g);
         }
         for (int64_t i = n / V::W * V::W; i < n; ++i) put(out + v0 + i, z[i]);
         if (!has_label) continue;
         acc g = -std::expm1(logp) * c;
-        if (a.grad_entropy && logp > -acc(INFINITY)) g -= e * std::exp(logp) * (logp + h);
-        g *= transform.bend(z_label);
+        if (a.grad_entropy && logp > -acc(INFINITY)) g -= d_entropy * std::exp(logp) * (logp + entropy);
+        g *= transform.slope_over_scale(z_label);
         put(out + v0 + l, g);
       }
     });
