@@ -135,10 +135,7 @@ py::dict contract() {
   dtypes["f64"] = int(DType::f64);
   dtypes["bf16"] = int(DType::bf16);
   dtypes["f16"] = int(DType::f16);
-  outputs["entropy"] = int(kEntropy);
-  outputs["log_sum_sq_probs"] = int(kLogSumSqProbs);
-  outputs["mean_logits"] = int(kMeanLogits);
-  outputs["is_top1"] = int(kIsTop1);
+  for (int i = 0; i < kOutputs; ++i) outputs[kOutputNames[i]] = 1 << i;
   stats["M"] = int(kM);
   stats["SUM"] = int(kSum);
   stats["SUM_X"] = int(kSumX);

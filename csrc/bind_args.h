@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/softmax.h"
 #include "core/types.h"
 
 namespace dpofast {
@@ -42,14 +43,10 @@ class Args {
     a.softcap = value<double>("softcap");
   }
 
-  template <class A>
-  void read_results(A& a) {
+  void read_results(Results& a) {
     a.logps = pointer("logps");
     a.lse = pointer("lse");
-    a.entropy = pointer("entropy");
-    a.log_sum_sq_probs = pointer("log_sum_sq_probs");
-    a.mean_logits = pointer("mean_logits");
-    a.is_top1 = pointer<uint8_t>("is_top1");
+    for (int i = 0; i < kOutputs; ++i) a.statistics[i] = pointer(kOutputNames[i]);
   }
 
   void done() const {

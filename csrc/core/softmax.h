@@ -11,6 +11,28 @@
 
 namespace dpofast {
 
+// Statistics that a caller may ask for beside the log-probs: bits of `outputs`, with the names, and in the order, of
+// STATISTICS in dpofast/reference.py. One that the numbers of a row determine is told of here and nowhere else in C++.
+enum Output : unsigned { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
+constexpr const char* kOutputNames[] = {"entropy", "log_sum_sq_probs", "mean_logits", "is_top1"};
+constexpr int kOutputs = sizeof kOutputNames / sizeof *kOutputNames;
+constexpr unsigned kBoolean = kIsTop1;  // those stored as bytes; the others are numbers of the accumulator's type
+
+DPOFAST_HD constexpr int place_of(Output output) {
+  int place = 0;
+  while (1u << place != unsigned(output)) ++place;
+  return place;
+}
+
+// Where the results of n rows go, [n] each, but for lse [n, 2]: the largest z, and log sum exp(z - it). Null: not wanted.
+struct Results {
+  void *logps, *lse;
+  void* statistics[kOutputs];
+
+  void*& of(Output output) { return statistics[place_of(output)]; }
+  const void* of(Output output) const { return statistics[place_of(output)]; }
+};
+
 // Over entries v != label.
 template <class T>
 struct RowStats {
@@ -25,8 +47,8 @@ struct RowStats {
 
 // What one row amounts to once every entry is folded in.
 struct RowResult {
-  double logp, z_max, log_sum, entropy, log_sum_sq_probs, mean_logits;  // lse = z_max + log_sum
-  bool is_top1;
+  double logp, z_max, log_sum;  // lse = z_max + log_sum
+  double statistics[kOutputs];
 };
 
 template <class T>
@@ -64,11 +86,24 @@ DPOFAST_HD inline RowResult finish_row(const RowStats<double>& s, double z_label
   const double p = exp(r.logp), to_p = s.sum == 0 ? 0 : exp(to_z);
   const double others = s.sum == 0 ? 0 : to_p * (s.sum_x + s.sum * to_z);
   // Each term is >= 0, so nothing cancels; 0 log 0 is 0.
-  r.entropy = -((p == 0 ? 0 : p * r.logp) + others);
-  r.log_sum_sq_probs = log(to_p * to_p * s.sum_sq + p * p);
-  r.mean_logits = s.sum_z / n_vocab;
-  r.is_top1 = z_label >= s.top && z_label > s.top_before;
+  r.statistics[place_of(kEntropy)] = -((p == 0 ? 0 : p * r.logp) + others);
+  r.statistics[place_of(kLogSumSqProbs)] = log(to_p * to_p * s.sum_sq + p * p);
+  // A label that is none has a z of NaN, and its row no result.
+  r.statistics[place_of(kMeanLogits)] = z_label != z_label ? z_label : s.sum_z / n_vocab;
+  r.statistics[place_of(kIsTop1)] = z_label >= s.top && z_label > s.top_before;
   return r;
+}
+
+// Writes what is wanted of one row, numbers as T.
+template <class T>
+DPOFAST_HD inline void write_row(const Results& out, int64_t row, const RowResult& r) {
+  if (out.logps) static_cast<T*>(out.logps)[row] = T(r.logp);
+  if (out.lse) static_cast<T*>(out.lse)[2 * row] = T(r.z_max), static_cast<T*>(out.lse)[2 * row + 1] = T(r.log_sum);
+  for (int i = 0; i < kOutputs; ++i) {
+    if (!out.statistics[i]) continue;
+    if (kBoolean >> i & 1) static_cast<uint8_t*>(out.statistics[i])[row] = r.statistics[i] != 0;
+    else static_cast<T*>(out.statistics[i])[row] = T(r.statistics[i]);
+  }
 }
 
 }  // namespace dpofast

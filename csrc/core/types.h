@@ -16,9 +16,6 @@ enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
 constexpr size_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
-// Statistics that a caller may ask for beside the log-probs (bits of `outputs`).
-enum Output : unsigned { kEntropy = 1, kLogSumSqProbs = 2, kMeanLogits = 4, kIsTop1 = 8 };
-
 // Running statistics of rows, [kStats, n] in the accumulator's type (dpofast/contract.py has these numbers, too).
 enum Stat { kM, kSum, kSumX, kSumSq, kSumZ, kTopBefore, kZLabel, kStats };
 

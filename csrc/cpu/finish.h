@@ -13,14 +13,12 @@ struct Stats {
   int64_t pieces, stride;
 };
 
-// Where the results go, those that are not null; the same fields as ForwardArgs and LogitsArgs.
-struct RowOutputs {
-  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
-  uint8_t* is_top1;
+struct RowOutputs : Results {
   void* stats;  // [kStats, n]: the statistics themselves, for rows of which this is only a slice; or null
 };
 
-void finish_rows(const Stats<float>& stats, int64_t n, int64_t v, const RowOutputs& out);
-void finish_rows(const Stats<double>& stats, int64_t n, int64_t v, const RowOutputs& out);
+// Results go to rows first.. of `out`.
+void finish_rows(const Stats<float>& stats, int64_t n, int64_t v, const RowOutputs& out, int64_t first = 0);
+void finish_rows(const Stats<double>& stats, int64_t n, int64_t v, const RowOutputs& out, int64_t first = 0);
 
 }  // namespace dpofast::cpu

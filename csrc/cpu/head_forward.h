@@ -67,7 +67,7 @@ struct Forward {
     for_steps(
         threads, 1 + rounds * apart, [&](int64_t step) { return n_tasks(step); },
         [&](int64_t step, int64_t i, int thread) { task(step, i, thread); });
-    finish_rows(stats, s.n, s.v, {a.logps, a.lse, a.entropy, a.log_sum_sq_probs, a.mean_logits, a.is_top1, a.stats});
+    finish_rows(stats, s.n, s.v, {a, a.stats});
     if (jacobian) for_tasks(threads, s.panels, [&](int64_t panel, int thread) { finish_jacobian(panel, thread); });
   }
 

@@ -2,6 +2,7 @@
 // instruction set, and the choice among the tables. Kernels allocate nothing: the caller asks for the
 // workspace size first (workspace == nullptr) and passes a buffer of it.
 #pragma once
+#include "core/softmax.h"
 #include "core/types.h"
 
 namespace dpofast::cpu {
@@ -23,13 +24,11 @@ struct Problem {
   int threads;
 };
 
-// Statistics are [n] in the accumulator's type (fp32; fp64 when an input is fp64); lse is [n, 2]: the largest z
-// and log sum exp(z - it). Added up they would lose what tells the p of a row apart when logits share an offset.
-struct ForwardArgs {
+// Results are in the accumulator's type (fp32; fp64 when an input is fp64). The two parts of lse added up would lose
+// what tells the p of a row apart when logits share an offset.
+struct ForwardArgs : Results {
   Problem problem;
   unsigned outputs;
-  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;  // the optional ones may be null
-  uint8_t* is_top1;
   void* stats;          // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
   void* cache;          // exp(z - m) of as many blocks as fit, for the backward; or null
   void* jacobian;       // d logps / d hidden, in panels; or null
@@ -54,7 +53,7 @@ struct BackwardArgs {
 };
 
 // The op `logprob`: the same passes over logits that exist already. logits [n, v] gathered by offset, unit column stride.
-struct LogitsArgs {
+struct LogitsArgs : Results {  // of the backward, what the forward left
   int64_t n, v;
   const void* logits;
   DType dtype;
@@ -62,8 +61,6 @@ struct LogitsArgs {
   const int64_t* labels;
   double temperature, logit_scale, softcap;
   unsigned outputs;
-  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
-  uint8_t* is_top1;
   const void *grad_logps, *grad_entropy;  // backward only
   void* grad_logits;                      // backward only; logits' dtype; may be `logits` itself
   const int64_t* grad_offsets;            // backward only, [n]

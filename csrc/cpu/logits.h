@@ -90,10 +90,7 @@ struct Logits {
         m = m_new;
       }
       const Stats<acc> stats{&m, &sum, &sum_x, &sum_sq, &sum_z, &m, &top_before, &z_label, 1, 1};
-      auto at = [&](void* p, int64_t i) -> void* { return p ? static_cast<acc*>(p) + i : nullptr; };
-      finish_rows(stats, 1, a.v,
-                  {at(a.logps, row), at(a.lse, 2 * row), at(a.entropy, row), at(a.log_sum_sq_probs, row),
-                   at(a.mean_logits, row), a.is_top1 ? a.is_top1 + row : nullptr, nullptr});
+      finish_rows(stats, 1, a.v, {a, nullptr}, row);
     });
   }
 
@@ -105,7 +102,7 @@ struct Logits {
       stored* out = static_cast<stored*>(a.grad_logits) + a.grad_offsets[row];
       const acc c = transform.scale * value(a.grad_logps, row), d_entropy = transform.scale * value(a.grad_entropy, row);
       const acc z_max = value(a.lse, 2 * row), log_sum = value(a.lse, 2 * row + 1), logp = value(a.logps, row),
-                entropy = value(a.entropy, row);
+                entropy = value(a.of(kEntropy), row);
       acc z[kChunk];
       for (int64_t v0 = 0; v0 < a.v; v0 += kChunk) {
         const int64_t n = a.v - v0 < kChunk ? a.v - v0 : kChunk, padded = read_chunk(transform, x + v0, n, z);

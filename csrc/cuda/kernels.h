@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 
+#include "core/softmax.h"
 #include "core/types.h"
 
 namespace dpofast::cuda {
@@ -72,13 +73,10 @@ struct GradArgs : TileArgs {
   int64_t out_ld;
 };
 
-struct FinishArgs {
+struct FinishArgs : Results {
   const void* stats;      // [kStats, n]
-  const int64_t* labels;  // [n]; one outside [0, v) makes every result of its row NaN (is_top1 false)
+  const int64_t* labels;  // [n]; one outside [0, v) makes every result of its row NaN, or false
   int64_t n, v;
-  // Results [n] of acc (lse: [n, 2]), is_top1 bytes; optional ones are null.
-  void *logps, *lse, *entropy, *log_sum_sq_probs, *mean_logits;
-  uint8_t* is_top1;
 };
 
 // The losses that a pair decides alone, and their names in dpofast/losses.py.

@@ -348,8 +348,8 @@ void check(const Case& c) {
   f.stats = stats.data(), f.labels = labels.data(), f.n = n, f.v = v;
   f.logps = logps.data(), f.lse = lse.data();
   if (c.outputs) {
-    f.entropy = entropy.data(), f.log_sum_sq_probs = sum_sq.data(), f.mean_logits = mean.data();
-    f.is_top1 = is_top1.data();
+    f.of(kEntropy) = entropy.data(), f.of(kLogSumSqProbs) = sum_sq.data(), f.of(kMeanLogits) = mean.data();
+    f.of(kIsTop1) = is_top1.data();
   }
   launch_logprob_finish(acc, f, nullptr);
   for (int64_t row = 0; row < n; ++row) {

@@ -250,8 +250,8 @@ void check_linear_logprob(const Table& table, const Case& c) {
   f.logps = logps.data(), f.lse = lse.data();
   if (c.entropy) {  // all statistics, or none
     f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
-    f.entropy = entropy.data(), f.log_sum_sq_probs = log_sum_sq_probs.data(), f.mean_logits = mean_logits.data();
-    f.is_top1 = is_top1.data();
+    f.of(kEntropy) = entropy.data(), f.of(kLogSumSqProbs) = log_sum_sq_probs.data(), f.of(kMeanLogits) = mean_logits.data();
+    f.of(kIsTop1) = is_top1.data();
   }
   f.cache = cached ? cache.data.get() : nullptr;
   f.jacobian = c.schedule == kJacobian ? jacobian.data.get() : nullptr;
@@ -350,9 +350,9 @@ void check_equal_bits(const Table& table, DType type) {
     char* const at = static_cast<char*>(out.data());
     const int64_t size = count * int64_t(size_of(acc));
     f.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
-    f.logps = at, f.entropy = at + size, f.log_sum_sq_probs = at + 2 * size, f.mean_logits = at + 3 * size,
+    f.logps = at, f.of(kEntropy) = at + size, f.of(kLogSumSqProbs) = at + 2 * size, f.of(kMeanLogits) = at + 3 * size,
     f.lse = at + 4 * size;
-    f.is_top1 = is_top1.data();
+    f.of(kIsTop1) = is_top1.data();
     f.cache = cached ? cache.data.get() : nullptr;
     f.jacobian = jacobian ? sums.data.get() : nullptr;
     f.cache_bytes = int64_t(jacobian ? sums.bytes : cache.bytes);
@@ -412,8 +412,8 @@ void check_rows(const Table& table, int64_t n, int64_t v, DType dtype, bool soft
   a.logps = logps.data(), a.lse = lse.data();
   if (entropy) {
     a.outputs = kEntropy | kLogSumSqProbs | kMeanLogits | kIsTop1;
-    a.entropy = stat_entropy.data(), a.log_sum_sq_probs = log_sum_sq_probs.data(), a.mean_logits = mean_logits.data();
-    a.is_top1 = is_top1.data();
+    a.of(kEntropy) = stat_entropy.data(), a.of(kLogSumSqProbs) = log_sum_sq_probs.data();
+    a.of(kMeanLogits) = mean_logits.data(), a.of(kIsTop1) = is_top1.data();
   }
   table.logits_forward(a);
   char where[120];
