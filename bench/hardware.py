@@ -29,7 +29,7 @@ BASE = Record("hardware", provider="dpofast", head="trained", dtype="fp32")
 
 
 def shares(rounds: int) -> Iterator[list[Record]]:
-    """Of the multiply-adds of as many cores as there are threads."""
+    """Shares of the multiply-adds of as many cores as there are threads."""
     states = load("SmolLM2", 1000)
     work, _ = training_step(ours(memory_budget="4GiB"), states.hidden, states.weight, states.labels)
     n, h, v = states.shape

@@ -32,7 +32,7 @@ SPARE = 32 << 20  # bytes that a step may take above its budget
 
 
 def dtypes() -> tuple[str, ...]:
-    """Those that PyTorch multiplies at speed here: without AVX512-BF16 its bf16 products take tens of times fp32's."""
+    """The dtypes that PyTorch multiplies at speed: without AVX512-BF16 a bf16 product takes tens of times fp32's."""
     fast = dpofast.plan(8, 8, 8, backend="cpu").backend == "cpu:avx512_bf16"
     return ("bf16", "fp32") if fast else ("fp32",)
 
@@ -44,7 +44,7 @@ def base(states: States, dtype: str) -> Record:
 
 
 def times(states: States, rounds: int) -> Iterator[list[Record]]:
-    """Of a trained head everything of which is kept; in bf16 of a frozen one and of a small budget, too."""
+    """Times of a trained head everything of which is kept; in bf16 of a frozen one and of a small budget, too."""
     cases = (("trained", "4GiB", DTYPES), ("frozen", "1GiB", ("bf16",)), ("trained", "32MiB", ("bf16",)))
     for name in dtypes():
         hidden, weight = states.hidden.to(DTYPES[name]), states.weight.to(DTYPES[name])
@@ -59,7 +59,7 @@ def times(states: States, rounds: int) -> Iterator[list[Record]]:
 
 
 def errors(states: States) -> Iterator[list[Record]]:
-    """Those of the gradients of the sum of logps, and their ratios to plain PyTorch's."""
+    """Errors of the gradients of the sum of logps, and their ratios to plain PyTorch's."""
 
     def plain(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return plain_logps(h, w, y).sum()

@@ -100,7 +100,7 @@ def _cut_cross_entropy_exact(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 
 def _liger_cross_entropy(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """Of the sum of all tokens, which is not enough for a preference loss: its gradients are made in the forward."""
+    """The cross entropy summed over all tokens. A preference loss needs more: its gradients are made in the forward."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(h, w, y, ignore_index=IGNORE, reduction="sum")

@@ -165,7 +165,7 @@ def with_tables(text: str, load: Callable[[str], Results] = lambda file: read(RE
 
 
 def step_results() -> Results:
-    """Those of README's table of training steps."""
+    """The rows of README's table of training steps."""
     files = (m.group(3) for m in MARKER.finditer(PAGES[0].read_text()))
     return read(RESULTS / next(file for file in files if file.startswith("step-")))
 

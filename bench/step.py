@@ -53,7 +53,7 @@ and a loss is of hundreds of them; dpofast does not."""
 PRELOAD = ["trl.trainer.dpo_trainer", "peft", "liger_kernel.chunked_loss", "transformers.models.llama.modeling_llama"]
 
 ForwardBackward = Callable[[str], Tensor]
-"""Of one of WAYS; returns the loss."""
+"""A step of one of WAYS; returns the loss."""
 
 
 class Row(NamedTuple):

@@ -55,7 +55,7 @@ def _places(counts: Tensor, n: int) -> Tensor:
 
 
 def _check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
-    """Of a forward's labels; their backward need not look again."""
+    """Looks at a forward's labels; their backward need not look again."""
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = map(int, torch.aminmax(y))
         if low < 0 or high >= n_vocab:
@@ -101,7 +101,7 @@ def _in_place(labels: Tensor, positions: Tensor, packed: Tensor, dtype: torch.dt
 
 
 def _pick(labels: Tensor, positions: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Of tensors that begin with labels' shape, the entries at ``positions``; None of one without elements."""
+    """The entries at ``positions`` of tensors that begin with labels' shape; None of one without elements."""
     picked = []
     for x in tensors:
         if x is not None and x.numel():
@@ -205,7 +205,7 @@ def _gradients(
     problem: Problem, bounds: Tensor | None, saved: Saved, incoming: OutputGrads, needs: list[bool], n_labels: int,
     where: _Where,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """As `_linear_logprob_backward`, of the tokens that count among ``n_labels``."""
+    """What `_linear_logprob_backward` returns, from the tokens that count among ``n_labels``."""
     hidden, weight, bias, positions = problem[:4]
     engine, how = registry.get(where.backend), Schedule.of(where.schedule, where.sizes)
     grads = _empty_grads(hidden, weight, bias, [needs[0], False, needs[2]])
@@ -301,7 +301,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _seen(labels: Tensor, positions: Tensor, result: Tensor, packed: list[Tensor | None]) -> list[Tensor]:
-    """Of a forward that saved its results packed, what the registered backward takes: logps, lse and entropy [*]."""
+    """Logps, lse and entropy [*], which the registered backward takes, of a forward that saved them packed."""
     # PyTorch asks lists without None whether they need gradients: not the operands, but this one, for its first entry.
     return [result] + [
         labels.new_empty(0, dtype=result.dtype) if x is None else _in_place(labels, positions, x, x.dtype)

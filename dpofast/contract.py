@@ -37,5 +37,5 @@ def wanted(outputs: int) -> tuple[str, ...]:
 
 
 def output_dtype(name: str, wide: torch.dtype) -> torch.dtype:
-    """That of an output where accumulators are ``wide``."""
+    """The dtype of an output where accumulators are ``wide``."""
     return torch.bool if name in reference.BOOLEAN else wide

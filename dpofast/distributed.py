@@ -116,7 +116,7 @@ def _fingerprint(x: Tensor) -> int:
 
 
 def _row_fingerprint(row: Tensor) -> int:
-    """As `_fingerprint`; 0 of a row that says nothing, all of whose numbers are equal."""
+    """A number as `_fingerprint` makes it; 0 of a row that says nothing, all of whose numbers are equal."""
     row = row.detach().double().cpu()
     return 0 if bool((row == row[0]).all()) else 1 + zlib.crc32(row.numpy().tobytes())
 

@@ -276,9 +276,9 @@ def dpo_loss(
 
 _OF_HEAD = LinearLossOptions.__optional_keys__ - LossOptions.__optional_keys__
 _OF_LOGITS = LogitsLossOptions.__optional_keys__ - LossOptions.__optional_keys__
-"""Those of the losses' options that go to the head, or to the logits."""
+"""The options of the losses that go to the head, or to the logits."""
 _ELSEWHERE = frozenset(("ignore_index", "memory_budget", "backend", "group", "sequence_group"))
-"""Those of their named arguments that say nothing of the loss."""
+"""The named arguments that say nothing of the loss."""
 
 
 def _split(options: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -386,7 +386,7 @@ def _is_one_launch(
 
 
 _TABLE = dict(losses.LOSSES)
-"""As it is here: a loss of the same name that was registered later is another."""
+"""The table as it is here: a loss of the same name that was registered later is another."""
 
 
 def _one_launch(

@@ -40,7 +40,7 @@ class _Options(nn.Module):
 
 
 def _not_defaults(function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those whose value is not that of the function's signature: what a module shows and passes on."""
+    """The options whose value is not the signature's default: what a module shows and passes on."""
     defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
     return {name: x for name, x in options.items() if isinstance(x, Tensor) or x != defaults[name]}
 

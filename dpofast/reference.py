@@ -55,7 +55,7 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 """Each optional statistic from log p ``[N, V]``, z ``[N, V]`` and the labels ``[N]``. Backends have the same, by these
 names and in this order: that of the bits of ``enum Output`` in csrc/core."""
 BOOLEAN = frozenset(("is_top1",))
-"""Those that are true or false."""
+"""The statistics that are true or false."""
 OUTPUTS = (*STATISTICS, "dropped_mass")
 """Names accepted in ``outputs``, beside ``logps``, which always comes."""
 

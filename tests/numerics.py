@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import dpofast
-from dpofast import primitive, reference
+from dpofast import contract, primitive, reference
 from dpofast.plan import Request, Schedule, choose
 
-STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STATISTICS = contract.STATISTICS
 SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 EVERYTHING = {"bias": True, "softcap": 4.0, "temperature": 0.7, "logit_scale": 1.3}
 

@@ -94,7 +94,7 @@ class Saved(NamedTuple):
     cache: Tensor | None = None  # bytes, as many as the schedule says
 
     def chunk(self, part: slice) -> Saved:
-        """Of some of the tokens; without the cache, which is of all."""
+        """What was saved of some of the tokens; without the cache, which is of all."""
         return Saved(*(chunk(x, part) for x in self[:3]))
 
 
@@ -116,7 +116,7 @@ PAIR_OPTIONS = (
 
 
 class PairsProblem(NamedTuple):
-    """From log-probs to a loss that each pair of ``[chosen; rejected]`` decides alone."""
+    """The operands of a loss that each pair of ``[chosen; rejected]`` decides alone."""
 
     logps: Tensor  # [2B, T], or packed [N] with cu_seqlens; fp32 or fp64
     labels: Tensor | None  # as logps, integers, ignore_index where a token does not count; or
@@ -133,7 +133,7 @@ class PairsProblem(NamedTuple):
 
 
 class PairsResult(NamedTuple):
-    """Of logps' dtype, but for the lengths."""
+    """What `PairBackend.sequence_dpo` returns, in logps' dtype but for the lengths."""
 
     losses: Tensor  # [B], times the weight
     sums: Tensor  # [2B]

@@ -106,7 +106,7 @@ def documented_pairs(ruff: str) -> tuple[list[Pair], int]:
 
 
 def _agreeing(ruff: str, pairs: Sequence[Pair], ending: str, target: str) -> list[bool]:
-    """For each pair, whether its rule fires on the rejected snippet and is silent on the chosen one.
+    """Tells of each pair whether its rule fires on the rejected snippet and is silent on the chosen one.
 
     A chosen snippet that does not parse is refused: no rule fires on it, for the wrong reason.
     """
@@ -131,7 +131,7 @@ def _agreeing(ruff: str, pairs: Sequence[Pair], ending: str, target: str) -> lis
 
 
 def verified_pairs(ruff: str, pairs: Sequence[Pair]) -> list[Pair]:
-    """Those of ``pairs`` on which running ruff agrees, under one of `SETTINGS`, in the same order.
+    """The pairs on which running ruff agrees, under one of `SETTINGS`, in the same order.
 
     All pairs are checked in one go. Of two rules that exclude each other ruff drops one, with a warning; that one is
     met in the next round, when the pair of the other has passed.

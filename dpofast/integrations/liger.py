@@ -69,7 +69,7 @@ class _Pairs:
         return sequence_logps(self.logps, self.target, **options).chunk(2)
 
     def nll(self) -> Tensor:
-        """Of the chosen completions, the mean over the tokens of the batch."""
+        """The loss of the chosen completions, a mean over the tokens of the batch."""
         return -self.sums()[0].sum() / self.lengths.chunk(2)[0].sum().clamp(min=1)
 
     def output(self, loss: Tensor, logps: Sequence[Tensor], nll: Tensor, rewards: Sequence[Tensor], *more: Tensor):

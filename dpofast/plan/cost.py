@@ -38,18 +38,18 @@ CTA_TILES = (
 """Rows and columns of the tiles that a product may be cut into. cuBLAS has more; these are the shapes between which its
 choices fall."""
 PEAK_SHARE = 0.887
-"""Of the data sheet's peak that a main loop would reach with tiles without end."""
+"""The share of the data sheet's peak that a main loop would reach with tiles without end."""
 TILE_LOSS = 10.4
 """A main loop of tm x tn takes ``1 + TILE_LOSS (1 / tm + 1 / tn)`` of that: 1.12 for 128 x 256, hence 780 TFLOP/s."""
 EPILOGUE_SHARE = 1.147
-"""Of a multiprocessor's share of the memory's bandwidth with which it stores its results: 29 GB/s on an H100."""
+"""The part of its share of the memory's bandwidth with which a multiprocessor stores results: 29 GB/s on an H100."""
 PRODUCT_LATENCY = 2.5e-6  # from a product's launch to its first main loop, and of its end
 KEEP_INSTRUCTIONS = 41  # an element, of the pass that folds and stores, beyond what its bytes hide
 PASS_LATENCY = 3e-6
 BANDWIDTH_SHARE = 0.85  # of the data sheet's: what passes over 300 MB reach
 FUSED_CYCLES = 4650
-"""Of the exponentials in the epilogue of a 128 x 256 tile (`linear_keep`): 0.84 of a bf16 product's speed at H 1024,
-0.94 at H 4096, as measured on that H100."""
+"""Cycles of the exponentials in the epilogue of a 128 x 256 tile (`linear_keep`): 0.84 of a bf16 product's speed at
+H 1024, 0.94 at H 4096, as measured on that H100."""
 FUSED_COLUMNS = 128  # of the vocabulary, that have a sum and a shift of their own there
 TORCH_PASSES = 6  # times the bytes of a kernel of our own, for passes that are written in PyTorch
 
@@ -134,7 +134,7 @@ for _function in (device_of, default_budget):
 
 @functools.cache
 def _device_of(device: torch.device) -> DataSheet:
-    """By its name; else those of its generation, scaled to its multiprocessors. It is asked for what it knows."""
+    """The figures of the device's name, or else of its generation, scaled to what the device says of itself."""
     if device.type != "cuda":
         return HOST
     there = torch.cuda.get_device_properties(device)
@@ -161,13 +161,13 @@ class Traffic(NamedTuple):
     """Bytes that are read and written, by construction, and the number of launches."""
 
     logits: int  # of the wide tiles of logits, which cost no memory traffic where they fit in L2
-    kept: int  # of g: written by passes, read by products
+    cached: int  # of g: written by passes, read by products
     operands: int  # of the other operands and of the results of products
     launches: int
 
     @property
     def total(self) -> int:
-        return self.logits + self.kept + self.operands
+        return self.logits + self.cached + self.operands
 
 
 class TiledTraits(NamedTuple):
@@ -201,7 +201,7 @@ class Product(NamedTuple):
 def _product_seconds(
     device: DataSheet, m: int, n: int, k: int, elem: int, out: int, accumulates: bool, fused: bool
 ) -> float:
-    """Of one product: the best of `CTA_TILES`, with k cut in up to four where there are fewer tiles than two waves."""
+    """Seconds of one product with the best of `CTA_TILES`; k is cut in up to four where tiles fill no two waves."""
     flops = PEAK_SHARE * device.flops(elem) / device.sms
     stores = EPILOGUE_SHARE * device.bandwidth / device.sms
     best = float("inf")
@@ -257,9 +257,9 @@ class _Counter:
     def __init__(self, schedule: Schedule, columns: int, request: Request, traits: TiledTraits):
         self.schedule, self.request, self.traits = schedule, request, traits
         self.n, self.h, self.v = request[:3]
-        self.columns = self.v if schedule.keeps_jacobian else columns  # of g, that are kept
+        self.columns = self.v if schedule.keeps_jacobian else columns  # of g, that are cached
         self.parts = ceil_div(self.n, schedule.token_chunk or self.n)
-        self.logits = self.kept = self.operands = self.launches = 0
+        self.logits = self.cached = self.operands = self.launches = 0
         self.work: list[Product | Pass] = []
         self.phases: list[Phase] = []
         self.chunk = ceil_div(self.n, self.parts)
@@ -295,7 +295,7 @@ class _Counter:
     def times_weight(self, width: int, calls: int) -> None:
         """``calls`` products of g [n in all, width] with the weight."""
         steps = self.pieces(width) if self.traits.converts_weight else 1
-        self.kept += self.n * width * self.traits.elem
+        self.cached += self.n * width * self.traits.elem
         self.operands += calls * width * self.h * self.traits.elem + self.n * self.h * self.traits.acc * (2 * steps - 1)
         self.launches += calls * steps
         count = calls * steps
@@ -309,14 +309,14 @@ class _Counter:
         if not self.fused:
             self.logits += n * v * a  # folded
             self.launches += self.pieces(v) * self.parts
-            if self.columns:  # folded and kept by one pass
+            if self.columns:  # folded and cached by one pass
                 self.passes(self.columns, e, KEEP_INSTRUCTIONS)
             if self.columns < v:
                 self.passes(v - self.columns, 0)
         self.launches += self.parts
         issued = self.launches
         if self.columns:
-            self.kept += n * self.columns * e  # stored by the pass that folds
+            self.cached += n * self.columns * e  # stored by the pass that folds
             self.launches += self.parts  # and sealed
         if self.schedule.keeps_jacobian:
             self.times_weight(v, self.parts)
@@ -325,7 +325,7 @@ class _Counter:
         self.end_phase(issued, self.parts, last)
 
     def from_cached(self) -> None:
-        """The backward of what was kept."""
+        """The backward of what was cached."""
         e, a, weight = self.traits.elem, self.traits.acc, self.request.weight_dtype.itemsize
         if self.request.to_hidden:
             self.times_weight(self.columns, 1)
@@ -334,7 +334,7 @@ class _Counter:
         if self.request.to_weight:
             self.work.append(Product(slices, ceil_div(self.columns, slices), self.h, self.n, out))
         self.over_tokens(34)  # hidden is scaled, d hidden too, and put where it belongs
-        self.kept += self.n * self.columns * e
+        self.cached += self.n * self.columns * e
         self.operands += self.n * self.h * e * slices + self.columns * self.h * (weight if weight in (e, a) else a)
         self.launches += slices
 
@@ -345,15 +345,15 @@ class _Counter:
         self.tiles(rest)
         self.passes(rest, e)
         self.logits += n * rest * a
-        self.kept += n * rest * e
+        self.cached += n * rest * e
         self.launches += count * parts
         if to_hidden:
-            self.kept += n * rest * e
+            self.cached += n * rest * e
             self.operands += rest * parts * h * e + 2 * n * h * a * count
             self.launches += count * parts
             self.work.append(Product(count * parts, self.chunk, h, ceil_div(rest, count), a, True))
         if to_weight:
-            self.kept += n * rest * e
+            self.cached += n * rest * e
             out = weight if weight in (e, a) else a
             sums = a if parts > 1 else out
             self.work.append(Product(count * parts, ceil_div(rest, count), h, self.chunk, sums, parts > 1))
@@ -382,19 +382,19 @@ def _counted(schedule: Schedule, columns: int, request: Request, traits: TiledTr
 
 
 def traffic(schedule: Schedule, columns: int, request: Request, traits: TiledTraits) -> Traffic:
-    """What forward and backward move, without bias, numbers of tokens and conversions; ``columns`` of g are kept.
+    """What forward and backward move, without bias, numbers of tokens and conversions; ``columns`` of g are cached.
 
     A test counts what the loops really ask for.
     """
     counter = _counted(schedule, columns, request, traits)
-    return Traffic(counter.logits, counter.kept, counter.operands, counter.launches)
+    return Traffic(counter.logits, counter.cached, counter.operands, counter.launches)
 
 
 def seconds(
     device: DataSheet, schedule: Schedule, columns: int, request: Request, traits: TiledTraits,
     host: HostTimes = HOST_TIMES,
 ) -> tuple[float, float]:  # fmt: skip
-    """Of a forward and of its backward on a device; ``columns`` of g are kept.
+    """Seconds of a forward and of its backward on a device; ``columns`` of g are cached.
 
     On a GPU as the head of this file says. On a CPU products at their peak, what leaves the cache, and the launches, in
     turn: small tiles are as bad as this says, large ones a little better, for a product hides most of its own traffic.
@@ -405,13 +405,13 @@ def seconds(
         times = [p.seconds(device, traits, host, call) for p, call in zip(counter.phases, calls, strict=False)]
         return times[0], sum(times[1:])
     tile_bytes = counter.chunk * schedule.block * traits.acc
-    outside = counter.kept + counter.operands + (0 if tile_bytes <= device.l2_bytes else counter.logits)
+    outside = counter.cached + counter.operands + (0 if tile_bytes <= device.l2_bytes else counter.logits)
     flops = schedule.products(request.n_grads) * request.flops / (0.74 * device.flops(traits.elem))
     return flops + outside / device.bandwidth + counter.launches * 4e-6, 0.0
 
 
 def floor_seconds(device: DataSheet, request: Request, traits: TiledTraits) -> float:
-    """Of the bare products that no schedule is without."""
+    """Seconds of the bare products that no schedule is without."""
     n, h, v = request[:3]
     bare = [Product(1, n, v, h, traits.elem), Product(1, n, h, v, traits.elem), Product(1, v, h, n, traits.elem)]
     wanted = True, request.to_hidden, request.to_weight

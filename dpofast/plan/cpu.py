@@ -21,7 +21,7 @@ stored rarely, and few enough that a block of W stays in an L2 cache at common h
 bits with each."""
 
 WIDEST_BLOCK = 8 * GROUP_ROWS
-"""For small problems, where a step of one ordinary block is over sooner than two threads can meet."""
+"""The most rows that a block of a small problem has: a step of an ordinary one is over sooner than two threads meet."""
 BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stays in an L2 cache
 
 PIECES, PANELS_TOGETHER, THREAD_FLOPS = 8, 4, 1e7  # kPieces, kPanelsTogether, kThreadFlops of csrc/cpu/head_layout.h
@@ -29,7 +29,7 @@ BUFFERS = 3  # WeightBlocks::kBuffers
 
 
 class Traits(NamedTuple):
-    """Of the product that two dtypes get on an instruction set (csrc/cpu/kernels.h)."""
+    """What the product of two dtypes on an instruction set is made of (csrc/cpu/kernels.h)."""
 
     vector: int  # tokens in a vector
     panel: int  # tokens in a panel

@@ -51,7 +51,7 @@ class Schedule(NamedTuple):
 
     @classmethod
     def of(cls, name: str, sizes: Sequence[int]) -> Schedule:
-        """From what an op is told: the name, and ``sizes`` block, token_chunk and cache_bytes."""
+        """The schedule that an op is told of by its name, and ``sizes`` block, token_chunk and cache_bytes."""
         block, token_chunk, cache_bytes = sizes
         return cls(name, block, token_chunk, cache_bytes, 0, 0.0)
 

@@ -16,8 +16,15 @@ TILE_MIB = (16, 32, 64, 128, 256, 512)
 """Sizes of a tile of logits on a GPU. From 150 MB on no step of the sweep of 2026-11-26 is more than 3 % faster."""
 SMALLEST_CHUNK = 1024
 """Tokens at a time on a GPU, where a budget allows it: the model does not know what reading the weight again costs."""
+NARROWEST = 64
+"""Vocabulary rows of the narrowest tile, and what the width of every tile is a multiple of: no product of cuBLAS has a
+narrower one. Not compared with others."""
+STATS_BYTES = 8 * 8
+"""Bytes of running statistics a token: at most eight numbers of eight bytes."""
+TRACED_TILE_BYTES = 256 << 20
+"""The largest tile of `first_fit`: beyond `TILE_MIB`'s measured 150 MB nothing is gained."""
 AS_FAST = 1.02
-"""Of two schedules whose predicted times differ by less, the one that needs less memory."""
+"""A schedule that needs less memory is taken where its predicted time is longer by no more than this share."""
 
 
 def tiled_traits(backend: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> TiledTraits:
@@ -49,16 +56,16 @@ class _Needs:
     def _tokens(self, n):
         return n * self.h * (self.t.elem + (self.t.hidden if self.t.converts_hidden else 0))
 
-    def forward(self, kept=0, g_rows=0):
+    def forward(self, cached=0, g_rows=0):
         t, c = self.t, self.chunk
-        references = -(-kept // self.block) * c * t.acc
+        shifts = ceil_div(cached, self.block) * c * t.acc
         tiles = c * self.block * t.acc * t.tiles
-        return self._tokens(c) + tiles + self.weight_slice + 8 * 8 * c + references + g_rows * c * t.elem
+        return self._tokens(c) + tiles + self.weight_slice + STATS_BYTES * c + shifts + g_rows * c * t.elem
 
     def _sums(self, n):
         return n * self.h * (self.t.acc + self.t.hidden)  # and their rounded copy
 
-    def from_kept(self, to_hidden):
+    def from_cached(self, to_hidden):
         t = self.t
         scaled = self._tokens(self.n) + self.n * self.h * (t.acc + t.elem)
         return self._sums(self.n if to_hidden else 0) + scaled + self.weight_slice + self.block * self.h * t.acc
@@ -71,9 +78,9 @@ class _Needs:
         return self._tokens(self.n if to_weight else c) + tiles + self.weight_slice + sums + d_weight
 
     def fused(self, g_rows=0):
-        """Of a forward whose product exponentiates itself: sums and shifts are all it writes beside e."""
+        """Bytes of a forward whose product exponentiates itself: sums and shifts are all it writes beside e."""
         c, parts = self.chunk, ceil_div(self.v, cost.FUSED_COLUMNS)
-        return self._tokens(c) + 2 * parts * c * 4 + 8 * 8 * c + g_rows * c * self.t.elem
+        return self._tokens(c) + 2 * parts * c * self.t.acc + STATS_BYTES * c + g_rows * c * self.t.elem
 
 
 def _host_sizes(n, v, acc, tile_bytes):
@@ -81,7 +88,7 @@ def _host_sizes(n, v, acc, tile_bytes):
     for halvings in range(max(1, n.bit_length())):
         chunk = -(-n >> halvings)
         for size in (tile_bytes, tile_bytes // 2, tile_bytes // 4, tile_bytes // 8, 0):
-            yield chunk, min(v, max(64, size // (acc * chunk) // 64 * 64))
+            yield chunk, min(v, max(NARROWEST, size // (acc * chunk) // NARROWEST * NARROWEST))
 
 
 def _gpu_sizes(n, v, acc, budget):
@@ -90,8 +97,8 @@ def _gpu_sizes(n, v, acc, budget):
         chunk = -(-n >> halvings)
         for mib in reversed(TILE_MIB):
             pieces = ceil_div(v * chunk * acc, min(mib << 20, budget // 2))
-            yield chunk, min(v, max(64, up(ceil_div(v, pieces), 64)))
-        yield chunk, min(v, 64)
+            yield chunk, min(v, max(NARROWEST, up(ceil_div(v, pieces), NARROWEST)))
+        yield chunk, min(v, NARROWEST)
 
 
 def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
@@ -105,7 +112,7 @@ def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
         need = _Needs(*r[:3], traits, chunk, 0)
         if r.to_weight:
             name, cache = "cached", r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
-            workspace = max(need.fused(), need.from_kept(r.to_hidden))
+            workspace = max(need.fused(), need.from_cached(r.to_hidden))
         elif r.to_hidden:
             name, cache = "jacobian", r.n_tokens * r.n_hidden * traits.acc + factors
             workspace = max(need.fused(up(r.n_vocab, 8)), chunk * r.n_hidden * traits.acc)
@@ -119,7 +126,7 @@ def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
 
 
 def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], every: bool = False) -> Iterator[Schedule]:
-    """For one size of tile: the schedules that fit; unless ``every``, only those that none is always better than."""
+    """The schedules that fit with one size of tile; unless ``every``, only those that none is always better than."""
     r, need = request, _Needs(*request[:3], traits, *size)
     factors = r.n_tokens * traits.acc
 
@@ -140,13 +147,13 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], eve
         return
     recompute = need.recompute(r.to_hidden, True)
     everything = r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
-    whole = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden), recompute if r.entropy else 0)
+    whole = max(need.forward(r.n_vocab), need.from_cached(r.to_hidden), recompute if r.entropy else 0)
     if r.keeps and everything + whole <= r.budget:
         yield schedule("cached", whole, everything, 1.0)
         if not every:
             return
     # In a mixed backward the sums and the tokens of both halves are alive together.
-    mixed = max(need.forward(r.n_vocab), need.from_kept(r.to_hidden) + need.recompute(False, True))
+    mixed = max(need.forward(r.n_vocab), need.from_cached(r.to_hidden) + need.recompute(False, True))
     columns = max(0, r.budget - mixed - factors) // (r.n_tokens * traits.elem) // size[1] * size[1]
     if r.keeps and 0 < columns < r.n_vocab:
         yield schedule("mixed", mixed, columns * r.n_tokens * traits.elem + factors, columns / r.n_vocab)
@@ -194,7 +201,7 @@ def candidates(request: Request, traits: TiledTraits, device: DataSheet, every: 
 
 
 def best_of(found: Iterable[Candidate], as_fast: float = AS_FAST) -> Candidate | None:
-    """Of those that are predicted to be nearly as fast as the fastest, the one that needs least memory."""
+    """The one that needs least memory among those predicted to be nearly as fast as the fastest."""
     found, fastest, best = list(found), float("inf"), None
     for c in found:  # as loops, which torch.compile can follow
         fastest = min(fastest, c.seconds)
@@ -233,7 +240,7 @@ def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
     best = _best(request, traits, device)
     if best is not None:
         return best.schedule
-    least = _Needs(n, h, v, traits, 1, min(v, 64))
+    least = _Needs(n, h, v, traits, 1, min(v, NARROWEST))
     raise too_little(
         request,
         max(least.forward(), least.recompute(False, request.to_weight), least.recompute(request.to_hidden, False)),
@@ -253,7 +260,8 @@ def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
     fits = None
     for halvings in range(12):
         chunk = -(-n // (1 << halvings))
-        block = min(v, max(64, min(256 << 20, request.budget // 8) // (traits.acc * chunk) // 64 * 64))
+        size = min(TRACED_TILE_BYTES, request.budget // 8)  # an eighth: some three tiles and what is beside them fit
+        block = min(v, max(NARROWEST, size // (traits.acc * chunk) // NARROWEST * NARROWEST))
         for schedule in _schedules(request, traits, (chunk, block)):
             if schedule.name in ("cached", "jacobian", "score"):
                 return schedule
