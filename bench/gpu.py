@@ -94,14 +94,14 @@ class Bench:
         plan = dpofast.plan(n, h, v, "bf16", backend=facts.backend, **how)
         provider = ours(backend=facts.backend, memory_budget=budget)
         run, leaves = training_step(provider, self.hidden, self.weight, self.labels, how["train_head"])
-        turns = self.turns(run, self.products.first(plan.floor_gemms))
+        turns = self.turns(run, self.products.first(plan.floor_products))
         # Products above the floor are logits made again.
-        again = (plan.gemms - plan.floor_gemms) * self.bare_seconds[0]
+        again = (plan.products - plan.floor_products) * self.bare_seconds[0]
         facts = facts._replace(schedule=plan.schedule, tile=(plan.token_chunk, plan.block))
         found = [
             *self.timed(facts, turns),
             facts.of("time / schedule's products", turns.seconds / (turns.base_seconds + again)),
-            facts.of("products", plan.gemms),
+            facts.of("products", plan.products),
             facts.of("budget", plan.memory_budget, "B"),
             *self.peak(facts, run, leaves),
             facts.of("gradients", sum(x.nbytes for x in leaves if x.requires_grad), "B"),

@@ -98,7 +98,7 @@ def report(shape: tuple[int, int, int], train_head: bool, args: argparse.Namespa
         f"{shape[0]} x {shape[1]} x {shape[2]}, head {'trained' if train_head else 'frozen'}, {args.backend}, {budget}"
     )
     return [
-        f"=== {title}: {plan.schedule}, {plan.token_chunk} x {plan.block}, {plan.gemms:.2f} products",
+        f"=== {title}: {plan.schedule}, {plan.token_chunk} x {plan.block}, {plan.products:.2f} products",
         f"without the profiler {alone * 1e3:.3f} ms; the host is done after {host * 1e3:.3f} ms; kernels "
         f"{sum(b - a for a, b, _ in spans) / 1e3:.3f} ms in {len(spans)} launches",
         *gaps(spans, 8),

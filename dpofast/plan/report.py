@@ -38,8 +38,8 @@ class Plan(NamedTuple):
     memory_budget: int
     cache_bytes: int
     workspace_bytes: int
-    gemms: float
-    floor_gemms: int
+    products: float
+    floor_products: int
     bytes_moved: int
     predicted_seconds: float | None
     floor_seconds: float | None
@@ -59,7 +59,7 @@ class Plan(NamedTuple):
             ("schedule", self.schedule),
             ("tiles", (f"{self.block} vocabulary rows a block, " if self.block else "none, the product exponentiates; ")
              + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
-            ("products", f"{self.gemms:.2f} (the least for these gradients: {self.floor_gemms})"),
+            ("products", f"{self.products:.2f} (the least for these gradients: {self.floor_products})"),
             ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
              f"budget {self.memory_budget / mib:.1f} MiB"),
             ("bytes moved", f"{self.bytes_moved / mib:.0f} MiB"),

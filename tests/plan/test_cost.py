@@ -135,7 +135,7 @@ def test_a_device_that_is_not_here_is_planned_for():
     args = (8192, 4096, 151936, "bf16")
     plans = {name: dpofast.plan(*args, device=name, memory_budget="4GiB") for name in cost.DEVICES}
     for name, p in plans.items():
-        assert p.backend == f"cuda on {name}" and p.schedule == "cached" and p.gemms == 3
+        assert p.backend == f"cuda on {name}" and p.schedule == "cached" and p.products == 3
         assert p.floor_seconds < p.predicted_seconds < 1.5 * p.floor_seconds
         assert (p.block == 0) == cost.DEVICES[name].fuses
         assert "from the data sheet" in str(p) and "\notherwise    " in str(p)

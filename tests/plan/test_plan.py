@@ -195,7 +195,7 @@ def test_plan_reports_what_the_op_will_choose(backend):
         )  # fmt: skip
         assert (p.schedule, p.block, p.token_chunk, p.cache_bytes, p.workspace_bytes) == c[:5]
         assert p.backend == backend and p.dtype == "bfloat16" and p.threads == 2
-        assert p.floor_gemms <= p.gemms <= p.floor_gemms + 2
+        assert p.floor_products <= p.products <= p.floor_products + 2
         assert (p.predicted_seconds is None) == (not backend.startswith("cpu:"))
         if p.predicted_seconds is not None:
             assert 0 < p.floor_seconds <= p.predicted_seconds < math.inf
@@ -203,15 +203,15 @@ def test_plan_reports_what_the_op_will_choose(backend):
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_plan_counts_products_as_the_table_of_schedules_does(isa):
-    def gemms(**options) -> tuple[str, float]:
+    def products(**options) -> tuple[str, float]:
         p = dpofast.plan(1000, 576, 49152, "bf16", backend=f"cpu:{isa}", threads=2, **options)
-        return p.schedule, round(p.gemms, 6)
+        return p.schedule, round(p.products, 6)
 
-    assert gemms(train_hidden=False, train_head=False) == ("score", 1)
-    assert gemms(train_head=False) == ("jacobian", 2)
-    assert gemms() == ("cached", 3)
-    assert gemms(train_hidden=False) == ("cached", 2)
-    schedule, n = gemms(memory_budget="64MiB")
+    assert products(train_hidden=False, train_head=False) == ("score", 1)
+    assert products(train_head=False) == ("jacobian", 2)
+    assert products() == ("cached", 3)
+    assert products(train_hidden=False) == ("cached", 2)
+    schedule, n = products(memory_budget="64MiB")
     assert schedule == "mixed" and 3 < n < 4
 
 
