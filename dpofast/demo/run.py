@@ -18,7 +18,7 @@ import torch
 import transformers
 from rich.console import Console
 
-from dpofast.demo import HELD_OUT_SHARE, MAX_ANSWER, MAX_PROMPT, data, model, train
+from dpofast.demo import data, model, train
 from dpofast.demo.estimate import LOADING, Count, Machine, expected_seconds
 from dpofast.demo.report import Result, print_result, save_picture, training_note
 from dpofast.demo.screen import Bar, Screen
@@ -54,7 +54,7 @@ def encoded_split(
     pairs: Sequence[data.Pair], tokenizer: Any, seed: int
 ) -> tuple[list[data.EncodedPair], list[data.EncodedPair], str]:
     """Train and held-out pairs in tokens, without the long ones; and what was left out, in words."""
-    training, held_out = data.split_by_family(pairs, HELD_OUT_SHARE, seed)
+    training, held_out = data.split_by_family(pairs, data.HELD_OUT_SHARE, seed)
     alone = data.without_copies(training, held_out)
 
     def short(part: Sequence[data.Pair]) -> list[data.EncodedPair]:
@@ -62,14 +62,14 @@ def encoded_split(
         return [
             pair
             for pair in encoded
-            if len(pair.prompt) <= MAX_PROMPT and max(len(pair.chosen), len(pair.rejected)) <= MAX_ANSWER
+            if len(pair.prompt) <= data.MAX_PROMPT and max(len(pair.chosen), len(pair.rejected)) <= data.MAX_ANSWER
         ]
 
     kept, kept_out = short(alone), short(held_out)
     left_out = (
         f"{len(training) - len(alone)} training pairs share code with a held-out one and go; "
         f"{len(alone) + len(held_out) - len(kept) - len(kept_out)} pairs are longer than "
-        f"{MAX_PROMPT} prompt or {MAX_ANSWER} answer tokens and go"
+        f"{data.MAX_PROMPT} prompt or {data.MAX_ANSWER} answer tokens and go"
     )
     return kept, kept_out, left_out
 
