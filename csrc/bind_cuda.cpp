@@ -143,7 +143,6 @@ void sequence_dpo(const py::dict& args) {
   a.logps = d.pointer("logps");
   a.cu_seqlens = d.pointer<int64_t>("cu_seqlens");
   a.labels = d.pointer<int64_t>("labels");
-  a.mask = d.pointer<uint8_t>("mask");
   a.ignore_index = d.value<int64_t>("ignore_index");
   a.pairs = d.value<int64_t>("pairs");
   a.width = d.value<int64_t>("width");

@@ -511,7 +511,7 @@ def _sequence_dpo(
     The sums are of whole sequences, chosen and rejected ones, and the coefficients are those of the losses' mean.
     """
     problem = PairsProblem(
-        logps, labels, None, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, loss_type, options, f_divergence
+        logps, labels, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, loss_type, options, f_divergence
     )
     losses, *others = registry.get(backend).sequence_dpo(problem)
     if reduction == "mean" and losses.numel():
@@ -604,8 +604,7 @@ _apply_sequence_dpo = super(torch.autograd.Function, _SequenceDPO).apply
 
 def call_sequence_dpo(problem: PairsProblem, reduction: str, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, sums and lengths of `sequence_dpo` with labels, on the shortest way to them."""
-    logps, labels, _, *others = problem
-    inputs = logps, labels, *others, reduction, backend
+    inputs = *problem, reduction, backend
     if _is_observed(*inputs[:7]):
         return sequence_dpo(*inputs)[:3]
     if torch.is_grad_enabled() and inputs[0].requires_grad:

@@ -413,7 +413,7 @@ def pairs_problem(
     term: losses.Term,
     logps: Tensor,
     *,
-    labels: Tensor | None,
+    labels: Tensor,
     cu_seqlens: Tensor | None,
     ref_logps: Tensor | None,
     weight: Tensor | None,
@@ -426,7 +426,7 @@ def pairs_problem(
     options = [0.0 if isinstance(x, Tensor) else float(x) for x in numbers]
     divergence = given.get("f_divergence_type", losses.F_DIVERGENCES[0])
     return PairsProblem(
-        logps, labels, None, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, term.loss.name, options,
+        logps, labels, cu_seqlens, ref_logps, beta, margin, weight, ignore_index, term.loss.name, options,
         divergence,
     )  # fmt: skip
 

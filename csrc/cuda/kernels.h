@@ -120,8 +120,7 @@ struct PairOptions {
 struct SequenceDpoArgs {
   const void* logps;          // of acc; sequence i holds tokens cu_seqlens[i] .. cu_seqlens[i + 1), or `width` tokens
   const int64_t* cu_seqlens;  // [2 pairs + 1] or null
-  const int64_t* labels;      // as logps; tokens with ignore_index do not count. Null: mask says so
-  const uint8_t* mask;        // as logps; 0 where a token does not count
+  const int64_t* labels;      // as logps; tokens with ignore_index do not count
   int64_t ignore_index, pairs, width;
   const void* ref_logps;  // [2 pairs] of acc, or null where the loss has no reference
   PairLoss loss;

@@ -232,9 +232,7 @@ __device__ __forceinline__ PairSums shuffled(const PairSums& s, int lanes) {
   return other;
 }
 
-__device__ __forceinline__ bool counts(const SequenceDpoArgs& a, int64_t token) {
-  return a.labels ? a.labels[token] != a.ignore_index : a.mask[token] != 0;
-}
+__device__ __forceinline__ bool counts(const SequenceDpoArgs& a, int64_t token) { return a.labels[token] != a.ignore_index; }
 
 // visit(token) for the tokens of one sequence that are this thread's
 template <class F>

@@ -119,8 +119,7 @@ class PairsProblem(NamedTuple):
     """The operands of a loss that each pair of ``[chosen; rejected]`` decides alone."""
 
     logps: Tensor  # [2B, T], or packed [N] with cu_seqlens; fp32 or fp64
-    labels: Tensor | None  # as logps, integers, ignore_index where a token does not count; or
-    mask: Tensor | None  # as logps, bool
+    labels: Tensor  # as logps, integers, ignore_index where a token does not count
     cu_seqlens: Tensor | None  # [2B + 1], integers
     ref_logps: Tensor | None  # [2B], where the loss has a reference
     beta: Tensor | None  # [B] or [], and likewise the next two; None: `options` has it, and the weight is 1

@@ -154,8 +154,7 @@ class CudaPasses(GpuPasses):
         pairs = (len(logps) if p.cu_seqlens is None else len(p.cu_seqlens) - 1) // 2
         inputs = {
             "logps": logps,
-            "labels": None if p.labels is None else p.labels.long().contiguous(),
-            "mask": None if p.mask is None else p.mask.contiguous(),
+            "labels": p.labels.long().contiguous(),
             "cu_seqlens": None if p.cu_seqlens is None else p.cu_seqlens.long().contiguous(),
             "ref_logps": None if p.ref_logps is None else p.ref_logps.to(dtype).contiguous(),
         }
