@@ -13,7 +13,7 @@ from dpofast import _ops, checks, distributed, losses
 from dpofast.backends import registry
 from dpofast.backends.base import PAIR_OPTIONS, PairsProblem
 from dpofast.options import LinearLossOptions, LogitsLossOptions, LossOptions
-from dpofast.primitive import HeadScorer, LogitsScorer, LogprobOutput, head_options, logits_options
+from dpofast.primitive import HeadScorer, LogitsScorer, LogprobOutput, score_options
 from dpofast.sequences import Sequences, sequence_group_name
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def linear_dpo_loss(
     tensor(0.6931)
     """
     ranks = sequence_group_name(sequence_group)
-    hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
+    with distributed.refusing_together(ranks):
+        hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
     with distributed.refusing_together(ranks), distributed.refusing_together(name):
         if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
             raise ValueError("ref_weight: goes with ref_hidden, which is None, and so does ref_bias")
@@ -206,7 +207,7 @@ def linear_dpo_loss(
             )
         sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
         of_head, of_loss = _split(options, _OF_HEAD)
-        how = head_options(ignore_index=ignore_index, memory_budget=memory_budget, backend=backend, **of_head)
+        how = score_options(ignore_index=ignore_index, memory_budget=memory_budget, backend=backend, **of_head)
         objective = make_objective(
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
         )
@@ -264,7 +265,7 @@ def dpo_loss(
     with distributed.refusing_together(ranks):
         sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
         of_logits, of_loss = _split(options, _OF_LOGITS)
-        how = logits_options(ignore_index=ignore_index, backend=backend, **of_logits)
+        how = score_options(ignore_index=ignore_index, backend=backend, **of_logits)
         objective = make_objective(
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
         )
@@ -298,12 +299,12 @@ def scoring_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_options(function: Callable[..., DPOLossOutput], options: Mapping[str, Any]) -> None:
-    """What the module of `linear_dpo_loss` or `dpo_loss` checks before it has data: neither backend nor ranks."""
-    check, names = (head_options, _OF_HEAD) if function is linear_dpo_loss else (logits_options, _OF_LOGITS)
-    given = {name: x for name, x in options.items() if name not in ("backend", "group", "sequence_group")}
-    own, of_loss = _split(given, names | {"ignore_index", "memory_budget"})
+    """What the module of `linear_dpo_loss` or `dpo_loss` checks before it has data; ranks are judged when it has."""
+    names = _OF_HEAD | {"memory_budget"} if function is linear_dpo_loss else _OF_LOGITS
+    given = {name: x for name, x in options.items() if name not in ("group", "sequence_group")}
+    of_score, of_loss = _split(given, names | {"ignore_index", "backend"})
     make_objective(**of_loss)
-    check(**own)
+    score_options(**of_score)
 
 
 def _preference(

@@ -22,67 +22,46 @@ from dpofast.reference import LogprobOutput
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
 
 
-class HeadOptions(NamedTuple):
-    """What `linear_logprob` is told beside tensors, checked as far as it can be without them."""
+class ScoreOptions(NamedTuple):
+    """What `linear_logprob` and `logprob` are told beside tensors, checked as far as it can be without them."""
 
     transform: list[float]
     ignore_index: int | None
-    memory_budget: int | str | None
     backend: str
+    memory_budget: int | str | None  # of `linear_logprob`
+    inplace_grad: bool  # of `logprob`
 
 
-def head_options(
+def score_options(
     *,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     grad_filter: None = None,
     ignore_index: int | None = -100,
-    memory_budget: int | str | None = None,
     backend: str = "auto",
-) -> HeadOptions:
-    """Checks the options of `linear_logprob`, but for those that only its tensors can decide."""
+    memory_budget: int | str | None = None,
+    inplace_grad: bool = False,
+) -> ScoreOptions:
+    """Checks options; which backend a name is, and how much a budget is by default, only tensors can decide."""
     checks.exact(grad_filter)
     checks.ignored(ignore_index, optional=True)
     parse_bytes(memory_budget)
-    return HeadOptions(checks.transform(temperature, logit_scale, softcap), ignore_index, memory_budget, backend)
-
-
-def check_options(*, outputs: tuple[str, ...] = (), backend: str = "auto", group: Any = None, **options: Any) -> None:
-    """What the module of `linear_logprob` checks before it has tensors, by which backend and group are judged."""
-    unknown = sorted(set(options) - set(inspect.signature(head_options).parameters))
-    if unknown:
-        raise TypeError(f"{unknown[0]}: not an option of linear_logprob")
-    checks.output_names(outputs)
-    head_options(**options)
-
-
-class LogitsOptions(NamedTuple):
-    """`HeadOptions` of `logprob`."""
-
-    transform: list[float]
-    ignore_index: int | None
-    backend: str
-    inplace_grad: bool
-
-
-def logits_options(
-    *,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    grad_filter: None = None,
-    ignore_index: int | None = -100,
-    backend: str = "auto",
-    inplace_grad: bool = False,
-) -> LogitsOptions:
-    """Checks the options of `logprob`, as `head_options` does those of `linear_logprob`."""
-    checks.exact(grad_filter)
-    checks.ignored(ignore_index, optional=True)
     checks.flag("inplace_grad", inplace_grad)
     if inplace_grad and torch.compiler.is_compiling():
         raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
-    return LogitsOptions(checks.transform(temperature, logit_scale, softcap), ignore_index, backend, inplace_grad)
+    transform = checks.transform(temperature, logit_scale, softcap)
+    return ScoreOptions(transform, ignore_index, backend, memory_budget, inplace_grad)
+
+
+def check_options(*, outputs: tuple[str, ...] = (), group: Any = None, **options: Any) -> None:
+    """What the module of `linear_logprob` checks before it has tensors; a group is judged when it is used."""
+    known = set(inspect.signature(linear_logprob).parameters) - {"hidden", "weight", "labels", "bias"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"{unknown[0]}: not an option of linear_logprob")
+    checks.output_names(outputs)
+    score_options(**options)
 
 
 def _count(labels: Tensor, ignore_index: int | None) -> tuple[int, Tensor | None]:
@@ -180,7 +159,7 @@ def linear_logprob(
     """
     hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
     with distributed.refusing_together(name):
-        options = head_options(
+        options = score_options(
             temperature=temperature, logit_scale=logit_scale, softcap=softcap, grad_filter=grad_filter,
             ignore_index=ignore_index, memory_budget=memory_budget, backend=backend,
         )  # fmt: skip
@@ -205,16 +184,11 @@ class HeadScorer:
         bias: Tensor | None,
         labels: Tensor,
         group: str | None,
-        options: HeadOptions,
+        options: ScoreOptions,
         prefix: str = "",
     ) -> None:
         checks.head(hidden, weight, bias, labels, sharded=group is not None, prefix=prefix)
-        device_type = hidden.device.type
-        self.exact_backend = registry.resolve(options.backend, device_type)
-        if torch.is_autocast_enabled(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
-            dtype = torch.get_autocast_dtype(device_type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        self.exact_backend = registry.resolve(options.backend, hidden.device.type)
         self.hidden, self.weight, self.bias, self.labels = hidden, weight, bias, labels
         self.group, self.options = group, options
 
@@ -222,22 +196,32 @@ class HeadScorer:
         """`linear_logprob`, with the statistics ``names``."""
         ignore_index, transform = self.options.ignore_index, self.options.transform
         with distributed.refusing_together(self.group):
+            hidden, weight, bias = self._cast()
             n_tokens, positions = _count(self.labels, ignore_index)
-            request = self._request(n_tokens, names)
+            request = self._request(hidden, weight, bias, n_tokens, names)
             # a compiled graph cannot look into the memory of `chosen`
             ask = traced if torch.compiler.is_compiling() else chosen
-            schedule = ask(request, self.exact_backend, device=cost.device_of(self.hidden.device))
+            schedule = ask(request, self.exact_backend, device=cost.device_of(hidden.device))
         bounds = None
         if self.group is not None:
-            of_operands = self.hidden.dtype, self.weight.dtype, self.bias is None, request.to_hidden
-            same = ignore_index, *transform, names, *of_operands
-            bounds = distributed.vocabulary_bounds(self.labels, self.weight, str(same), self.group)
+            same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, request.to_hidden
+            bounds = distributed.vocabulary_bounds(self.labels, weight, str(same), self.group)
         how = transform, flags(names), self.exact_backend, schedule.name, schedule.sizes, self.group or ""
-        operands = self.hidden, self.weight, self.bias, self.labels, bounds
+        operands = hidden, weight, bias, self.labels, bounds
         return _output(_ops.call_linear_logprob(positions, *operands, ignore_index, n_tokens, *how), names)
 
-    def _request(self, n_tokens: int, names: tuple[str, ...]) -> Request:
-        hidden, weight, bias, grad = self.hidden, self.weight, self.bias, torch.is_grad_enabled()
+    def _cast(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The operands as autocast has them: made when they are used, so that those of two heads need not coexist."""
+        hidden, weight, bias, device_type = self.hidden, self.weight, self.bias, self.hidden.device.type
+        if not torch.is_autocast_enabled(device_type) or torch.float64 in (hidden.dtype, weight.dtype):
+            return hidden, weight, bias
+        dtype = torch.get_autocast_dtype(device_type)
+        return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def _request(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, n_tokens: int, names: tuple[str, ...]
+    ) -> Request:
+        grad = torch.is_grad_enabled()
         n = self.labels.numel() if n_tokens < 0 else max(1, n_tokens)
         budget = parse_bytes(self.options.memory_budget, default=cost.default_budget(hidden.device))
         whole = self.group is None
@@ -294,7 +278,7 @@ def logprob(
         >>> dpofast.logprob(torch.zeros(3, 4), torch.tensor([0, 3, -100])).logps
         tensor([-1.3863, -1.3863,  0.0000])
     """
-    options = logits_options(
+    options = score_options(
         temperature=temperature, logit_scale=logit_scale, softcap=softcap, grad_filter=grad_filter,
         ignore_index=ignore_index, backend=backend, inplace_grad=inplace_grad,
     )  # fmt: skip
@@ -304,17 +288,17 @@ def logprob(
 class LogitsScorer:
     """Logits and labels, checked: as `HeadScorer`, for `logprob`; ``name`` is that of the logits in errors."""
 
-    def __init__(self, logits: Tensor, labels: Tensor, options: LogitsOptions, name: str = "logits") -> None:
+    def __init__(self, logits: Tensor, labels: Tensor, options: ScoreOptions, name: str = "logits") -> None:
         checks.rows(name, logits, labels)
         self.exact_backend = registry.resolve(options.backend, logits.device.type)
         self.logits, self.labels, self.options = logits, labels, options
 
     def score(self, names: tuple[str, ...]) -> LogprobOutput:
         """`logprob`, with the statistics ``names``."""
-        logits, (transform, ignore_index, _, inplace) = self.logits, self.options
+        logits, inplace, ignore_index = self.logits, self.options.inplace_grad, self.options.ignore_index
         shares_rows = inplace and 0 in logits.stride()  # expanded: one memory cannot hold every row's gradient
         if logits.stride(-1) != 1 or shares_rows:
             logits = logits.contiguous()
         n_tokens, positions = _count(self.labels, ignore_index)
-        how = ignore_index, n_tokens, transform, flags(names), self.exact_backend
+        how = ignore_index, n_tokens, self.options.transform, flags(names), self.exact_backend
         return _output(_ops.call_logprob(positions, inplace, logits, self.labels, *how), names)

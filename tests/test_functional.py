@@ -400,6 +400,22 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     assert calls[0] == (("entropy", "mean_logits", "is_top1"), True)
 
 
+def test_under_autocast_the_operands_of_two_heads_are_cast_one_after_the_other(monkeypatch):
+    """Each is a copy of the head in 16 bits, and that of the reference is not wanted before the policy is scored."""
+    seen, cast = [], primitive.HeadScorer._cast
+
+    def spy(self):
+        seen.append((self.weight.dtype, torch.is_grad_enabled()))
+        return cast(self)
+
+    monkeypatch.setattr(primitive.HeadScorer, "_cast", spy)
+    score = primitive.HeadScorer.score
+    monkeypatch.setattr(primitive.HeadScorer, "score", lambda *args: (seen.append("score"), score(*args))[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        Batch(LENGTHS).loss()
+    assert seen == ["score", (torch.float64, True), "score", (torch.float64, False)]
+
+
 def test_metrics_are_token_means_over_the_completions():
     batch = Batch(LENGTHS)
     out = batch.loss(metrics=True, beta=0.3)

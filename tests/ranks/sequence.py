@@ -161,6 +161,7 @@ def errors_come_to_every_rank():
         ("ref_logps: got shape", dict(ref_logps=torch.zeros(S + 1))),
         ("ref_logps: given beside a reference to score", dict(ref_hidden=good["hidden"], ref_weight=weight)),
         ("beta", dict(beta=-1.0)),
+        ("group: got str", dict(group="no group")),
         (".*hidden without its last dimension", dict(hidden=hidden[:2, here])),
     ):
         expected = message if last else f"group: its rank {size - 1} refuses the call: {message}"
