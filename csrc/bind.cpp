@@ -87,7 +87,9 @@ int64_t backward(const std::string& isa, const py::dict& args) {
   a.grad_hidden_dtype = d.dtype("grad_hidden_dtype");
   a.grad_positions = d.pointer<int64_t>("grad_positions");
   a.grad_weight = d.pointer("grad_weight");
+  a.grad_weight_dtype = d.dtype("grad_weight_dtype");
   a.grad_bias = d.pointer("grad_bias");
+  a.adds = d.value<bool>("adds");
   a.token_chunk = d.value<int64_t>("token_chunk");
   return run(table(isa).backward, a, d);
 }

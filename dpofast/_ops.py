@@ -54,7 +54,7 @@ def _places(counts: Tensor, n: int) -> Tensor:
     return positions.scatter_(0, place, torch.arange(counts.numel(), device=counts.device))[:-1]
 
 
-def _check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
+def check_range(y: Tensor, n_vocab: int, ignore_index: int | None) -> None:
     """Looks at a forward's labels; their backward need not look again."""
     if y.numel() and (y.device.type == "cpu" or os.environ.get("DPOFAST_CHECK_LABELS") == "1"):
         low, high = map(int, torch.aminmax(y))
@@ -163,7 +163,7 @@ def _forward(
     problem: Problem, bounds: Tensor | None, ignore_index: int | None, outputs: int, where: _Where
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What the backend makes of the tokens that count, [N], and the cache."""
-    _check_range(problem.labels, problem.n_vocab if bounds is None else int(bounds[-1]), ignore_index)
+    check_range(problem.labels, problem.n_vocab if bounds is None else int(bounds[-1]), ignore_index)
     engine, how, names = registry.get(where.backend), Schedule.of(where.schedule, where.sizes), wanted(outputs)
     cache = engine.cache(how.cache_bytes, problem.hidden.device)
     if not problem.n_tokens:
@@ -335,16 +335,20 @@ def _unpacked(
 _apply_linear_logprob = super(torch.autograd.Function, _LinearLogprob).apply
 
 
-def _is_observed(*tensors: Tensor | None) -> bool:
-    """Whether somebody must see an op: a compiler, tracer, profiler, dispatch mode, transform or kind of tensor."""
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether there may be no numbers: under a compiler, tracer, dispatch mode or transform, or in a kind of tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or torch.autograd._profiler_enabled()
         or any(type(x) not in (Tensor, torch.nn.Parameter) for x in tensors if x is not None)
     )
+
+
+def _is_observed(*tensors: Tensor | None) -> bool:
+    """Whether somebody must see an op: what `is_traced` names, or a profiler."""
+    return is_traced(*tensors) or torch.autograd._profiler_enabled()
 
 
 def call_linear_logprob(positions: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, *others):
@@ -376,7 +380,7 @@ def _logprob(
 
 def _logits_forward(problem: LogitsProblem, ignore_index: int | None, outputs: int, backend: str) -> dict[str, Tensor]:
     """What the backend makes of the tokens that count, [N]."""
-    _check_range(problem.labels, problem.n_vocab, ignore_index)
+    check_range(problem.labels, problem.n_vocab, ignore_index)
     return registry.get(backend).logits_forward(problem, wanted(outputs)) if problem.n_tokens else {}
 
 

@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--memory-budget", help='workspace: bytes, or "512MiB"')
     plan.add_argument("--backend", default="auto", help="auto (default), or a name that `dpofast env` lists")
     plan.add_argument("--device", help="predict for a GPU that need not be here, such as h100")
+    plan.add_argument("--longest-pair", type=int, help="tokens of a preference loss's longest pair: how that would run")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(run=_plan, parser=plan)
 
@@ -74,6 +75,7 @@ def _plan(args: argparse.Namespace) -> int:
             memory_budget=args.memory_budget,
             backend=args.backend,
             device=args.device,
+            longest_pair=args.longest_pair,
         )
     except ValueError as error:
         args.parser.error(str(error))

@@ -13,7 +13,10 @@ from dpofast import _ops, checks, distributed, losses
 from dpofast.backends import registry
 from dpofast.backends.base import PAIR_OPTIONS, PairsProblem
 from dpofast.options import LinearLossOptions, LogitsLossOptions, LossOptions
-from dpofast.primitive import HeadScorer, LogitsScorer, LogprobOutput, score_options
+from dpofast.pairs import Evaluate, PairsCall
+from dpofast.plan import cost
+from dpofast.plan.pairs import pairs_schedule
+from dpofast.primitive import HeadCall, HeadScorer, LogitsScorer, LogprobOutput, score_options
 from dpofast.sequences import Sequences, sequence_group_name
 
 if TYPE_CHECKING:
@@ -171,7 +174,9 @@ def linear_dpo_loss(
         cu_seqlens: boundaries of packed sequences ``[2B + 1]``, as in `sequence_logps`.
         ignore_index: the label of prompt and padding; those positions are not computed.
         loss_type, beta, label_smoothing, reduction: as in `preference_loss`.
-        memory_budget, backend: as in `linear_logprob`.
+        memory_budget, backend: as in `linear_logprob`. Where the exponentials of all tokens do not fit the budget, a
+            loss that each pair decides alone may run by whole pairs (docs/design.md, "Schedules"): the gradients are
+            then made in the forward, and a gradient that comes to the logps beside the loss's costs scoring again.
         group: the ranks that hold the head together, as in `linear_logprob`.
         sequence_group: the ranks that hold the sequences together, each some tokens of all 2B, as ``group`` in
             `sequence_logps`. Every rank then has the same loss; the gradients of the head and of all below it are
@@ -314,30 +319,71 @@ def _preference(
     sequences: Sequences,
     objective: Objective,
 ) -> DPOLossOutput:
-    """Check what is left to check, score the policy and the reference, and apply the losses."""
+    """Check what is left to check, score the reference and the policy, and apply the losses."""
     group, has_reference = sequences.group, ref_logps is not None or reference is not None
     with distributed.refusing_together(group):
         if ref_logps is not None and reference is not None:
             raise ValueError("ref_logps: given beside a reference to score; pass one of them")
         _check_pairs(objective, sequences, ref_logps, has_reference)
-        scored = policy.score(objective.outputs)
+        ref = None if ref_logps is None else ref_logps.detach()
+        if reference is not None:
+            with torch.no_grad():
+                ref = reference.score(()).logps
+        call = policy.ask(objective.outputs) if isinstance(policy, HeadScorer) else policy
+        by_pairs = _by_pairs(call, sequences, objective)
+        if by_pairs is None:
+            scored = call.score(objective.outputs)
     if group is not None:
         _agree(group, sequences, objective, ref_logps, has_reference)
-
-    def weighted(logps: Tensor) -> Tensor:
-        return sequences.logps(logps, token_weights=objective.token_weights, ld_alpha=objective.ld_alpha)
-
-    ref = None if ref_logps is None else ref_logps.detach()
-    if reference is not None:
-        with torch.no_grad():
-            ref = reference.score(()).logps
     if ref is not None and ref.shape == sequences.labels.shape:
-        ref = weighted(ref)  # with a graph: token_weights may be learned, and weigh these too
-    if _is_one_launch(scored.logps, ref, sequences, objective, policy.exact_backend):
+        ref = _weighted(ref, sequences, objective)  # with a graph: token_weights may be learned, and weigh these too
+
+    def evaluate(scored: LogprobOutput, reduction: str) -> Tensor:
+        terms, given, beside = _loss_inputs(scored, ref, sequences, objective)
+        return losses.evaluate(terms, given | beside, reduction)
+
+    if by_pairs is not None:
+        loss, scored = by_pairs(evaluate)
+    elif _is_one_launch(scored.logps, ref, sequences, objective, policy.exact_backend):
         return _one_launch(scored, ref, sequences, objective, policy.exact_backend)
-    logps = weighted(scored.logps)
-    given = _given(logps, ref, sequences)
-    beside = {}
+    else:
+        loss = evaluate(scored, objective.reduction)
+    _, given, beside = _loss_inputs(scored, ref, sequences, objective)
+    return _result(loss, given, losses.implicit_rewards(objective.terms, given | beside), scored, sequences, objective)
+
+
+def _by_pairs(
+    call: HeadCall | LogitsScorer, sequences: Sequences, objective: Objective
+) -> Callable[[Evaluate], tuple[Tensor, LogprobOutput]] | None:
+    """The loss and the scores by whole pairs, if each decides alone, only the model is learned, and it is faster."""
+    if not isinstance(call, HeadCall) or not call.request.to_weight or call.n_tokens < 1:
+        return None
+    if call.group is not None or sequences.group is not None or _ops.is_traced(*call[:4]):
+        return None
+    if objective.reduction == "none":
+        return None
+    if any(_TABLE.get(x.loss.name) is not x.loss or "weight" not in x.loss.options for x in objective.terms):
+        return None
+    options = [value for term in objective.terms for value in term.options.values()]
+    beside = [x for x in (*options, objective.pair_weight, objective.token_weights) if isinstance(x, Tensor)]
+    if any(x.requires_grad or distributed.is_dtensor(x) for x in beside):
+        return None
+
+    def longest() -> int:
+        return int(sequences.lengths().view(2, -1).sum(0).max())
+
+    found = pairs_schedule(call.request, call.exact_backend, longest, cost.device_of(call.hidden.device))
+    if found is None:
+        return None
+    return PairsCall(call, found, sequences.lengths(), objective.outputs, objective.reduction).loss_and_scores
+
+
+def _loss_inputs(
+    scored: LogprobOutput, ref: Tensor | None, sequences: Sequences, objective: Objective
+) -> tuple[Sequence[losses.Term], dict[str, Tensor], dict[str, Tensor]]:
+    """The terms with the weights of pairs, the fields of the output, and what the terms take beside those."""
+    logps = _weighted(scored.logps, sequences, objective)
+    given, beside = _given(logps, ref, sequences), {}
     if "chosen_nll" in losses.needed(objective.terms):
         is_weighted = objective.token_weights is not None or objective.ld_alpha is not None
         beside["chosen_nll"] = -(sequences.logps(scored.logps) if is_weighted else logps).chunk(2)[0]
@@ -345,8 +391,11 @@ def _preference(
     if objective.use_weighting:
         chosen, rejected = sequences.wpo_weights(scored.logps, scored.log_sum_sq_probs).chunk(2)
         weight = chosen * rejected if weight is None else weight * chosen * rejected
-    loss = losses.evaluate(losses.weighted(objective.terms, weight), given | beside, objective.reduction)
-    return _result(loss, given, losses.implicit_rewards(objective.terms, given | beside), scored, sequences, objective)
+    return losses.weighted(objective.terms, weight), given, beside
+
+
+def _weighted(logps: Tensor, sequences: Sequences, objective: Objective) -> Tensor:
+    return sequences.logps(logps, token_weights=objective.token_weights, ld_alpha=objective.ld_alpha)
 
 
 def _result(loss, given, rewards, scored: LogprobOutput, sequences: Sequences, objective: Objective) -> DPOLossOutput:

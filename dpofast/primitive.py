@@ -168,6 +168,38 @@ def linear_logprob(
     return scorer.score(names)
 
 
+class HeadCall(NamedTuple):
+    """One call, with operands as autocast has them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    positions: Tensor | None  # of the labels that count; None: nobody looked
+    n_tokens: int  # how many they are; -1: unknown
+    request: Request
+    exact_backend: str
+    options: ScoreOptions
+    group: str | None
+
+    def score(self, names: tuple[str, ...]) -> LogprobOutput:
+        """`linear_logprob`, with the statistics ``names``."""
+        ignore_index, transform = self.options.ignore_index, self.options.transform
+        hidden, weight, bias = self[:3]
+        with distributed.refusing_together(self.group):
+            # a compiled graph cannot look into the memory of `chosen`
+            ask = traced if torch.compiler.is_compiling() else chosen
+            schedule = ask(self.request, self.exact_backend, device=cost.device_of(hidden.device))
+        bounds = None
+        if self.group is not None:
+            same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, self.request.to_hidden
+            bounds = distributed.vocabulary_bounds(self.labels, weight, str(same), self.group)
+        how = transform, flags(names), self.exact_backend, schedule.name, schedule.sizes, self.group or ""
+        operands = hidden, weight, bias, self.labels, bounds
+        results = _ops.call_linear_logprob(self.positions, *operands, ignore_index, self.n_tokens, *how)
+        return _output(results, names)
+
+
 class HeadScorer:
     """Hidden states, a head and labels, checked: what `linear_logprob` runs on, and a loss its policy and reference.
 
@@ -194,21 +226,26 @@ class HeadScorer:
 
     def score(self, names: tuple[str, ...]) -> LogprobOutput:
         """`linear_logprob`, with the statistics ``names``."""
-        ignore_index, transform = self.options.ignore_index, self.options.transform
+        return self.ask(names).score(names)
+
+    def ask(self, names: tuple[str, ...]) -> HeadCall:
+        """The call that `score` makes: the one wait for a device is here."""
         with distributed.refusing_together(self.group):
             hidden, weight, bias = self._cast()
-            n_tokens, positions = _count(self.labels, ignore_index)
+            n_tokens, positions = _count(self.labels, self.options.ignore_index)
             request = self._request(hidden, weight, bias, n_tokens, names)
-            # a compiled graph cannot look into the memory of `chosen`
-            ask = traced if torch.compiler.is_compiling() else chosen
-            schedule = ask(request, self.exact_backend, device=cost.device_of(hidden.device))
-        bounds = None
-        if self.group is not None:
-            same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, request.to_hidden
-            bounds = distributed.vocabulary_bounds(self.labels, weight, str(same), self.group)
-        how = transform, flags(names), self.exact_backend, schedule.name, schedule.sizes, self.group or ""
-        operands = hidden, weight, bias, self.labels, bounds
-        return _output(_ops.call_linear_logprob(positions, *operands, ignore_index, n_tokens, *how), names)
+        return HeadCall(
+            hidden,
+            weight,
+            bias,
+            self.labels,
+            positions,
+            n_tokens,
+            request,
+            self.exact_backend,
+            self.options,
+            self.group,
+        )
 
     def _cast(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The operands as autocast has them: made when they are used, so that those of two heads need not coexist."""

@@ -47,6 +47,7 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         "memory_budget": None,
         "backend": "auto",
         "device": None,
+        "longest_pair": None,
     }
     assert capsys.readouterr().out == "a table\n"
 
@@ -57,6 +58,7 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         (["--frozen-head"], {"train_head": False, "train_hidden": True}),
         (["--score"], {"train_head": False, "train_hidden": False}),
         (["--memory-budget", "512MiB"], {"memory_budget": "512MiB"}),
+        (["--longest-pair", "300"], {"longest_pair": 300}),
         (["--device", "h100"], {"device": "h100", "backend": "auto"}),
         (["--dtype", "fp32", "--backend", "cpu"], {"dtype": "fp32", "backend": "cpu"}),
     ],

@@ -382,26 +382,26 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     """Statistics and the reference cost products and passes; nobody pays who does not ask."""
     calls = []
 
-    score = primitive.HeadScorer.score
+    score = primitive.HeadCall.score
 
     def spy(self, names):
         calls.append((names, torch.is_grad_enabled()))
         return score(self, names)
 
-    monkeypatch.setattr(primitive.HeadScorer, "score", spy)
+    monkeypatch.setattr(primitive.HeadCall, "score", spy)
     batch = Batch(LENGTHS)
     batch.loss()
-    assert calls == [((), True), ((), False)]
+    assert calls == [((), False), ((), True)]
     calls.clear()
     batch.loss(use_weighting=True, ref_logps=torch.zeros(6), ref_hidden=None, ref_weight=None)
     assert calls == [(("log_sum_sq_probs",), True)]
     calls.clear()
     batch.loss(metrics=True)
-    assert calls[0] == (("entropy", "mean_logits", "is_top1"), True)
+    assert calls[-1] == (("entropy", "mean_logits", "is_top1"), True)
 
 
 def test_under_autocast_the_operands_of_two_heads_are_cast_one_after_the_other(monkeypatch):
-    """Each is a copy of the head in 16 bits, and that of the reference is not wanted before the policy is scored."""
+    """Each is a copy of the head in 16 bits, and that of the policy is not wanted before the reference is scored."""
     seen, cast = [], primitive.HeadScorer._cast
 
     def spy(self):
@@ -409,11 +409,11 @@ def test_under_autocast_the_operands_of_two_heads_are_cast_one_after_the_other(m
         return cast(self)
 
     monkeypatch.setattr(primitive.HeadScorer, "_cast", spy)
-    score = primitive.HeadScorer.score
-    monkeypatch.setattr(primitive.HeadScorer, "score", lambda *args: (seen.append("score"), score(*args))[1])
+    score = primitive.HeadCall.score
+    monkeypatch.setattr(primitive.HeadCall, "score", lambda *args: (seen.append("score"), score(*args))[1])
     with torch.autocast("cpu", torch.bfloat16):
         Batch(LENGTHS).loss()
-    assert seen == ["score", (torch.float64, True), "score", (torch.float64, False)]
+    assert seen == [(torch.float64, False), "score", (torch.float64, True), "score"]
 
 
 def test_metrics_are_token_means_over_the_completions():
@@ -543,7 +543,7 @@ def test_bad_input_raises_before_anything_is_computed(change, error, message, mo
     def never(*_, **__):
         raise AssertionError("the policy was scored before the arguments were checked")
 
-    monkeypatch.setattr(primitive.HeadScorer, "score", never)
+    monkeypatch.setattr(primitive.HeadScorer, "ask", never)
     batch = Batch(LENGTHS)
     arguments = {
         "hidden": batch.hidden,

@@ -53,7 +53,7 @@ struct Backward {
         to_weight(a.grad_weight || a.grad_bias),
         to_hidden(a.grad_hidden),
         recomputes(cached_blocks < s.blocks),
-        direct(a.problem.weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
+        direct(a.grad_weight_dtype == (sizeof(acc) == 8 ? DType::f64 : DType::f32)),
         window(a.token_chunk && a.token_chunk < s.n_padded ? round_up(a.token_chunk, s.P) : s.n_padded),
         windows(ceil_div(s.n, window)),
         // A group has as many rows of the head as a window has tokens: then neither is packed often.
@@ -206,17 +206,18 @@ struct Backward {
             slice(r0, n_rows, panel, k0, k_depth, weight_sums + (in_group * s.block + r0) * weight_ld + panel * s.P, weight_ld,
                   win.t0 > 0);
           else if (direct && whole(panel))
-            slice(r0, n_rows, panel, k0, k_depth, static_cast<acc*>(a.grad_weight) + v0 * s.h + panel * s.P, s.h, win.t0 > 0);
+            slice(r0, n_rows, panel, k0, k_depth, static_cast<acc*>(a.grad_weight) + v0 * s.h + panel * s.P, s.h, adds(win));
         }
       });
       for (int64_t panel = first; panel < last && !weight_sums; ++panel) {
         if (direct && whole(panel)) continue;
         acc* const tile = tiles + thread * tile_size();
         for_depths<K>(k, [&](int64_t k0, int64_t k_depth) { slice(r0, n_rows, panel, k0, k_depth, tile, s.P, false); });
-        write_tile(tile, v0, n_rows, panel, win.t0 > 0);
+        write_tile(tile, v0, n_rows, panel, adds(win));
       }
     });
   }
+  bool adds(const Window& win) const { return a.adds || win.t0 > 0; }  // to the head's gradients; else they are written
   bool whole(int64_t panel) const { return (panel + 1) * s.P <= s.h; }
 
   // A tile of d weight, rounded; `add`: to what is there, which then has the accumulator's type.
@@ -226,12 +227,12 @@ struct Backward {
       acc* const row = tile + r * s.P;
       const int64_t at = (v0 + r) * s.h + k0;
       for (int64_t i = 0; add && i < width; ++i) row[i] += static_cast<const acc*>(a.grad_weight)[at + i];
-      write_row<K>(a.grad_weight, a.problem.weight_dtype, at, row, width);
+      write_row<K>(a.grad_weight, a.grad_weight_dtype, at, row, width);
     }
   }
   void write_weight(int64_t b, int64_t in_group) const {
     for (int64_t r = 0; r < s.rows(b); ++r)
-      write_row<K>(a.grad_weight, a.problem.weight_dtype, (b * s.block + r) * s.h,
+      write_row<K>(a.grad_weight, a.grad_weight_dtype, (b * s.block + r) * s.h,
                    weight_sums + (in_group * s.block + r) * weight_ld, s.h);
   }
 
@@ -240,7 +241,7 @@ struct Backward {
       typename V::reg sum = V::set1(0);
       for (int64_t t = 0; t < win.t1 - win.t0; t += V::W) sum = V::add(sum, K::load(g.rows_of(b) + r * g.ld + t));
       acc& out = static_cast<acc*>(a.grad_bias)[b * s.block + r];
-      out = win.t0 > 0 ? out + V::reduce_add(sum) : V::reduce_add(sum);
+      out = adds(win) ? out + V::reduce_add(sum) : V::reduce_add(sum);
     }
   }
 

@@ -46,8 +46,10 @@ struct BackwardArgs {
   void* grad_hidden;                      // contiguous rows; or null
   DType grad_hidden_dtype;
   const int64_t* grad_positions;  // [n] row numbers in grad_hidden
-  void* grad_weight;              // weight's dtype, [v, h] contiguous; or null
+  void* grad_weight;              // [v, h] contiguous; or null
+  DType grad_weight_dtype;        // weight's, or the accumulator's
   void* grad_bias;                // accumulator's type, [v]; or null
+  bool adds;                      // to what is in grad_bias and in grad_weight, which then has the accumulator's type
   int64_t token_chunk;            // with grad_weight or grad_bias: tokens packed at a time; 0: all
   void* workspace;
 };

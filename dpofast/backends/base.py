@@ -144,12 +144,14 @@ class InputGrads(NamedTuple):
     """The gradients to fill; None: not wanted.
 
     Of hidden's, which may be wider than it and is contiguous, the vectors at the problem's positions; of weight's and
-    bias's, everything.
+    bias's, everything. Weight's may be wider than it, too. ``adds``: weight's and bias's have the accumulators' dtype,
+    and are added to, under a schedule that keeps all exponentials.
     """
 
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    adds: bool = False
 
     @property
     def of_head(self) -> bool:

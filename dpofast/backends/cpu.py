@@ -60,7 +60,9 @@ class CpuBackend:
     ) -> None:
         if incoming.logps is None:
             incoming = incoming._replace(logps=torch.zeros_like(saved.logps))
-        bias = None if grads.bias is None else torch.empty(grads.bias.shape, dtype=problem.wide)
+        bias = grads.bias
+        if bias is not None and not grads.adds:
+            bias = torch.empty(bias.shape, dtype=problem.wide)
         wide = grads._replace(bias=bias)
         everything = slice(0, problem.n_tokens)
         if schedule.splits_backward or (schedule.token_chunk and not grads.of_head):
@@ -70,7 +72,7 @@ class CpuBackend:
                 self._backward(everything, problem, schedule, saved, incoming, wide._replace(hidden=None))
         else:
             self._backward(everything, problem, schedule, saved, incoming, wide)
-        if grads.bias is not None:
+        if bias is not grads.bias:
             grads.bias.copy_(bias)
 
     def _backward(
@@ -93,7 +95,8 @@ class CpuBackend:
             "entropy": None if from_saved else saved.entropy.data_ptr(), "grad_entropy": pointer(incoming.entropy),
             "grad_hidden": pointer(grads.hidden), "grad_positions": chunk(problem.positions, tokens).data_ptr(),
             "grad_hidden_dtype": DTYPE_CODES[(problem.hidden if grads.hidden is None else grads.hidden).dtype],
-            "grad_weight": pointer(grads.weight), "grad_bias": pointer(grads.bias),
+            "grad_weight": pointer(grads.weight), "grad_bias": pointer(grads.bias), "adds": grads.adds,
+            "grad_weight_dtype": DTYPE_CODES[(problem.weight if grads.weight is None else grads.weight).dtype],
             "token_chunk": schedule.token_chunk if grads.of_head else 0,
         }  # fmt: skip
         self._run(C.cpu_linear_logprob_backward, args | _cache_args(schedule, cache if from_saved else None))

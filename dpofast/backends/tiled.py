@@ -262,14 +262,16 @@ class _Loops:
             self.passes.scale_rows(self.problem.hidden, self.problem.positions, scales, scaled, None)
             step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
             for v0, v1 in self.vocabulary(0, e.shape[1], step):
-                self.into(e[:, v0:v1].T, scaled, grads.weight[v0:v1])
+                operands, part = (e[:, v0:v1].T, scaled), grads.weight[v0:v1]
+                self.passes.accumulate(part, *operands) if grads.adds else self.into(*operands, part)
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
             c = (scales[0] * scales[1]).unsqueeze(-1)
             high = c.to(self.dtype)
             two = self.empty(e.shape[1], 2)
             self.passes.product(e.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
-            grads.bias[: e.shape[1]] = two.sum(-1)
+            sums = two.sum(-1)
+            grads.bias[: e.shape[1]] = sums + grads.bias[: e.shape[1]] if grads.adds else sums
 
     def recompute(
         self, first: int, chunks: list[slice], saved: Saved, incoming: OutputGrads, grads: InputGrads

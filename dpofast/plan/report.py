@@ -14,6 +14,7 @@ from dpofast.contract import DTYPE_CODES
 from dpofast.env_info import amx_note
 from dpofast.plan import cost, tiled
 from dpofast.plan.choice import choose
+from dpofast.plan.pairs import pairs_schedule
 from dpofast.plan.schedule import Request, Schedule, parse_bytes
 from dpofast.plan.tiled import Candidate, cached_columns, tiled_traits
 
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     core_flops: float | None  # of multiply-adds on one CPU core, measured
     kernel_flops: float | None  # of the micro-kernel on it
     otherwise: str | None = None  # on a GPU: the best schedule of the other kind, and why it was not taken
+    pairs: str | None = None  # of a loss: whether it runs by whole pairs instead
 
     @property
     def on_gpu(self) -> bool:
@@ -72,6 +74,8 @@ class Plan(NamedTuple):
             )  # fmt: skip
         if self.otherwise:
             lines.append(("otherwise", self.otherwise))
+        if self.pairs:
+            lines.append(("a loss", self.pairs))
         if self.core_flops is not None and self.kernel_flops is not None:
             share = self.kernel_flops / self.core_flops
             lines.append(
@@ -103,6 +107,7 @@ def plan(
     threads: int | None = None,
     device: str | None = None,
     fused: bool = True,
+    longest_pair: int | None = None,
 ) -> Plan:
     """What `linear_logprob` will do for a problem of these sizes, without doing it.
 
@@ -119,6 +124,7 @@ def plan(
             would do on it. Its memory is that of the data sheet.
         fused: whether the call has neither bias nor softcap nor outputs, which leaves room for products that
             exponentiate themselves (block 0).
+        longest_pair: completion tokens of the longest pair of a preference loss, which then may run by whole pairs.
 
     Returns:
         A `Plan`. Times are predicted: on the CPU from the micro-kernel's speed measured on this machine, for a
@@ -174,8 +180,20 @@ def plan(
         f"cuda on {device}" if gpu else exact, schedule.name, n_tokens, hidden_size, vocab_size,
         str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
         schedule.cache_bytes, schedule.workspace_bytes, products, 1 + request.n_grads, int(bytes_moved), predicted,
-        floor, core, kernel, otherwise,
+        floor, core, kernel, otherwise, _pairs(request, exact, longest_pair, sheet) if longest_pair else None,
     )  # fmt: skip
+
+
+def _pairs(request: Request, backend: str, longest_pair: int, device: cost.DataSheet) -> str:
+    """How `linear_dpo_loss` would run."""
+    found = pairs_schedule(request, backend, lambda: longest_pair, device)
+    if found is None:
+        return "as above: whole pairs at a time would not be faster, or have no room"
+    s, mib = found.schedule, 1 << 20
+    return (
+        f"by whole pairs, up to {found.tokens} tokens at a time: {s.products(request.n_grads):.2f} products, "
+        f"{found.kept_bytes / mib:.1f} MiB of sums + {(s.cache_bytes + s.workspace_bytes) / mib:.1f} MiB"
+    )
 
 
 def _is_for_gpu(backend: str) -> bool:

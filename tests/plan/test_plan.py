@@ -67,6 +67,7 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                         entropy=64 if entropy else None, grad_entropy=64 if entropy else None, grad_logps=64,
                         grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden], grad_positions=64,
                         grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None, token_chunk=chunk,
+                        grad_weight_dtype=DTYPE_CODES[weight], adds=False,
                     )  # fmt: skip
                     wanted = to_hidden, to_weight, recomputes, entropy, chunk
                     assert layout[0].backward(*wanted) == asked, (here, wanted)
@@ -81,7 +82,7 @@ def test_a_jacobian_that_has_no_room_is_refused(isa):
     forward = {"outputs": 0, "jacobian": 64, **NO_RESULTS}
     backward = dict.fromkeys(("cache", "entropy", "grad_entropy", "grad_weight", "grad_bias")) | {
         "jacobian": 64, "grad_logps": 64, "grad_hidden": 64, "grad_hidden_dtype": DTYPE_CODES[FP32],
-        "grad_positions": 64, "token_chunk": 0,
+        "grad_positions": 64, "token_chunk": 0, "grad_weight_dtype": DTYPE_CODES[FP32], "adds": False,
     }  # fmt: skip
     for function, more in (
         (native.C.cpu_linear_logprob_forward, forward),

@@ -172,6 +172,12 @@ std::vector<double> values(Tensor& x) {
   return out;
 }
 
+std::vector<double> halves(Tensor& x) {
+  std::vector<double> out = values(x);
+  for (double& y : out) y /= 2;
+  return out;
+}
+
 std::vector<double> sums_of_pairs(Tensor& x) {
   std::vector<double> out;
   for (int64_t i = 0; i < x.size(); i += 2) out.push_back(x.get(i) + x.get(i + 1));
@@ -285,6 +291,7 @@ void check_linear_logprob(const Table& table, const Case& c) {
   b.cache_bytes = f.cache_bytes;
   b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = c.hidden, b.grad_positions = grad_positions.data();
   b.grad_weight = head_trains ? d_weight.data() : nullptr;
+  b.grad_weight_dtype = c.weight;
   b.grad_bias = head_trains && c.bias ? d_bias.data() : nullptr;
   b.token_chunk = c.token_chunk;
   Buffer backward_workspace(table.backward(b));
@@ -293,6 +300,23 @@ void check_linear_logprob(const Table& table, const Case& c) {
   compare("d hidden", values(d_hidden), want.d_hidden, tight + product + rounding(c.hidden), where);
   if (b.grad_weight) compare("d weight", values(d_weight), want.d_weight, tight + product + rounding(c.weight), where);
   if (b.grad_bias) compare("d bias", values(d_bias), want.d_bias, tight + product, where);
+
+  if (head_trains) {  // written to sums of the accumulator's type, then added to them: twice as much
+    Tensor sums(acc, c.v * c.h), bias_sums(acc, c.v);
+    BackwardArgs more = b;
+    more.workspace = nullptr;
+    more.grad_weight = sums.data(), more.grad_weight_dtype = acc;
+    if (b.grad_bias) more.grad_bias = bias_sums.data();
+    for (int i = 0; i < 2; ++i) {
+      more.adds = i == 1;
+      Buffer workspace(table.backward(more));
+      more.workspace = workspace.data.get();
+      table.backward(more);
+      more.workspace = nullptr;
+    }
+    compare("d weight, added", halves(sums), want.d_weight, tight + product, where);
+    if (b.grad_bias) compare("d bias, added", halves(bias_sums), want.d_bias, tight + product, where);
+  }
 
   // The bits do not depend on the number of threads.
   if (c.threads == 1) return;

@@ -46,7 +46,23 @@ def measure(backend, n, budget, train):
     peak = peak_growth(lambda: kept.append(run(hidden, weight, labels, budget, backend)))
     return peak - sum(x.nbytes for x in (*kept, hidden.grad, weight.grad) if x is not None)
 
-print(json.dumps([measure(*case) for case in json.loads(sys.argv[1])]))
+def measure_pairs(backend, dtype, budget):
+    torch.manual_seed(0)
+    weight = (torch.randn(49152, 576) * 0.1).to(getattr(torch, dtype)).requires_grad_()
+    hidden = torch.randn(20, 100, 576).to(weight.dtype).requires_grad_()
+    labels = torch.randint(49152, (20, 100))
+    warm_up(backend)
+
+    def step():
+        options = {"loss_type": "simpo", "memory_budget": budget, "backend": backend}
+        loss = dpofast.linear_dpo_loss(hidden, weight, labels, **options).loss
+        assert type(loss.grad_fn).__name__.startswith("_PairsLoss")
+        loss.backward()
+
+    return peak_growth(step) - hidden.grad.nbytes - weight.grad.nbytes
+
+linear, pairs = json.loads(sys.argv[1])
+print(json.dumps([[measure(*case) for case in linear], [measure_pairs(*case) for case in pairs]]))
 """
 
 CASES = [
@@ -57,6 +73,9 @@ CASES = [
     for train in (["hidden", "weight"], ["hidden"], ["weight"], [])
     if n == 1000 or len(train) == 2 or (backend == "cpu" and train != ["weight"])
 ]
+PAIR_CASES = [("torch", "float32", 64 * MIB)]
+if native.cpu_isas():
+    PAIR_CASES += [("cpu", "float32", 64 * MIB), ("cpu", "bfloat16", 160 * MIB)]
 
 
 def name(case) -> str:
@@ -73,18 +92,25 @@ def peaks(tmp_path_factory):
             f.write("5")
     except OSError as error:
         pytest.skip(f"the kernel does not reset peaks here: {error}")
-    command = [sys.executable, "-c", MEASURE, json.dumps(CASES)]
+    command = [sys.executable, "-c", MEASURE, json.dumps([CASES, PAIR_CASES])]
     away = tmp_path_factory.mktemp("away")  # beside the sources, -c would import those
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, cwd=away,
                           env=os.environ | ALLOCATOR)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(map(name, CASES), json.loads(done.stdout)))
+    linear, pairs = json.loads(done.stdout)
+    return dict(zip(map(name, CASES), linear)) | dict(zip(PAIR_CASES, pairs))
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_the_peak_keeps_to_the_budget(peaks, case):
     peak, budget = peaks[name(case)], case[2]
     assert peak <= budget + SLACK, f"{peak / MIB:.0f} MiB above inputs, outputs and gradients"
+
+
+@pytest.mark.parametrize("case", PAIR_CASES, ids=str)
+def test_a_loss_by_whole_pairs_keeps_to_the_budget(peaks, case):
+    """2,000 tokens in ten pairs: what is kept from the forward to the backward is in it."""
+    assert peaks[case] <= case[2] + SLACK, f"{peaks[case] / MIB:.0f} MiB above inputs, outputs and gradients"
 
 
 @pytest.mark.parametrize("backend", sorted({case[0] for case in CASES}))
