@@ -42,15 +42,17 @@ PAIRS = [(9, 4, 5), (0, 3, 4), (1, 5, 2), (7, 0, 3), (6, 1, 1), (8, 3, 0), (2, 1
 def batch(
     pairs: list[tuple[int, int, int]] = PAIRS, left: bool = False, positions: bool = False
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs and labels; answers of the same length but one are the same."""
+    """Inputs and labels; two answers of the same length are the same, if it is not 1."""
     generator = torch.Generator().manual_seed(1)
     chosen, rejected = [], []
     for prompt, c, r in pairs:
-        tokens = torch.randint(3, V, (prompt + max(c, r),), generator=generator)
-        chosen.append(tokens[: prompt + c])
-        rejected.append(tokens[: prompt + r].clone())
-        if c != r or c == 1:
-            rejected[-1][prompt : prompt + 1] = tokens[prompt : prompt + 1] % (V - 4) + 3  # another one
+        start, one, other = (torch.randint(3, V, (n,), generator=generator) for n in (prompt, c, r))
+        if c == r > 1:
+            other = one
+        elif c and r:
+            other[0] = (one[0] - 2) % (V - 3) + 3  # another one
+        chosen.append(torch.cat([start, one]))
+        rejected.append(torch.cat([start, other]))
     rows, width = [*chosen, *rejected], max(map(len, [*chosen, *rejected])) + 2
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full_like(ids, -100)
@@ -75,7 +77,9 @@ def rows_of(model: torch.nn.Module) -> list[tuple[int, ...]]:
     """Shapes of what the last layer returns, from now on."""
     shapes: list[tuple[int, ...]] = []
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
-    layers[-1].register_forward_hook(lambda _m, _a, out: shapes.append(tuple((out if torch.is_tensor(out) else out[0]).shape)))
+    layers[-1].register_forward_hook(
+        lambda _m, _a, out: shapes.append(tuple((out if torch.is_tensor(out) else out[0]).shape))
+    )
     return shapes
 
 
@@ -135,11 +139,402 @@ def test_hidden_states_logps_and_gradients_are_those_of_the_unshared_model(famil
     assert_same((wanted[0], out.logps.detach(), gradients(model)), wanted, 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", ["gpt2", "phi", "gpt_neox"])  # whose own code has no fp32 in it, but for angles
+# whose own code has no fp32 in it, but for the angles of positions
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [("gpt2", "eager"), ("gpt2", "sdpa"), ("phi", "sdpa"), ("gpt_neox", "sdpa"), ("stablelm", "sdpa")],
+)
 def test_in_fp64_they_are_the_same_to_ten_digits(family, implementation, always):
     model = build(family, attn_implementation=implementation).double()
     inputs, labels = batch()
     wanted = run(model, inputs, labels)
     with models.share_prompt(model):
         assert_same(run(model, inputs, labels), wanted, 1e-10)
+
+
+def test_flex_attention_takes_the_mask_as_blocks(monkeypatch, always):
+    """Forward only: on a CPU it has no backward. Not compiled, and so nothing of its kernels is shown."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers import masking_utils
+    from transformers.integrations import flex_attention as integration
+
+    def interpreted(q, k, v, training, **options):
+        return flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(
+        masking_utils, "create_block_mask", lambda **options: create_block_mask(**options | {"_compile": False})
+    )
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", interpreted)
+    options = MODELS["gemma3_text"]  # two kinds of layers
+    model = build("gemma3_text", attn_implementation="flex_attention", **options).requires_grad_(False)
+    inputs, _ = batch([(20, 7, 9), (18, 2, 5)])
+    wanted = build("gemma3_text", **options)(**inputs, use_cache=False).logits
+    shapes = rows_of(model)
+    with models.share_prompt(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is slow
+        found = model(**inputs, use_cache=False).logits
+    assert shapes[-1][:2] == (2, 20 + 7 + 9)
+    there = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[there], wanted[there], rtol=1e-5, atol=1e-5)
+
+
+# What is chosen
+
+
+def test_a_pair_is_shared_where_it_saves_tokens_and_the_rows_stay_narrow():
+    def shared(lengths, common, cost=lambda rows, width: rows * width):
+        return [len(row) > 1 for row in shared_rows.choose(lengths, common, cost)]
+
+    assert shared([10, 10], [8]) == [True]
+    assert shared([10, 10], [0]) == [False, False]
+    assert shared([10, 10], [3]) == [True]  # 17 for 20
+    assert shared([10, 10, 10, 10], [8, 1]) == [True, False, False]  # rows of 12, not of 19
+    assert shared([10, 10, 10, 10], [8, 1], lambda rows, width: rows) == [True, True]
+    assert shared([10, 10], [3], lambda rows, width: rows * width**2) == [False, False]  # attention counts
+    assert shared([5, 5], [5]) == [True]
+    assert shared([0, 0], [0]) == [False, False]
+
+
+@pytest.mark.parametrize(("prompt", "answer", "rows"), [(40, 4, 1), (30, 10, 1), (2, 20, 2), (0, 20, 2)])
+def test_a_batch_that_does_not_pay_goes_as_it_is(prompt, answer, rows):
+    model, (inputs, _) = build(), batch([(prompt, answer, answer - 1)])
+    with models.share_prompt(model):
+        shapes = rows_of(model)
+        calls = []
+        model.model.rotary_emb.register_forward_hook(lambda _m, args, _o: calls.append(args[0]))
+        model(**inputs, use_cache=False)
+    assert shapes[-1][0] == rows
+    assert rows == 1 or shapes[-1][1] == inputs["input_ids"].shape[1]  # not rebuilt, either
+
+
+def test_a_prefix_goes_on_into_the_answers_and_ends_where_positions_differ():
+    model, (inputs, _) = build(), batch([(20, 6, 4)])
+    inputs["input_ids"][1, 20:22] = inputs["input_ids"][0, 20:22]
+    shapes = rows_of(model)
+    with models.share_prompt(model):
+        model(**inputs, use_cache=False)
+        assert shapes[-1][:2] == (1, 26 + 24 - 22)
+        positions = torch.stack([torch.arange(28), torch.arange(28) + 3])
+        model(**inputs, position_ids=positions, use_cache=False)
+        assert shapes[-1][:2] == (2, 28)
+
+
+def test_padding_before_a_sequence_is_left_out_of_positions_only_where_they_are_relative(always):
+    """Padded on the left, a pair has other positions by place: GPT-2 sees them, and is left alone."""
+    inputs, _ = batch([(9, 4, 6), (8, 5, 5)], left=True)
+    for family, rows in (("llama", 2), ("gpt2", 3)):
+        model = build(family)
+        with models.share_prompt(model):
+            shapes = rows_of(model)
+            found = model(**inputs, use_cache=False).logits
+        assert shapes[-1][0] == rows
+        there = inputs["attention_mask"].bool()
+        torch.testing.assert_close(found[there], model(**inputs, use_cache=False).logits[there], rtol=1e-5, atol=1e-5)
+
+
+def test_a_sequence_without_tokens_does_no_harm(always):
+    model, (inputs, labels) = build(attn_implementation="sdpa"), batch([(0, 3, 0), (5, 2, 1), (0, 0, 0)])
+    found = models.model_logprob(model, inputs, labels, share_prompt=True).logps
+    found.sum().backward()
+    assert found.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+    torch.testing.assert_close(found, models.model_logprob(model, inputs, labels).logps, rtol=1e-5, atol=1e-5)
+
+
+# Losses and trainers
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_of_an_adapter_and_its_reference_are_the_same(checkpointing):
+    torch.manual_seed(0)
+    policy = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    if checkpointing:
+        policy.train()
+        policy.gradient_checkpointing_enable()
+        policy.enable_input_require_grads()
+    inputs, labels = batch([(20, 4, 5), (18, 3, 6), (20, 5, 5)])
+    wanted = models.model_dpo_loss(policy, inputs, labels)
+    wanted.loss.backward()
+    grads = gradients(policy)
+    shapes = rows_of(policy)
+    found = models.model_dpo_loss(policy, inputs, labels, share_prompt=True)
+    found.loss.backward()
+    assert [shape[0] for shape in shapes[-2:]] == [3, 3]  # the reference's, or a checkpoint's again
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-5, atol=0)
+    found_grads = gradients(policy)
+    assert found_grads.keys() == grads.keys() and len(grads) > 4
+    largest = max(grad.abs().max() for grad in grads.values())
+    for name, grad in found_grads.items():
+        assert_close(grad, grads[name], 1e-5, largest, name)
+
+
+def test_precomputed_references_are_those_of_the_shared_model():
+    ref, (inputs, labels) = build(seed=1), batch([(20, 4, 5), (18, 3, 6)])
+    wanted = models.model_logprob(ref, inputs, labels).logps
+    with torch.no_grad():
+        found = models.model_logprob(ref, inputs, labels, share_prompt=True)
+    torch.testing.assert_close(found.logps, wanted, rtol=1e-5, atol=1e-5)
+    policy = build()
+    out = models.model_dpo_loss(policy, inputs, labels, ref_logps=found.logps, share_prompt=True)
+    again = models.model_dpo_loss(policy, inputs, labels, ref_model=ref)
+    torch.testing.assert_close(out.loss, again.loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_difference_is_of_rounding(dtype):
+    model, (inputs, labels) = build(), batch([(20, 4, 5), (18, 3, 6)])
+    wanted = models.model_logprob(model, inputs, labels).logps
+    with torch.autocast("cpu", dtype):
+        plain = models.model_logprob(model, inputs, labels).logps
+        found = models.model_logprob(model, inputs, labels, share_prompt=True).logps
+    assert (found - wanted).abs().max() <= 2 * (plain - wanted).abs().max()
+    low = model.to(dtype)
+    plain = models.model_logprob(low, inputs, labels).logps
+    found = models.model_logprob(low, inputs, labels, share_prompt=True).logps
+    assert (found - wanted).abs().max() <= 2 * (plain - wanted).abs().max()
+
+
+# The patch
+
+
+def test_a_patch_is_taken_off_whole():
+    model, (inputs, _) = build(), batch([(20, 4, 5)])
+    shapes = rows_of(model)
+    assert models.patch_share_prompt(model) and not models.patch_share_prompt(model)
+    with models.share_prompt(model):  # inside another patch it changes nothing
+        model(**inputs)
+    model(**inputs)
+    assert shapes[-1][0] == 1
+    models.unpatch_share_prompt(model)
+    models.unpatch_share_prompt(model)
+    model(**inputs)
+    assert shapes[-1][0] == 2 and "forward" not in vars(model.model)
+
+    own = model.model.forward
+    model.model.forward = own  # as a hook of accelerate's would
+    with pytest.raises(RuntimeError, match="stop"), models.share_prompt(model):
+        raise RuntimeError("stop")
+    assert vars(model.model)["forward"] is own
+
+
+def test_a_copy_of_a_patched_model_shares_by_itself():
+    model, (inputs, _) = build(), batch([(20, 4, 5)])
+    models.patch_share_prompt(model)
+    twin = copy.deepcopy(model)
+    models.unpatch_share_prompt(model)
+    torch.nn.init.zeros_(model.model.embed_tokens.weight)
+    shapes = rows_of(twin)
+    found = twin(**inputs, use_cache=False).logits
+    assert shapes[-1][0] == 1 and found.std() > 0.1
+    models.unpatch_share_prompt(twin)
+    there = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[there], twin(**inputs, use_cache=False).logits[there], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_without_its_head_and_another_output_form_are_served():
+    body, (inputs, _) = build().model, batch([(20, 4, 5)])
+    there = inputs["attention_mask"].bool()
+    wanted = body(**inputs).last_hidden_state[there]
+    with models.share_prompt(body):
+        shapes = rows_of(body)
+        for form in (True, False):
+            found = body(**inputs, use_cache=False, return_dict=form)[0]
+            torch.testing.assert_close(found[there], wanted, rtol=1e-5, atol=1e-5)
+            assert shapes[-1][0] == 1
+
+
+def test_generation_keeps_its_cache():
+    model, (inputs, _) = build(), batch([(20, 4, 4), (20, 4, 4)])
+    rows = {name: x[:3, :24] for name, x in inputs.items()}  # an odd number of rows, too
+    wanted = model.generate(**rows, max_new_tokens=3, do_sample=False, min_new_tokens=3)
+    with models.share_prompt(model):
+        found = model.generate(**rows, max_new_tokens=3, do_sample=False, min_new_tokens=3)
+    assert torch.equal(found, wanted)
+
+
+def test_dropout_is_warned_of_once():
+    model, (inputs, _) = build("gpt2", attn_pdrop=0.5).train(), batch([(20, 4, 5)])
+    with models.share_prompt(model):
+        with pytest.warns(UserWarning, match="model: has dropout in training"):
+            model(**inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
+            model.eval()(**inputs)
+    assert not any(module.training for module in model.modules())
+
+
+def test_the_proof_leaves_modules_and_random_numbers_as_they_are():
+    model, (inputs, _) = build("gpt2").train(), batch([(2, 20, 19)])
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    wanted = model(**inputs).logits
+    torch.manual_seed(3)
+    with models.share_prompt(model):
+        assert torch.equal(model(**inputs).logits, wanted)
+    assert [module.training for module in model.modules()] == before
+
+
+# Refusals
+
+
+def refused(family: str, **options):
+    return lambda: build(family, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: T5ForConditionalGeneration(
+                T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            "model: T5ForConditionalGeneration has an encoder",
+        ),
+        (
+            lambda: get_peft_model(build(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
+            "model: PeftModelForCausalLM has prompt learning",
+        ),
+        (refused("falcon_h1"), "model: FalconH1ForCausalLM has recurrent layers hybrid"),
+        (refused("mamba", state_size=4), "model: MambaForCausalLM has recurrent layers"),
+        (
+            refused("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
+            r"model: GPTNeoForCausalLM keeps a mask of its own \(h.1.attn.attention.bias\)",
+        ),
+        (refused("bloom"), "model: BloomForCausalLM takes no position_ids in BloomModel"),
+        (lambda: torch.nn.Linear(2, 2), "model: Linear has no get_decoder"),
+    ],
+)
+def test_a_model_that_has_no_shared_form_is_refused_and_left_alone(make, message):
+    model = make()
+    before = [dict(vars(module)) for module in model.modules()]
+    with pytest.raises(ValueError, match=message), models.share_prompt(model):
+        pass
+    with pytest.warns(UserWarning, match=message):
+        assert not models.patch_share_prompt(model, refuse="warn")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not models.patch_share_prompt(model, refuse="warn")
+    assert all(now.keys() == then.keys() for now, then in zip(map(vars, model.modules()), before))
+
+
+def alibi() -> torch.nn.Module:
+    options = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, ffn_hidden_size=24, vocab_size=V)
+    torch.manual_seed(0)
+    from transformers import FalconConfig, FalconForCausalLM
+
+    return FalconForCausalLM(FalconConfig(alibi=True, attn_implementation="eager", initializer_range=0.3, **options))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (alibi, "model: FalconModel gives other hidden states in shared rows"),
+        (refused("openai-gpt"), "model: OpenAIGPTModel makes its masks elsewhere"),
+    ],
+)
+def test_a_model_that_looks_at_rows_in_a_way_of_its_own_is_found_out_by_running_it(make, message):
+    model, (inputs, _) = make().eval(), batch([(20, 4, 5)])
+    wanted = model(**inputs)[0]
+    with models.share_prompt(model), pytest.raises(ValueError, match=message):
+        model(**inputs)
+    with models.share_prompt(model, refuse="warn"):
+        with pytest.warns(UserWarning, match=message):
+            assert torch.equal(model(**inputs)[0], wanted)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
+
+
+def test_attention_that_takes_no_mask_is_refused_also_when_it_comes_later():
+    model, (inputs, _) = build(), batch([(20, 4, 5)])
+    message = "model: got attn_implementation 'flash_attention_2', expected one that takes any mask"
+    with models.share_prompt(model):
+        model.config._attn_implementation = "flash_attention_2"
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
+    with pytest.raises(ValueError, match=message):
+        models.patch_share_prompt(model)
+    assert "forward" not in vars(model.model)
+
+
+def shaped(**changes):
+    """A change to inputs [4, T]."""
+    return lambda inputs: {**inputs, **{name: change(inputs) for name, change in changes.items()}}
+
+
+def holed(inputs):
+    return inputs["attention_mask"].index_fill(1, torch.tensor([2]), 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda x: {name: value[:3] for name, value in x.items()},
+            r"input_ids: got shape \(3, 27\), expected \[2B, T\]",
+        ),
+        (shaped(attention_mask=holed), "attention_mask: got values that are not a mask of padding"),
+        (
+            shaped(attention_mask=lambda x: x["attention_mask"] * 2),
+            "attention_mask: got values that are not a mask of p",
+        ),
+        (
+            shaped(attention_mask=lambda x: torch.ones(4, 1, 27, 27)),
+            r"attention_mask: got shape \(4, 1, 27, 27\), expected \[4, 27\]",
+        ),
+        (
+            shaped(attention_mask=lambda x: None, position_ids=lambda x: torch.arange(27).remainder(9).expand(4, -1)),
+            "position_ids: got positions that restart or jump",
+        ),
+        (
+            shaped(input_ids=lambda x: None, inputs_embeds=lambda x: torch.zeros(4, 27, 16)),
+            "inputs_embeds: got vectors, expected input_ids",
+        ),
+        (shaped(cu_seq_lens_q=lambda x: torch.tensor([0, 27])), "cu_seq_lens_q: got a tensor, expected none beside"),
+        (shaped(output_hidden_states=lambda x: True), "output_hidden_states: got True, expected False"),
+    ],
+)
+def test_inputs_that_have_no_shared_form(change, message):
+    model, (inputs, _) = build(), batch([(20, 4, 5), (18, 3, 2)])
+    changed = change(inputs)
+    with models.share_prompt(model), pytest.raises(ValueError, match=message):
+        model(**changed)
+    wanted = model(**changed)
+    with models.share_prompt(model, refuse="warn"), pytest.warns(UserWarning, match=message):
+        found = model(**changed)
+    assert torch.equal(found.logits, wanted.logits) and found.keys() == wanted.keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shaped(attention_mask=lambda x: {"full_attention": None}), "attention_mask: got dict, expected a tensor"),
+        (
+            shaped(position_ids=lambda x: torch.zeros(3, 4, 27).long()),
+            r"position_ids: got shape \(3, 4, 27\), expected \[4, 27\], one for each token, or \[1, 27\]",
+        ),
+    ],
+)
+def test_inputs_of_another_form_than_this_model_takes(change, message):
+    model, (inputs, _) = build(), batch([(20, 4, 5), (18, 3, 2)])
+    with models.share_prompt(model), pytest.raises(ValueError, match=message):
+        model(**change(inputs))
+
+
+def test_router_statistics_would_count_a_shared_token_once_and_are_refused():
+    model, (inputs, labels) = build("mixtral", output_router_logits=True), batch([(20, 4, 5)])
+    with pytest.raises(ValueError, match="output_router_logits: got True, expected False"):
+        models.model_logprob(model, inputs, labels, share_prompt=True)
+    assert "forward" not in vars(model.model)
+    inputs["output_router_logits"] = False
+    models.model_logprob(model, inputs, labels, share_prompt=True)
+
+
+def test_options_have_two_values():
+    model, (inputs, labels) = build(), batch([(20, 4, 5)])
+    with pytest.raises(ValueError, match="refuse: got str 'never', expected 'error' or 'warn'"):
+        models.patch_share_prompt(model, refuse="never")
+    with pytest.raises(TypeError, match="share_prompt: got str 'yes', expected True or False"):
+        models.model_logprob(model, inputs, labels, share_prompt="yes")
+    assert share_support.IMPLEMENTATIONS == ("eager", "sdpa", "flex_attention")
