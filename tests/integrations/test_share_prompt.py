@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,17 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from families import V, build
+from families import SIZES, V, build
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import T5Config, T5ForConditionalGeneration
+from ranks import launch
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dpofast.integrations import models
 from dpofast.integrations.models import share_support, shared_rows, sharing
@@ -195,6 +204,16 @@ def test_a_pair_is_shared_where_it_saves_tokens_and_the_rows_stay_narrow():
     assert shared([0, 0], [0]) == [False, False]
 
 
+def test_a_prefix_ends_at_the_first_difference_wherever_padding_is():
+    ids = torch.tensor([[0, 5, 6, 7, 8, 9], [5, 6, 0, 0, 0, 0], [5, 6, 4, 8, 9, 0], [5, 6, 0, 0, 0, 0]])
+    mask = (ids != 0).long()
+    sequences = shared_rows.find_sequences(ids, mask)
+    assert sequences.first.tolist() == [1, 0, 0, 0] and sequences.length.tolist() == [5, 2, 5, 2]
+    assert shared_rows.common_prefix(sequences, ids).tolist() == [2, 2]
+    positions = torch.stack([torch.arange(6) - 1, torch.arange(6), torch.arange(6), torch.arange(6) + 1])
+    assert shared_rows.common_prefix(sequences, ids, positions).tolist() == [2, 0]
+
+
 @pytest.mark.parametrize(("prompt", "answer", "rows"), [(40, 4, 1), (30, 10, 1), (2, 20, 2), (0, 20, 2)])
 def test_a_batch_that_does_not_pay_goes_as_it_is(prompt, answer, rows):
     model, (inputs, _) = build(), batch([(prompt, answer, answer - 1)])
@@ -279,6 +298,16 @@ def test_precomputed_references_are_those_of_the_shared_model():
     torch.testing.assert_close(out.loss, again.loss, rtol=1e-5, atol=0)
 
 
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory) -> set[str]:
+    return launch.torchrun(Path(__file__).with_name("share_prompt_ranks.py"), 2, tmp_path_factory.mktemp("shared"))
+
+
+@pytest.mark.parametrize("case", ["data_parallel", "fsdp2", "one_rank_has_nothing_to_share"])
+def test_on_two_ranks(case, passed):
+    assert case in passed
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_16_bits_the_difference_is_of_rounding(dtype):
     model, (inputs, labels) = build(), batch([(20, 4, 5), (18, 3, 6)])
@@ -339,7 +368,7 @@ def test_a_model_without_its_head_and_another_output_form_are_served():
         for form in (True, False):
             found = body(**inputs, use_cache=False, return_dict=form)[0]
             torch.testing.assert_close(found[there], wanted, rtol=1e-5, atol=1e-5)
-            assert shapes[-1][0] == 1
+            assert shapes[-1][0] == 1 and not found[~there].any()
 
 
 def test_generation_keeps_its_cache():
@@ -421,8 +450,6 @@ def test_a_model_that_has_no_shared_form_is_refused_and_left_alone(make, message
 def alibi() -> torch.nn.Module:
     options = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, ffn_hidden_size=24, vocab_size=V)
     torch.manual_seed(0)
-    from transformers import FalconConfig, FalconForCausalLM
-
     return FalconForCausalLM(FalconConfig(alibi=True, attn_implementation="eager", initializer_range=0.3, **options))
 
 
@@ -444,6 +471,20 @@ def test_a_model_that_looks_at_rows_in_a_way_of_its_own_is_found_out_by_running_
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             model(**inputs)
+
+
+def test_a_vision_language_model_is_refused_for_its_embeddings_come_from_outside_of_the_body():
+    positions = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    sizes = {name: value for name, value in SIZES.items() if name != "initializer_range"}
+    text = dict(rope_parameters=positions, **sizes)
+    vision = dict(depth=1, embed_dim=16, num_heads=2, hidden_size=16, mlp_ratio=1)
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    inputs, _ = batch([(20, 4, 5)])
+    with models.share_prompt(model), pytest.raises(ValueError, match="inputs_embeds: got vectors, expected input_ids"):
+        model(**inputs)
+    wanted = model(**inputs).logits
+    with models.share_prompt(model, refuse="warn"), pytest.warns(UserWarning, match="inputs_embeds: got vectors"):
+        assert torch.equal(model(**inputs).logits, wanted)
 
 
 def test_attention_that_takes_no_mask_is_refused_also_when_it_comes_later():

@@ -105,7 +105,8 @@ def _masks_for(body: nn.Module, rows: Rows) -> Iterator[list[int]]:
 
     def make_shared(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
-        kwargs["mask_function"] = see_the_prefix_and_themselves(rows, kwargs["mask_function"])
+        here = Rows(*(x.to(kwargs.get("device", x.device)) for x in rows))
+        kwargs["mask_function"] = see_the_prefix_and_themselves(here, kwargs["mask_function"])
         kwargs["attention_mask"] = None  # rows.part knows the padding
         kwargs["allow_is_causal_skip"] = False  # a kernel's own causal mask is another one
         return make(*args, **kwargs)
