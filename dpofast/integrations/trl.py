@@ -33,6 +33,7 @@ from trl import DPOTrainer as _TrlDPOTrainer
 
 from dpofast.checks import flag
 from dpofast.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
+from dpofast.integrations.models.sharing import check_refuse
 from dpofast.integrations.models.sharing import share_prompt as sharing
 from dpofast.primitive import linear_logprob
 
@@ -211,8 +212,10 @@ def patch(*, share_prompt: bool = False, refuse: str = "error") -> None:
     Raises:
         ImportError: the installed TRL, whatever its version, has no function that this dpofast knows; nothing is
             patched.
+        ValueError: a refuse of another name.
     """
     flag("share_prompt", share_prompt)
+    check_refuse(refuse)
     replacements = [] if _originals else list(_replacements())
     if share_prompt and _TrlDPOTrainer not in [owner for owner, _, _ in _originals]:
         replacements += _sharing_calls(refuse)
@@ -247,6 +250,7 @@ class DPOTrainer(_TrlDPOTrainer):
 
     def __init__(self, *args: Any, share_prompt: bool = False, refuse: str = "error", **kwargs: Any) -> None:
         flag("share_prompt", share_prompt)
+        check_refuse(refuse)
         self._refuse = refuse if share_prompt else None
         with patched():
             super().__init__(*args, **kwargs)

@@ -11,6 +11,7 @@ from ranks import launch, sharded
 from torch import Tensor, nn
 
 from dpofast.integrations import models
+from dpofast.integrations.models import sharing
 
 T, PROMPT, PAIRS, LR = 40, 30, 2, 0.05
 
@@ -70,5 +71,31 @@ def one_rank_has_nothing_to_share() -> None:
         check(build, wrap, alike=(True, False), ref=wrap)
 
 
+def zero3() -> None:
+    """By its name alone, for DeepSpeed is slow to import. Its engine shares, and the plain model beside it does not."""
+    from ranks import zero3 as deepspeed
+
+    plain, plan, shared = models.model_dpo_loss, sharing._plan, []
+    sharded.T, sharded.LR = T, LR
+
+    def loss(model: nn.Module, *args, **options):
+        return plain(model, *args, share_prompt=hasattr(model, "zero_optimization"), **options)
+
+    def noted(*args):
+        shared.append(plan(*args))
+        return shared[-1]
+
+    models.model_dpo_loss, sharing._plan = loss, noted
+    for alike in ((True, True), (True, False)):
+        sharded.batch = lambda silent=(), alike=alike: batch(alike)
+        deepspeed.check(build, deepspeed.plain_reference)
+        deepspeed.check(sharded.lora)
+        # two steps each of a model and its reference, and of an adapter and its base; and the transform's, once each
+        assert len(shared) >= 8 and all((found is None) != alike[dist.get_rank()] for found in shared)
+        shared.clear()
+
+
+CASES = {f.__name__: f for f in (data_parallel, fsdp2, one_rank_has_nothing_to_share, zero3)}
+
 if __name__ == "__main__":
-    launch.main({f.__name__: f for f in (data_parallel, fsdp2, one_rank_has_nothing_to_share)})
+    launch.main(CASES)

@@ -307,6 +307,8 @@ def test_sharing_is_added_to_a_patch_and_taken_off_with_it(calls):
     assert (state(), trl.DPOTrainer.compute_loss) == before
     with pytest.raises(TypeError, match="share_prompt: got str 'no', expected True or False"):
         integration.patch(share_prompt="no")
+    with pytest.raises(ValueError, match="refuse: got str 'never', expected 'error' or 'warn'"):
+        integration.patch(share_prompt=True, refuse="never")
     assert (state(), trl.DPOTrainer.compute_loss) == before
 
 

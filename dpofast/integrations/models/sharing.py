@@ -53,9 +53,10 @@ def share_prompt(model: nn.Module, *, refuse: str = "error") -> Iterator[None]:
     docs/shared_prompt.md for which models have a shared form and what is not exact.
 
     Args:
-        model: a decoder of Transformers, with its head or without, also in PEFT, DistributedDataParallel or FSDP2. It
-            is called with ``input_ids`` ``[2B, T]``, ``attention_mask`` ``[2B, T]`` of 0 and 1 or None, padded left or
-            right, ``position_ids`` ``[2B, T]``, ``[1, T]`` or None, and nothing else that has a token dimension.
+        model: a decoder of Transformers, with its head or without, also in PEFT, DistributedDataParallel, FSDP2 or
+            DeepSpeed. It is called with ``input_ids`` ``[2B, T]``, ``attention_mask`` ``[2B, T]`` of 0 and 1 or None,
+            padded left or right, ``position_ids`` ``[2B, T]``, ``[1, T]`` or None, and nothing else that has a token
+            dimension.
         refuse: what happens where there is no shared form: "error" raises; "warn" warns once and runs unshared.
 
     Raises:
@@ -74,8 +75,7 @@ def patch_share_prompt(model: nn.Module, *, refuse: str = "error") -> bool:
 
     Of a model that is patched already, nothing changes. Raises as `share_prompt`.
     """
-    if refuse not in ("error", "warn"):
-        raise wrong("refuse", shown(refuse), "'error' or 'warn'")
+    check_refuse(refuse)
     try:
         body = body_of(model)
         expect_implementation(body)
@@ -99,6 +99,11 @@ def unpatch_share_prompt(model: nn.Module) -> None:
                 module.forward = shared.forward
             else:
                 del module.forward
+
+
+def check_refuse(refuse: str) -> None:
+    if refuse not in ("error", "warn"):
+        raise wrong("refuse", shown(refuse), "'error' or 'warn'")
 
 
 class _SharedForward:
@@ -174,6 +179,8 @@ def _expect_tokens_alone(body: nn.Module, inputs: Mapping[str, Any]) -> None:
 def _plan(body: nn.Module, inputs: Mapping[str, Any], shiftable: bool) -> tuple[Rows, Tensor] | None:
     """The rows of a batch and the positions of their tokens; None where the batch costs less as it is."""
     ids, mask, given = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+    if ids.numel() == 0:
+        return None
     sequences = find_sequences(ids, mask)
     if given is not None:
         positions = find_positions(given, ids, sequences)
