@@ -255,8 +255,10 @@ def test_a_prefix_goes_on_into_the_answers_and_ends_where_positions_differ():
 def test_padding_before_a_sequence_is_left_out_of_positions_only_where_they_are_relative(always):
     """Padded on the left, a pair has other positions by place: GPT-2 sees them, and is left alone."""
     inputs, _ = batch([(9, 4, 6), (8, 5, 5)], left=True)
-    for family, rows in (("llama", 2), ("gpt2", 3)):
+    for family, scale, rows in (("llama", 1, 2), ("gpt2", 1, 3), ("gpt2", 1e-5, 3)):
         model = build(family)
+        if family == "gpt2":
+            model.transformer.wpe.weight.data.mul_(scale)
         with models.share_prompt(model):
             shapes = rows_of(model)
             found = model(**inputs, use_cache=False).logits
@@ -423,6 +425,25 @@ def test_the_proof_leaves_modules_and_random_numbers_as_they_are():
     with models.share_prompt(model):
         assert torch.equal(model(**inputs).logits, wanted)
     assert [module.training for module in model.modules()] == before
+
+
+def test_layers_and_models_that_are_compiled_share_too():
+    """Traced, not compiled: the sharing is outside of the graphs."""
+    model, (inputs, _) = build(), batch([(20, 4, 5)])
+    there = inputs["attention_mask"].bool()
+    wanted = model(**inputs, use_cache=False).logits[there]
+    shapes = rows_of(model)
+    with models.share_prompt(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whole = torch.compile(model, backend="eager")(**inputs, use_cache=False).logits[there]
+        assert shapes[-1][0] == 1
+        torch._dynamo.reset()
+        model.model.layers[0].compile(backend="eager")
+        layer = model(**inputs, use_cache=False).logits[there]
+        assert shapes[-1][0] == 1
+    torch._dynamo.reset()
+    torch.testing.assert_close(whole, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(layer, wanted, rtol=1e-5, atol=1e-5)
 
 
 # Refusals
