@@ -472,6 +472,12 @@ def refused(family: str, **options):
             refused("gpt_neo", num_layers=2, attention_types=[[["global", "local"], 1]]),
             r"model: GPTNeoForCausalLM keeps a mask of its own \(h.1.attn.attention.bias\)",
         ),
+        (
+            lambda: FalconForCausalLM(
+                FalconConfig(alibi=True, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=V)
+            ),
+            r"model: FalconForCausalLM biases attention by the distance in a row \(alibi\)",
+        ),
         (refused("bloom"), "model: BloomForCausalLM takes no position_ids in BloomModel"),
         (lambda: torch.nn.Linear(2, 2), "model: Linear has no get_decoder"),
     ],
@@ -489,16 +495,17 @@ def test_a_model_that_has_no_shared_form_is_refused_and_left_alone(make, message
     assert all(now.keys() == then.keys() for now, then in zip(map(vars, model.modules()), before))
 
 
-def alibi() -> torch.nn.Module:
-    options = dict(hidden_size=16, num_attention_heads=2, num_hidden_layers=2, ffn_hidden_size=24, vocab_size=V)
-    torch.manual_seed(0)
-    return FalconForCausalLM(FalconConfig(alibi=True, attn_implementation="eager", initializer_range=0.3, **options))
+def recurrent() -> torch.nn.Module:
+    """A layer that passes something on from token to token, of which nothing tells."""
+    model = build()
+    model.model.layers[0].mlp.register_forward_hook(lambda _m, _a, out: out + 0.02 * out.cumsum(1))
+    return model
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (alibi, "model: FalconModel gives other hidden states in shared rows"),
+        (recurrent, "model: LlamaModel gives other hidden states in shared rows"),
         (refused("openai-gpt"), "model: OpenAIGPTModel makes its masks elsewhere"),
     ],
 )

@@ -68,6 +68,8 @@ def _expect_attention_alone(body: nn.Module, name: str) -> None:
         )
     if has(body, nn.Conv1d):
         raise _refusal(name, "has convolutions", "layers of attention alone, which take a mask")
+    if getattr(body.config, "alibi", False):
+        raise _refusal(name, "biases attention by the distance in a row (alibi)", "positions by position_ids")
     for key, buffer in body.named_buffers():
         if buffer.dtype in (torch.bool, torch.uint8) and buffer.dim() >= 2 and not _is_causal(buffer):
             raise _refusal(name, f"keeps a mask of its own ({key})", "masks made by transformers.masking_utils")
@@ -173,8 +175,8 @@ embedding of 64 positions."""
 def prove(body: nn.Module, forward: Callable[..., Any]) -> Proof:
     """Run two pairs of a few tokens as they are and shared, without dropout, and compare.
 
-    This is what finds biases by distance in the row (ALiBi), state that passes from token to token, and whatever else
-    looks at a row in a way of its own.
+    This is what finds biases by distance in the row, state that passes from token to token, and whatever else looks at
+    a row in a way of its own.
     """
     ids, mask = _pairs(body)
     sequences = find_sequences(ids, mask)
