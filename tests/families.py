@@ -47,7 +47,7 @@ FAMILIES = {
 def build(family: str = "llama", seed: int = 0, **options: Any) -> torch.nn.Module:
     """A model in eval mode; ``options`` are of its configuration."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family][0], **options})
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, ({},))[0], **options})
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()  # whole, even where ZeRO-3 is on
     head = model.get_output_embeddings()
     if head.bias is not None:

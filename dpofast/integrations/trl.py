@@ -7,6 +7,9 @@ it also makes TRL drop prompt and padding before the product, which TRL itself d
 In TRL 1.8 to 1.10 the DPO and KTO trainers call a Liger loss object instead, with ``use_liger_kernel=True``; there
 `patch` replaces these objects, for trainers that are built after it.
 
+With ``share_prompt=True`` the DPO trainer also runs the prompt of each pair once, in policy and reference: see
+`dpofast.integrations.models.share_prompt` and docs/shared_prompt.md.
+
 The numbers are TRL's, up to rounding in fp32. With a 16-bit head they are closer to the exact ones: TRL rounds each
 logit to 16 bits before the softmax, `linear_logprob` does not.
 
@@ -15,10 +18,11 @@ Importing this module patches nothing.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -27,7 +31,10 @@ import trl
 from torch import Tensor
 from trl import DPOTrainer as _TrlDPOTrainer
 
+from dpofast.checks import flag
 from dpofast.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
+from dpofast.integrations.models.sharing import check_refuse
+from dpofast.integrations.models.sharing import share_prompt as sharing
 from dpofast.primitive import linear_logprob
 
 __all__ = ["DPOTrainer", "patch", "patched", "unpatch"]
@@ -157,24 +164,62 @@ def _names(code: CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, inner))
 
 
-_originals: list[tuple[ModuleType, str, Any]] = []
+_MODEL_CALLS = ("compute_loss", "compute_ref_log_probs")
+"""The methods in which TRL's DPO trainer calls policy and reference; the second is of TRL >= 1.15."""
 
 
-def patch() -> None:
+def _sharing_calls(refuse: str) -> list[tuple[type, str, Any]]:
+    """TRL's DPO trainer with its models patched while it calls them."""
+    return [
+        (_TrlDPOTrainer, name, _with_shared_prompts(getattr(_TrlDPOTrainer, name), refuse))
+        for name in _MODEL_CALLS
+        if hasattr(_TrlDPOTrainer, name)
+    ]
+
+
+def _with_shared_prompts(method: Callable[..., Any], refuse: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def shared(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for model in (trainer.model, trainer.ref_model):
+                if model is not None:
+                    stack.enter_context(sharing(model, refuse=refuse))
+            return method(trainer, *args, **kwargs)
+
+    return shared
+
+
+_originals: list[tuple[Any, str, Any]] = []
+
+
+def _replace(replacements: Sequence[tuple[Any, str, Any]]) -> None:
+    _originals.extend((owner, name, getattr(owner, name)) for owner, name, _ in replacements)
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+
+
+def patch(*, share_prompt: bool = False, refuse: str = "error") -> None:
     """Let every TRL trainer compute its log-probabilities with dpofast. Once is enough; twice does no harm.
 
     With TRL >= 1.15 it counts for trainers that exist already, too: TRL looks its function up at each call.
 
+    Args:
+        share_prompt: let every DPO trainer also run what a chosen and a rejected sequence begin with once. It may be
+            added by a second call.
+        refuse: of models and batches that have no shared form, as in `dpofast.integrations.models.share_prompt`:
+            "error" raises at the first step, "warn" warns once and runs them unshared.
+
     Raises:
         ImportError: the installed TRL, whatever its version, has no function that this dpofast knows; nothing is
             patched.
+        ValueError: a refuse of another name.
     """
-    if _originals:
-        return
-    replacements = _replacements()
-    _originals.extend((module, name, getattr(module, name)) for module, name, _ in replacements)
-    for module, name, value in replacements:
-        setattr(module, name, value)
+    flag("share_prompt", share_prompt)
+    check_refuse(refuse)
+    replacements = [] if _originals else list(_replacements())
+    if share_prompt and _TrlDPOTrainer not in [owner for owner, _, _ in _originals]:
+        replacements += _sharing_calls(refuse)
+    _replace(replacements)
 
 
 def unpatch() -> None:
@@ -184,12 +229,12 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
+def patched(*, share_prompt: bool = False, refuse: str = "error") -> Iterator[None]:
     """`patch` for the length of a ``with``; inside an outer `patch` or `patched` it changes nothing."""
     if _originals:
         yield
         return
-    patch()
+    patch(share_prompt=share_prompt, refuse=refuse)
     try:
         yield
     finally:
@@ -199,17 +244,26 @@ def patched() -> Iterator[None]:
 class DPOTrainer(_TrlDPOTrainer):
     """TRL's DPOTrainer computing with dpofast, and no other trainer in the process.
 
-    Same arguments, same numbers, same checkpoints. The backward needs no patch: autograd knows the op by then.
+    Same arguments, same numbers, same checkpoints; ``share_prompt`` and ``refuse`` are as in `patch`, for this trainer.
+    The backward needs no patch: autograd knows the op by then.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, share_prompt: bool = False, refuse: str = "error", **kwargs: Any) -> None:
+        flag("share_prompt", share_prompt)
+        check_refuse(refuse)
+        self._refuse = refuse if share_prompt else None
         with patched():
             super().__init__(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        with patched():
-            return super().compute_loss(*args, **kwargs)
+        return self._call(super().compute_loss.__func__, *args, **kwargs)
 
     def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(super().compute_ref_log_probs.__func__, *args, **kwargs)
+
+    def _call(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """A method of TRL's, with dpofast inside."""
+        if self._refuse is not None:
+            method = _with_shared_prompts(method, self._refuse)
         with patched():
-            return super().compute_ref_log_probs(*args, **kwargs)
+            return method(self, *args, **kwargs)

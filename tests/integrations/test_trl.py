@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from trl.trainer import utils
 
 from dpofast import reference
 from dpofast.integrations import trl as integration
+from dpofast.integrations.models import sharing
 
 TRL_LOSSES = (
     "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down "
@@ -74,12 +76,12 @@ def assert_same_parameters(found, wanted, start) -> None:
         training.assert_trained(wanted, start, least=1e-3)
 
 
-def assert_same_training(build, calls, start=None, train=lambda trainer: trainer.train()) -> tuple:
-    """Run without dpofast, then with it; returns the two trainers."""
+def assert_same_training(build, calls, start=None, train=lambda trainer: trainer.train(), **patch) -> tuple:
+    """Run without dpofast, then with it; returns the two trainers. ``patch`` are arguments of that."""
     theirs = build()
     train(theirs)
     assert not calls
-    with integration.patched():
+    with integration.patched(**patch):
         ours = build()
         train(ours)
     assert calls
@@ -226,6 +228,88 @@ def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(toke
     training.assert_same_numbers(history(ours), history(theirs))
     assert_same_parameters(ours.model, theirs.model, families.build())
     assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
+
+
+# DPO with the prompt of a pair run once
+
+
+@pytest.fixture
+def shared_rows(monkeypatch) -> list[tuple[int, int]]:
+    """Rows of each shared forward, and of the batch that it stands for; shared wherever a row is saved."""
+    seen = []
+
+    def counted(*args):
+        found = plan(*args)
+        seen.append((0 if found is None else len(found[0].source), len(args[1]["input_ids"])))
+        return found
+
+    plan = sharing._plan
+    monkeypatch.setattr(sharing, "_plan", counted)
+    monkeypatch.setattr(sharing, "_cost", lambda hidden_size, rows, width, causal=False: rows)
+    return seen
+
+
+@pytest.mark.parametrize("options", list(loss_cases()), ids=lambda o: "-".join(f"{v}" for v in o.values()))
+def test_dpo_trainer_that_shares_prompts_logs_and_learns_the_same(options, tokenizer, calls, shared_rows, tmp_path):
+    assert_same_training(lambda: dpo(tmp_path, tokenizer, steps=20, **options), calls, share_prompt=True)
+    assert shared_rows == [(4, 8)] * 20 * 2 and len(calls) == 20 * 2
+
+
+@pytest.mark.parametrize(("options", "count"), [pytest.param(o, n, id=name) for name, o, n in variants()])
+def test_dpo_trainer_that_shares_prompts_logs_and_learns_the_same_with(
+    options, count, tokenizer, calls, shared_rows, tmp_path
+):
+    def build():
+        torch.manual_seed(0)  # LoRA's own
+        return dpo(tmp_path, tokenizer, **options)
+
+    assert_same_training(build, calls, share_prompt=True)
+    assert len(shared_rows) == len(calls) == count and all(rows == batch // 2 for rows, batch in shared_rows)
+
+
+def test_the_trainer_subclass_that_shares_prompts_is_the_only_one_that_does(tokenizer, calls, shared_rows, tmp_path):
+    trainers = []
+    for trainer in (trl.DPOTrainer, functools.partial(integration.DPOTrainer, share_prompt=True)):
+        assert not shared_rows
+        trained = dpo(tmp_path, tokenizer, trainer=trainer, precompute_ref_log_probs=True)
+        trained.train()
+        trained.evaluate(Dataset.from_list(tiny.pairs(6)))
+        trainers.append(trained)
+    theirs, ours = trainers
+    assert len(shared_rows) == 4 + 3 + 1 + 1
+    training.assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model, families.build())
+    assert not any("forward" in vars(module) for module in ours.model.get_decoder().modules())
+
+
+def test_a_mixtures_policy_is_refused_or_run_unshared_beside_its_shared_reference(
+    tokenizer, calls, shared_rows, tmp_path
+):
+    def build():
+        return dpo(tmp_path, tokenizer, policy=families.build("mixtral"))
+
+    with integration.patched(share_prompt=True), pytest.raises(ValueError, match="output_router_logits: got True"):
+        build().train()
+    calls.clear()
+    with pytest.warns(UserWarning, match="output_router_logits: got True"):
+        assert_same_training(build, calls, families.build("mixtral"), share_prompt=True, refuse="warn")
+    assert shared_rows == [(4, 8)] * 3  # the reference's; the policy gets no plan
+
+
+def test_sharing_is_added_to_a_patch_and_taken_off_with_it(calls):
+    before = state(), trl.DPOTrainer.compute_loss
+    integration.patch()
+    integration.patch(share_prompt=True)
+    changed = trl.DPOTrainer.compute_loss
+    integration.patch(share_prompt=True)
+    assert trl.DPOTrainer.compute_loss is changed is not before[1]
+    integration.unpatch()
+    assert (state(), trl.DPOTrainer.compute_loss) == before
+    with pytest.raises(TypeError, match="share_prompt: got str 'no', expected True or False"):
+        integration.patch(share_prompt="no")
+    with pytest.raises(ValueError, match="refuse: got str 'never', expected 'error' or 'warn'"):
+        integration.patch(share_prompt=True, refuse="never")
+    assert (state(), trl.DPOTrainer.compute_loss) == before
 
 
 # The other trainers

@@ -15,5 +15,16 @@ Works wherever there is a model to call: Transformers' Trainer, Lightning, a pla
 from dpofast.integrations.models.calls import ModelLogprobOutput, model_dpo_loss, model_logprob
 from dpofast.integrations.models.head import find_head
 from dpofast.integrations.models.probe import HeadInputs, head_inputs
+from dpofast.integrations.models.sharing import patch_share_prompt, share_prompt, unpatch_share_prompt
 
-__all__ = ["HeadInputs", "ModelLogprobOutput", "find_head", "head_inputs", "model_dpo_loss", "model_logprob"]
+__all__ = [
+    "HeadInputs",
+    "ModelLogprobOutput",
+    "find_head",
+    "head_inputs",
+    "model_dpo_loss",
+    "model_logprob",
+    "patch_share_prompt",
+    "share_prompt",
+    "unpatch_share_prompt",
+]

@@ -15,6 +15,7 @@ from dpofast.functional import DPOLossOutput, linear_dpo_loss, objective_of, sco
 from dpofast.integrations.models.head import find
 from dpofast.integrations.models.kinds import is_wrapped, unwrapped
 from dpofast.integrations.models.probe import HeadInputs, head_inputs
+from dpofast.integrations.models.sharing import share_prompt as sharing
 from dpofast.integrations.models.wrapped import results_in_wrapper
 from dpofast.primitive import LogprobOutput, linear_logprob
 
@@ -29,7 +30,13 @@ ModelLogprobOutput.__doc__ = "`LogprobOutput` of a model, and its aux_loss: a sc
 
 
 def model_logprob(
-    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, temperature: float = 1.0, **options: Any
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    share_prompt: bool = False,
+    **options: Any,
 ) -> ModelLogprobOutput:
     """Log-probabilities of ``labels`` under a model, shifted as its own loss shifts them.
 
@@ -45,13 +52,15 @@ def model_logprob(
             they are missing.
         labels: ``[B, T]``, the input ids, with -100 at prompt and padding.
         temperature, options: as in `linear_logprob`, but bias, logit_scale and softcap, which are the model's.
+        share_prompt: run what row i and row i + B begin with once, as the context `share_prompt` does; for a batch
+            ``[chosen; rejected]`` of 2B rows.
 
     Returns:
         `ModelLogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1. Of a mixture
         of experts with ``output_router_logits``, aux_loss as well, for you to add to your loss with its coefficient.
 
     Raises:
-        ValueError, TypeError: as `head_inputs` and `linear_logprob`.
+        ValueError, TypeError: as `head_inputs` and `linear_logprob`; with share_prompt, as `share_prompt`.
     """
     _refuse_transform(options)
 
@@ -62,7 +71,7 @@ def model_logprob(
         )  # fmt: skip
         return ModelLogprobOutput(*out)
 
-    return _results(model, inputs, labels, compute)
+    return _results(model, inputs, labels, compute, share_prompt)
 
 
 def model_dpo_loss(
@@ -73,6 +82,7 @@ def model_dpo_loss(
     ref_model: nn.Module | None = None,
     ref_logps: Tensor | None = None,
     router_aux_loss_coef: float | None = None,
+    share_prompt: bool = False,
     loss_type: str | Sequence[str] = "sigmoid",
     beta: float | Tensor | Mapping[str, Any] = 0.1,
     label_smoothing: float | Mapping[str, Any] = 0.0,
@@ -99,6 +109,7 @@ def model_dpo_loss(
         ref_model: the reference, run without gradient. None for a PEFT model: itself with its adapters disabled. Or
         ref_logps: of the reference, ``[2B, T - 1]`` as `model_logprob` returns them, or summed ``[2B]``.
         router_aux_loss_coef: of the routers' loss; None for the model's own coefficient, 0 for none of that loss.
+        share_prompt: as in `model_logprob`, of the model and of its reference.
         loss_type, beta, label_smoothing, reduction, memory_budget, backend, group, sequence_group, options: as in
             `linear_dpo_loss`, but for the head's own: bias, logit_scale, softcap.
 
@@ -108,8 +119,8 @@ def model_dpo_loss(
         `DPOLossOutput`, with the routers' aux_loss where the model returns one.
 
     Raises:
-        ValueError, TypeError: as `head_inputs` and `linear_dpo_loss`; a router_aux_loss_coef without an aux_loss, or an
-            aux_loss without a coefficient.
+        ValueError, TypeError: as `head_inputs` and `linear_dpo_loss`; with share_prompt, as `share_prompt`; a
+            router_aux_loss_coef without an aux_loss, or an aux_loss without a coefficient.
     """
     _refuse_transform(options)
     if ref_model is not None and ref_logps is not None:
@@ -128,7 +139,7 @@ def model_dpo_loss(
     if ref_model is not None:
         with torch.no_grad(), disabled:
             scoring = scoring_options(options)
-            ref_logps = model_logprob(ref_model, inputs, labels, **scoring).logps
+            ref_logps = model_logprob(ref_model, inputs, labels, share_prompt=share_prompt, **scoring).logps
 
     def compute(head: HeadInputs, targets: Tensor) -> DPOLossOutput:
         return linear_dpo_loss(
@@ -136,13 +147,17 @@ def model_dpo_loss(
             softcap=head.softcap, sequence_group=sequence_group, **options,
         )  # fmt: skip
 
-    out = _results(model, inputs, labels, compute)
+    out = _results(model, inputs, labels, compute, share_prompt)
     coef = _aux_loss_coef(model, router_aux_loss_coef, out.aux_loss)
     return out._replace(loss=out.loss + coef * out.aux_loss.to(out.loss)) if coef else out
 
 
 def _results(
-    model: nn.Module, inputs: Mapping[str, Any], labels: Tensor, compute: Callable[[HeadInputs, Tensor], Any]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: Tensor,
+    compute: Callable[[HeadInputs, Tensor], Any],
+    share_prompt: bool,
 ) -> Any:
     """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them.
 
@@ -153,10 +168,12 @@ def _results(
         hidden = _shifted(found.hidden, labels)
         return compute(found._replace(hidden=hidden), labels[:, 1:].to(hidden.device))
 
+    checks.flag("share_prompt", share_prompt)
     head = find(model)
-    if is_wrapped(model, head.linear):
-        return results_in_wrapper(model, head, inputs, aligned)
-    found = head_inputs(model, **inputs)
+    with sharing(model) if share_prompt else nullcontext():
+        if is_wrapped(model, head.linear):
+            return results_in_wrapper(model, head, inputs, aligned)
+        found = head_inputs(model, **inputs)
     return aligned(found)._replace(aux_loss=found.aux_loss)
 
 
