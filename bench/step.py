@@ -2,6 +2,7 @@
 
     make bench-step                     some minutes
     dpofast bench step --quick          a tiny random model: only shows that it runs (in a checkout)
+    dpofast bench step --share-prompt --tokens 192 64    with the prompt of a pair once, for pairs of that many tokens
 
 SmolLM2-135M-Instruct's own weights, pairs from the documentation of ruff's rules, and each trainer's defaults. A step
 is the reference's forward, the policy's forward and backward, clipping and AdamW. Time: both ways in turns in one
@@ -64,10 +65,11 @@ class Row(NamedTuple):
     build: Callable[[Path, Row], tuple[nn.Module, ForwardBackward]]
     dtype: str = "bf16"
     lora: bool = False
+    shares: bool = False  # dpofast runs the prompt of a pair once
 
     @property
     def facts(self) -> Record:
-        case = "LoRA" if self.lora else ""
+        case = ", ".join(name for name, on in (("LoRA", self.lora), ("prompt shared", self.shares)) if on)
         return Record("step", workload=self.workload, case=case, dtype=self.dtype)
 
     def __str__(self) -> str:
@@ -77,33 +79,51 @@ class Row(NamedTuple):
 # What is trained on what: written to a folder once, read by each process
 
 
-def write_smollm2(folder: Path, length: int) -> None:
-    """The checkpoint, and the longest pairs of which no sequence has more than ``length`` tokens."""
+def write_smollm2(folder: Path, length: int, tokens: tuple[int, int] | None) -> None:
+    """The checkpoint, and the longest pairs of which no sequence has more than ``length`` tokens.
+
+    With ``tokens`` instead pairs of about so many, of the prompt and of each answer, cut from the same text.
+    """
     from transformers import AutoModelForCausalLM
 
-    from dpofast.demo import data
     from dpofast.demo.model import gguf_file, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(gguf_file())
-    documented, _ = data.documented_pairs(data.ruff_binary())
-    sized = []
-    for pair in documented:
-        ids = data.encode(pair, tokenizer)
-        longest = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
-        if longest <= length:
-            sized.append((longest, pair.rule, ids))
-    if len(sized) < PAIRS:
-        raise ValueError(f"--length {length}: only {len(sized)} pairs are that short, {PAIRS} are needed")
-    pairs = [
-        {"prompt": tokenizer.decode(ids.prompt), **{side: tokenizer.decode(getattr(ids, side)[:-1])  # TRL adds eos
-                                                    for side in ("chosen", "rejected")}}
-        for _, _, ids in sorted(sized)[-PAIRS:]
-    ]  # fmt: skip
+    pairs = longest_pairs(tokenizer, length) if tokens is None else cut_pairs(tokenizer, *tokens)
     loaded = load_model(gguf_file())
     del loaded.config.quantization_config  # its weights are floats by now, and trainers refuse what says it is not
     model = AutoModelForCausalLM.from_config(loaded.config)
     model.load_state_dict(loaded.state_dict())
     _write(folder, model, tokenizer, pairs, {"full": 1e-5, "LoRA": 1e-3})
+
+
+def _documented(tokenizer: Any) -> list[Any]:
+    """Token ids of the pairs in the documentation of ruff's rules, by the rules' names."""
+    from dpofast.demo import data
+
+    pairs, _ = data.documented_pairs(data.ruff_binary())
+    return [data.encode(pair, tokenizer) for pair in sorted(pairs, key=lambda pair: pair.rule)]
+
+
+def _as_text(tokenizer: Any, *ids: Any) -> dict[str, str]:
+    return {side: tokenizer.decode(x) for side, x in zip(("prompt", "chosen", "rejected"), ids, strict=True)}
+
+
+def longest_pairs(tokenizer: Any, length: int) -> list[dict[str, str]]:
+    sized = [(len(x.prompt) + max(len(x.chosen), len(x.rejected)), i, x) for i, x in enumerate(_documented(tokenizer))]
+    fitting = sorted(item for item in sized if item[0] <= length)[-PAIRS:]
+    if len(fitting) < PAIRS:
+        raise ValueError(f"--length {length}: only {len(fitting)} pairs are that short, {PAIRS} are needed")
+    # without the last token, which trainers add
+    return [_as_text(tokenizer, x.prompt, x.chosen[:-1], x.rejected[:-1]) for _, _, x in fitting]
+
+
+def cut_pairs(tokenizer: Any, prompt: int, answer: int) -> list[dict[str, str]]:
+    """Pairs of about so many tokens, each piece the continuation of the one before it."""
+    text = [token for x in _documented(tokenizer) for token in (*x.prompt, *x.chosen[:-1])]
+    ends = (prompt, prompt + answer - 1, prompt + 2 * answer - 2)
+    starts = range(0, PAIRS * ends[-1], ends[-1])
+    return [_as_text(tokenizer, *(text[s + a : s + b] for a, b in zip((0, *ends), ends))) for s in starts]
 
 
 def write_tiny(folder: Path) -> None:
@@ -181,7 +201,7 @@ def trl(folder: Path, row: Row) -> tuple[nn.Module, ForwardBackward]:
     batch = next(iter(trainer.get_train_dataloader()))
 
     def forward_backward(way: str) -> Tensor:
-        with patched() if way == "after" else contextlib.nullcontext():
+        with patched(share_prompt=row.shares) if way == "after" else contextlib.nullcontext():
             loss = trainer.compute_loss(wrapped, batch)
             trainer.accelerator.backward(loss)
         return loss.detach()
@@ -209,7 +229,9 @@ def plain(folder: Path, row: Row) -> tuple[nn.Module, ForwardBackward]:
         return -F.logsigmoid(BETA * (chosen - rejected)).mean()
 
     def after() -> Tensor:
-        return model_dpo_loss(policy, inputs, labels, ref_model=reference, loss_type="sigmoid", beta=BETA).loss
+        return model_dpo_loss(
+            policy, inputs, labels, ref_model=reference, share_prompt=row.shares, loss_type="sigmoid", beta=BETA
+        ).loss
 
     return policy, _loop({"before": before, "after": after}, row)
 
@@ -342,10 +364,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny random model in place of SmolLM2")
     parser.add_argument("--rows", nargs="+", default=[""], metavar="PART", help="only rows whose name contains a PART")
     parser.add_argument("--length", type=int, default=128, help="most tokens of a sequence (default 128)")
+    parser.add_argument("--tokens", type=int, nargs=2, metavar=("PROMPT", "ANSWER"), help="pairs of so many tokens")
+    parser.add_argument("--share-prompt", action="store_true", help="dpofast runs the prompt of a pair once")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each way (default 3)")
     record.add_out(parser)
     args = parser.parse_args()
     rows = [row for row in ROWS if any(part in str(row) for part in args.rows)]
+    if args.share_prompt:
+        rows = [row._replace(shares=True) for row in rows if row.build is not liger]  # which is a loss, not a model
     if not rows:
         parser.error(f"--rows {' '.join(args.rows)}: expected parts of {', '.join(map(str, ROWS))}")
     if args.rounds < 1:
@@ -360,7 +386,7 @@ def main() -> None:
         if args.quick:
             in_a_process_of_its_own(write_tiny, folder)
         else:
-            in_a_process_of_its_own(write_smollm2, folder, args.length)
+            in_a_process_of_its_own(write_smollm2, folder, args.length, args.tokens)
         for row in rows:
             results.add(measure(row, folder, args.rounds))
     results.save(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -290,12 +291,14 @@ def test_it_is_taken_where_the_ordinary_way_makes_logits_twice(backend):
 
 @pytest.mark.parametrize("dtype", (FP32, BF16), ids=("fp32", "bf16"))
 @pytest.mark.parametrize("mib", (64, 128, 192, 256, 512, 1024))
-def test_it_keeps_to_the_budget(mib, dtype):
+def test_it_keeps_to_the_budget(mib, dtype, monkeypatch):
+    monkeypatch.setattr(sys.modules[Pairs.__module__], "WORTHWHILE", 10.0)  # dpofast.plan is a function, too
     found = asked(budget=mib * MIB, dtype=dtype)
     request = Request(4000, 576, 49152, dtype, dtype, mib * MIB)
     assert sums_bytes(request) == 4000 * 576 * 4 + (49152 * 576 * 4 if dtype == BF16 else 0)
     if found is None:
-        assert (dtype == BF16 and mib < 192) or choose(request, CPU).cached_share == 1 or mib < 128
+        longest_pair = 200 * (49152 + 576) * dtype.itemsize
+        assert choose(request, CPU).cached_share == 1 or sums_bytes(request) + longest_pair > mib * MIB - 4 * MIB
         return
     picked = found.tokens * 576 * dtype.itemsize
     ours = choose(request._replace(n_tokens=found.tokens, budget=1 << 40), CPU)
@@ -347,12 +350,12 @@ def test_the_loss_takes_it_by_itself(monkeypatch):
 
     monkeypatch.setattr(pairs.PairsCall, "loss_and_scores", spy)
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(8, 64, 64, generator=g).requires_grad_()
+    hidden = torch.randn(8, 256, 64, generator=g).requires_grad_()
     weight = (torch.randn(8000, 64, generator=g) * 0.3).requires_grad_()
-    labels = torch.randint(8000, (8, 64), generator=g)
+    labels = torch.randint(8000, (8, 256), generator=g)
     grads = []
-    for budget in ("6MiB", "1GiB"):
+    for budget in ("20MiB", "1GiB"):
         loss = dpofast.linear_dpo_loss(hidden, weight, labels, loss_type="simpo", memory_budget=budget).loss
         grads.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
-    assert len(seen) == 1 and seen[0].tokens < 512
+    assert len(seen) == 1 and seen[0].tokens == 512
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-7)
