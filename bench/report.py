@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/design.md, and README's figure, from what the benchmarks wrote.
+"""The tables of README.md and of docs/, and their figures, from what the benchmarks wrote.
 
-    dpofast bench report                writes the tables, and docs/step.svg (which needs matplotlib); in a checkout
+    dpofast bench report                writes the tables and the figures (which need matplotlib); in a checkout
     dpofast bench report --check        says whether the tables are those of the results; in a checkout
     dpofast bench report FILE...        prints the tables of these files
 
@@ -21,8 +21,7 @@ from dpofast.bench.goals import goal_of
 from dpofast.bench.record import RESULTS, Record, Results, read
 from dpofast.bench.workloads import MODELS
 
-PAGES = (Path("README.md"), Path("docs", "design.md"))
-FIGURE = Path("docs", "step.svg")
+PAGES = (Path("README.md"), Path("docs", "design.md"), Path("docs", "shared_prompt.md"))
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
@@ -144,8 +143,37 @@ def steps_table(results: Results) -> str:
     return table(("", *kinds), rows)
 
 
+SHARED = "dpofast, prompt shared"
+
+
+def prompt_table(results: Results) -> str:
+    rows = []
+    for r in results.where(metric="tokens / unshared"):
+        facts = {"case": r.case, "metric": "time / plain PyTorch"}
+        unshared, shared = (results.value(**facts, provider=provider) for provider in ("dpofast", SHARED))
+        ratio = results.value(case=r.case, metric="time / unshared")
+        rows.append((r.case, *(f"{x:.2f}" for x in (r.value, ratio, unshared, shared))))
+    header = (
+        "sequence",
+        "tokens left",
+        "time, shared / unshared",
+        "dpofast, unshared / plain PyTorch",
+        "shared / plain PyTorch",
+    )
+    return table(header, rows)
+
+
+def pairs_table(results: Results) -> str:
+    rows = []
+    for r in results.where(provider="by pairs"):
+        ordinary = results.value(provider="ordinary", dtype=r.dtype, case=r.case)
+        rows.append((f"{r.dtype}, {r.case}", f"{r.value:.2f}", f"{ordinary:.2f}", f"{r.value / ordinary:.2f}"))
+    return table(("dtype, budget", "by whole pairs", "the ordinary way", "ratio"), rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
+    "pairs": pairs_table, "prompt": prompt_table,
 }  # fmt: skip
 
 
@@ -164,21 +192,46 @@ def with_tables(text: str, load: Callable[[str], Results] = lambda file: read(RE
     return MARKER.sub(fill, text)
 
 
-def step_results() -> Results:
-    """The rows of README's table of training steps."""
-    files = (m.group(3) for m in MARKER.finditer(PAGES[0].read_text()))
-    return read(RESULTS / next(file for file in files if file.startswith("step-")))
+def results_of(suite: str) -> Results:
+    """The first that a page names, of README and docs/ in turn."""
+    files = (m.group(3) for page in PAGES for m in MARKER.finditer(page.read_text()))
+    return read(RESULTS / next(file for file in files if file.startswith(f"{suite}-")))
 
 
-def draw(results: Results, file: Path) -> None:
-    """TRL's step, with dpofast and without it: seconds and peak memory."""
+def figure(width: float, height: float) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams.update({"svg.hashsalt": "dpofast", "svg.fonttype": "none", "font.size": 11})
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_prompt(results: Results) -> Any:
+    """The time of a step against the share of the prompt."""
+    drawn = figure(6, 3)
+    axes = drawn.subplots()
+    left = results.where(metric="tokens / unshared")
+    shares = [int(r.case.partition(" ")[0]) for r in left]
+    for provider, colour, name in (
+        ("dpofast", "#b8bec6", "dpofast"),
+        (SHARED, "#1b7f5c", "dpofast, share_prompt=True"),
+    ):
+        values = [r.value for r in results.where(metric="time / plain PyTorch", provider=provider)]
+        axes.plot(shares, values, color=colour, marker="o", label=name)
+    axes.axhline(1.0, color="#555555", linewidth=0.8, linestyle=":", label="plain PyTorch")
+    axes.set_xlabel("share of the prompt in a sequence, %")
+    axes.set_ylabel("time of a step")
+    axes.set_ylim(0, 1.1)
+    axes.legend(frameon=False, fontsize=9, loc="lower left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def draw_step(results: Results) -> Any:
+    """TRL's step, with dpofast and without it: seconds and peak memory."""
     rows = {"TRL's DPOTrainer": "", "with LoRA": "LoRA"}
-    figure = Figure(figsize=(8, 2.6), layout="constrained")
-    for axes, (title, metric, number) in zip(figure.subplots(1, 2), (
+    drawn = figure(8, 2.6)
+    for axes, (title, metric, number) in zip(drawn.subplots(1, 2), (
         ("time of a training step", "time", "{:.1f} s"),
         ("peak memory of the step", "peak memory", "{:.0f} MiB"),
     )):  # fmt: skip
@@ -196,7 +249,15 @@ def draw(results: Results, file: Path) -> None:
         axes.margins(x=0.4)
         axes.invert_yaxis()
         axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.savefig(file, metadata={"Date": None})
+    return drawn
+
+
+FIGURES = {"step": draw_step, "prompt": draw_prompt}
+"""A picture in docs/ for each suite that has one."""
+
+
+def draw(suite: str, folder: Path) -> None:
+    FIGURES[suite](results_of(suite)).savefig(folder / f"{suite}.svg", metadata={"Date": None})
 
 
 def main() -> None:
@@ -217,8 +278,9 @@ def main() -> None:
         if not args.check:
             page.write_text(new)
     if not args.check:
-        draw(step_results(), FIGURE)
-    print(f"{', '.join(map(str, PAGES))}: {'up to date' if args.check else f'written, and {FIGURE}'}")
+        for suite in FIGURES:
+            draw(suite, Path("docs"))
+    print(f"{', '.join(map(str, PAGES))}: {'up to date' if args.check else 'written, and their figures'}")
 
 
 if __name__ == "__main__":

@@ -35,22 +35,36 @@ def test_another_number_makes_another_table():
 
 def test_the_first_sentence_has_the_numbers_of_the_step():
     facts = {"workload": "TRL DPOTrainer", "dtype": "bf16", "case": ""}
-    step = report.step_results()
+    step = report.results_of("step")
     peaks = {p: step.value(metric="peak memory", provider=p, **facts) for p in ("TRL", "dpofast")}
     ratio, memory = step.value(metric="time / before", **facts), peaks["dpofast"] / peaks["TRL"]
     first = " ".join(report.PAGES[0].read_text().split("![")[0].split())
     assert f"takes {ratio:.2f} of the time and {memory:.2f} of the peak memory" in first
 
 
-def test_the_figure_shows_them_too(tmp_path):
+def test_the_second_has_those_of_the_shared_prompt():
+    shared = record.read(record.RESULTS / "step-shared-2026-11-26-avx2.json")
+    peaks = {p: shared.value(metric="peak memory", provider=p) for p in ("TRL", "dpofast")}
+    ratio, memory = shared.value(metric="time / before"), peaks["dpofast"] / peaks["TRL"]
+    first = " ".join(report.PAGES[0].read_text().split("![")[0].split())
+    assert f"{ratio:.2f} of the time and {memory:.2f} of the memory" in first
+
+
+@pytest.mark.parametrize("suite", report.FIGURES)
+def test_the_figures_show_them_too(suite, tmp_path):
     pytest.importorskip("matplotlib")
-    report.draw(report.step_results(), tmp_path / "step.svg")
+    report.draw(suite, tmp_path)
+    file = f"{suite}.svg"
 
     def texts(svg: str) -> list[str]:
         return [part.split("</text>")[0].rpartition(">")[2] for part in svg.split("<text")[1:]]
 
-    committed = report.FIGURE.read_text()
-    assert texts(committed) == texts((tmp_path / "step.svg").read_text()) and len(texts(committed)) >= 8
+    def paths(svg: str) -> list[str]:
+        return [part.partition('"')[0] for part in svg.split(' d="')[1:]]
+
+    committed, drawn = (ROOT / "docs" / file).read_text(), (tmp_path / file).read_text()
+    assert texts(committed) == texts(drawn) and len(texts(committed)) >= 8
+    assert paths(committed) == paths(drawn)
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):

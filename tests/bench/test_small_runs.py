@@ -1,0 +1,53 @@
+"""The benchmarks of whole pairs and of the shared prompt run, and say what they measured."""
+
+from __future__ import annotations
+
+import numerics
+import pytest
+import torch
+
+from dpofast.bench import pairs, step
+
+pytest.importorskip("transformers")
+
+
+def test_pairs_are_timed_in_both_ways(monkeypatch):
+    monkeypatch.setattr(pairs, "BUDGETS", {"fp32": ("2MiB",)})
+    with numerics.threads(1):
+        (records,) = pairs.times(40, 16, 300, rounds=1)
+    assert [r.provider for r in records] == ["by pairs", "ordinary"]
+    assert all(r.metric == "time / products" and r.value > 0 and r.shape == (40, 16, 300) for r in records)
+
+
+def test_the_ordinary_way_is_one_without_pairs():
+    seen = []
+    schedule = pairs.functional.pairs_schedule
+    pairs.in_the_ordinary_way(lambda: seen.append(pairs.functional.pairs_schedule))()
+    assert seen[0] is not schedule and seen[0](None, "", None, None) is None
+    assert pairs.functional.pairs_schedule is schedule
+
+
+def test_shares_of_the_prompt_are_timed_in_three_ways(tmp_path, monkeypatch):
+    import tiny
+
+    from dpofast.bench import prompt
+
+    with numerics.threads(1):
+        step.write_tiny(tmp_path)
+        monkeypatch.setattr(step, "cut_pairs", lambda *_: tiny.pairs(step.PAIRS))
+        (records,) = prompt.measure(tmp_path, 128, 50, rounds=1)
+    assert [(r.metric, r.provider) for r in records] == [
+        ("tokens / unshared", "dpofast, prompt shared"),
+        ("time / plain PyTorch", "dpofast"),
+        ("time / plain PyTorch", "dpofast, prompt shared"),
+        ("time / unshared", "dpofast, prompt shared"),
+    ]
+    assert 0.5 < records[0].value < 1 and all(r.case == "50 % prompt" for r in records)
+
+
+def test_tokens_are_counted_by_pair():
+    from dpofast.bench import prompt
+
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 9, 0], [7, 6, 5, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
+    assert prompt.tokens_left({"input_ids": ids, "attention_mask": mask}) == pytest.approx(10 / 12)
