@@ -53,7 +53,7 @@ class OnDevice:
         there = self._there(grads)
         self.backend.backward(self._there(problem), schedule, self._there(saved), self._there(incoming), there)
         for here, x in zip(grads, there):
-            if here is not None:
+            if isinstance(here, Tensor):
                 here.copy_(x)
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
