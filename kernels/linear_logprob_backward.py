@@ -243,7 +243,7 @@ def linear_logprob_backward(
         With ``skip``, the mass sum_v p_v that was dropped, [tokens of ``chunks``].
     """
     hidden, weight, _, positions, labels, transform = problem
-    sums, grad_weight, grad_bias = grads
+    sums, grad_weight, grad_bias = grads[:3]
     n_vocab, n_hidden = weight.shape
     offsets = element_offsets(hidden, positions)
     call = _Call(hidden, offsets, weight, problem.wide_bias(), labels, transform, saved, incoming, skip)
