@@ -564,7 +564,7 @@ def check_reduction(reduction: str) -> None:
 
 def implicit_rewards(terms: Sequence[Term], given: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
     """``beta`` times the log-ratios, or, without a reference, what the first loss compares; no gradient."""
-    term = next((term for term in terms if term.loss.compares), terms[0])
+    term = [*(term for term in terms if term.loss.compares), terms[0]][0]
     present = {name: value.detach() for name, value in given.items() if value is not None}
     beta = term.options["beta"]
     if _REFERENCE[0] in present:

@@ -185,7 +185,7 @@ class HeadCall(NamedTuple):
     def score(self, names: tuple[str, ...]) -> LogprobOutput:
         """`linear_logprob`, with the statistics ``names``."""
         ignore_index, transform = self.options.ignore_index, self.options.transform
-        hidden, weight, bias = self[:3]
+        hidden, weight, bias = self.hidden, self.weight, self.bias  # a slice is too much for torch.compile of 2.8
         with distributed.refusing_together(self.group):
             # a compiled graph cannot look into the memory of `chosen`
             ask = traced if torch.compiler.is_compiling() else chosen
