@@ -256,7 +256,7 @@ class _Counter:
 
     def __init__(self, schedule: Schedule, columns: int, request: Request, traits: TiledTraits):
         self.schedule, self.request, self.traits = schedule, request, traits
-        self.n, self.h, self.v = request.shape
+        self.n, self.h, self.v = request.n_tokens, request.n_hidden, request.n_vocab
         self.columns = self.v if schedule.keeps_jacobian else columns  # of g, that are cached
         self.parts = ceil_div(self.n, schedule.token_chunk or self.n)
         self.logits = self.cached = self.operands = self.launches = 0
@@ -412,7 +412,7 @@ def seconds(
 
 def floor_seconds(device: DataSheet, request: Request, traits: TiledTraits) -> float:
     """Seconds of the bare products that no schedule is without."""
-    n, h, v = request.shape
+    n, h, v = request.n_tokens, request.n_hidden, request.n_vocab
     bare = [Product(1, n, v, h, traits.elem), Product(1, n, h, v, traits.elem), Product(1, v, h, n, traits.elem)]
     wanted = True, request.to_hidden, request.to_weight
     return sum(p.seconds(device, traits) for p, wants in zip(bare, wanted, strict=True) if wants)

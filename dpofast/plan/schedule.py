@@ -30,11 +30,6 @@ class Request(NamedTuple):
     fuses: bool = False  # the product may exponentiate itself: see `Schedule.is_fused`
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """N, H and V: by name, for torch.compile of PyTorch 2.8 cannot slice a named tuple."""
-        return self.n_tokens, self.n_hidden, self.n_vocab
-
-    @property
     def n_grads(self) -> int:
         return self.to_hidden + self.to_weight
 

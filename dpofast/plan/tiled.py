@@ -109,7 +109,7 @@ def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
         chunk = -(-r.n_tokens >> halvings)
         if chunk < 128 <= r.n_tokens or (found and chunk < SMALLEST_CHUNK):
             return
-        need = _Needs(*r.shape, traits, chunk, 0)
+        need = _Needs(r.n_tokens, r.n_hidden, r.n_vocab, traits, chunk, 0)
         if r.to_weight:
             name, cache = "cached", r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
             workspace = max(need.fused(), need.from_cached(r.to_hidden))
@@ -127,7 +127,7 @@ def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
 
 def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], every: bool = False) -> Iterator[Schedule]:
     """The schedules that fit with one size of tile; unless ``every``, only those that none is always better than."""
-    r, need = request, _Needs(*request.shape, traits, *size)
+    r, need = request, _Needs(request.n_tokens, request.n_hidden, request.n_vocab, traits, *size)
     factors = r.n_tokens * traits.acc
 
     def schedule(name: str, workspace: int, cache: int = 0, share: float = 0.0) -> Schedule:
@@ -179,7 +179,7 @@ class Candidate(NamedTuple):
 
 def candidates(request: Request, traits: TiledTraits, device: DataSheet, every: bool = False) -> Iterator[Candidate]:
     """Schedules that fit the budget, over tiles and fused; all of them if ``every``."""
-    n, _, v = request.shape
+    n, v = request.n_tokens, request.n_vocab
 
     def candidate(schedule: Schedule) -> Candidate:
         columns, _ = cached_columns(schedule, n, v, traits.elem)
@@ -230,7 +230,7 @@ def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
     step of a training run, and the search takes milliseconds.
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
-    n, h, v = request.shape
+    n, h, v = request.n_tokens, request.n_hidden, request.n_vocab
     if device.sms:
         about = up(n, 1 << max(0, n.bit_length() - 6))
         best = _best(request._replace(n_tokens=about), traits, device)
@@ -253,7 +253,7 @@ def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
     `torch.compile` with dynamic shapes takes more than a minute to follow the other.
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
-    n, _, v = request.shape
+    n, v = request.n_tokens, request.n_vocab
     if request.fuses and not request.entropy and not request.outputs:
         for schedule in _fused(request, traits):
             return schedule
