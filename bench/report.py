@@ -165,10 +165,11 @@ def prompt_table(results: Results) -> str:
 
 def pairs_table(results: Results) -> str:
     rows = []
-    for r in results.where(provider="by pairs"):
-        ordinary = results.value(provider="ordinary", dtype=r.dtype, case=r.case)
-        rows.append((f"{r.dtype}, {r.case}", f"{r.value:.2f}", f"{ordinary:.2f}", f"{r.value / ordinary:.2f}"))
-    return table(("dtype, budget", "by whole pairs", "the ordinary way", "ratio"), rows)
+    for r in results.where(provider="ordinary"):
+        pairs = next((x.value for x in results.where(provider="by pairs", dtype=r.dtype, case=r.case)), None)
+        cells = ("-", "-") if pairs is None else (f"{pairs:.2f}", f"{pairs / r.value:.2f}")
+        rows.append((f"{r.dtype}, {r.case}", f"{r.value:.2f}", *cells))
+    return table(("dtype, budget", "the ordinary way", "by whole pairs", "ratio"), rows)
 
 
 TABLES: dict[str, Callable[[Results], str]] = {

@@ -372,7 +372,8 @@ def _by_pairs(
     def longest() -> int:
         return int(sequences.lengths().view(2, -1).sum(0).max())
 
-    found = pairs_schedule(call.request, call.exact_backend, longest, cost.device_of(call.hidden.device))
+    device = cost.device_of(call.hidden.device)
+    found = pairs_schedule(call.request, call.schedule, call.exact_backend, longest, device)
     if found is None:
         return None
     return PairsCall(call, found, sequences.lengths(), objective.outputs, objective.reduction).loss_and_scores

@@ -129,9 +129,19 @@ class _Run:
         self.positions = head.positions[pair.argsort(stable=True)]
         self.labels = labels.reshape(-1)[self.positions]
         check_range(self.labels, head.weight.shape[0], head.options.ignore_index)
-        shapes = (head.n_tokens, head.hidden.shape[-1]), head.weight.shape, head.weight.shape[:1]
-        self.sums = InputGrads(
-            *(labels.new_empty(shape, dtype=wide) if need else None for shape, need in zip(shapes, needs, strict=True))
+        self.sums = self._sums(wide, *needs)
+
+    def _sums(self, wide: torch.dtype, of_hidden: bool, of_weight: bool, of_bias: bool) -> InputGrads:
+        """Room for the sums: as for any gradient of the weight, where they are it."""
+        hidden, weight, n_tokens = self.call.head.hidden, self.call.head.weight, self.call.head.n_tokens
+
+        def empty(*shape: int) -> Tensor:
+            return weight.new_empty(shape, dtype=wide)
+
+        return InputGrads(
+            empty(n_tokens, hidden.shape[-1]) if of_hidden else None,
+            (self.engine.grad_weight(weight) if weight.dtype == wide else empty(*weight.shape)) if of_weight else None,
+            empty(weight.shape[0]) if of_bias else None,
         )
 
     def left(self) -> _Left:

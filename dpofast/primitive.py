@@ -16,7 +16,7 @@ from dpofast import _ops, checks, distributed
 from dpofast.backends import registry
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import STATISTICS, flags
-from dpofast.plan import Request, can_fuse, chosen, cost, parse_bytes, traced
+from dpofast.plan import Request, Schedule, can_fuse, chosen, cost, parse_bytes, traced
 from dpofast.reference import LogprobOutput
 
 __all__ = ["LogprobOutput", "linear_logprob", "logprob"]
@@ -169,7 +169,7 @@ def linear_logprob(
 
 
 class HeadCall(NamedTuple):
-    """One call, with operands as autocast has them."""
+    """One call, with operands as autocast has them, and how it runs."""
 
     hidden: Tensor
     weight: Tensor
@@ -178,23 +178,19 @@ class HeadCall(NamedTuple):
     positions: Tensor | None  # of the labels that count; None: nobody looked
     n_tokens: int  # how many they are; -1: unknown
     request: Request
+    schedule: Schedule
     exact_backend: str
     options: ScoreOptions
     group: str | None
 
     def score(self, names: tuple[str, ...]) -> LogprobOutput:
-        """`linear_logprob`, with the statistics ``names``."""
-        ignore_index, transform = self.options.ignore_index, self.options.transform
+        """`linear_logprob`, with the statistics ``names``, which it was asked for."""
+        ignore_index, transform, bounds = self.options.ignore_index, self.options.transform, None
         hidden, weight, bias = self.hidden, self.weight, self.bias  # a slice is too much for torch.compile of 2.8
-        with distributed.refusing_together(self.group):
-            # a compiled graph cannot look into the memory of `chosen`
-            ask = traced if torch.compiler.is_compiling() else chosen
-            schedule = ask(self.request, self.exact_backend, device=cost.device_of(hidden.device))
-        bounds = None
         if self.group is not None:
             same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, self.request.to_hidden
             bounds = distributed.vocabulary_bounds(self.labels, weight, str(same), self.group)
-        how = transform, flags(names), self.exact_backend, schedule.name, schedule.sizes, self.group or ""
+        how = transform, flags(names), self.exact_backend, self.schedule.name, self.schedule.sizes, self.group or ""
         operands = hidden, weight, bias, self.labels, bounds
         results = _ops.call_linear_logprob(self.positions, *operands, ignore_index, self.n_tokens, *how)
         return _output(results, names)
@@ -234,18 +230,13 @@ class HeadScorer:
             hidden, weight, bias = self._cast()
             n_tokens, positions = _count(self.labels, self.options.ignore_index)
             request = self._request(hidden, weight, bias, n_tokens, names)
+            # a compiled graph cannot look into the memory of `chosen`
+            plan = traced if torch.compiler.is_compiling() else chosen
+            schedule = plan(request, self.exact_backend, device=cost.device_of(hidden.device))
         return HeadCall(
-            hidden,
-            weight,
-            bias,
-            self.labels,
-            positions,
-            n_tokens,
-            request,
-            self.exact_backend,
-            self.options,
+            hidden, weight, bias, self.labels, positions, n_tokens, request, schedule, self.exact_backend, self.options,
             self.group,
-        )
+        )  # fmt: skip
 
     def _cast(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The operands as autocast has them: made when they are used, so that those of two heads need not coexist."""

@@ -86,7 +86,7 @@ def forced(monkeypatch):
     """Makes losses run by whole pairs, one or two at a time, where they can."""
     ran = Ran()
 
-    def force(request, backend, longest_pair, device):
+    def force(request, ordinary, backend, longest_pair, device):
         if ran.stopped:
             return None
         tokens = longest_pair()
@@ -278,7 +278,11 @@ CPU = f"cpu:{native.cpu_isas()[0]}" if native.cpu_isas() else "torch"
 
 
 def asked(n=4000, h=576, v=49152, budget=256 * MIB, dtype=FP32, longest=200, backend=CPU, device=HOST, **more):
-    return pairs_schedule(Request(n, h, v, dtype, dtype, budget, **more), backend, lambda: longest, device)
+    return by_pairs(Request(n, h, v, dtype, dtype, budget, **more), backend, longest, device)
+
+
+def by_pairs(request, backend, longest, device):
+    return pairs_schedule(request, choose(request, backend, device=device), backend, lambda: longest, device)
 
 
 @pytest.mark.parametrize("backend", (CPU, "torch"))
@@ -313,8 +317,10 @@ def test_nobody_counts_a_pairs_tokens_where_everything_is_kept():
         raise AssertionError("asked for the longest pair")
 
     request = Request(1000, 576, 49152, FP32, FP32, 1 << 30)
-    assert choose(request, CPU).cached_share == 1 and pairs_schedule(request, CPU, never, HOST) is None
-    assert pairs_schedule(request._replace(to_weight=False), CPU, never, HOST) is None
+    kept = choose(request, CPU)
+    assert kept.cached_share == 1 and pairs_schedule(request, kept, CPU, never, HOST) is None
+    frozen = request._replace(to_weight=False)
+    assert pairs_schedule(frozen, choose(frozen, CPU), CPU, never, HOST) is None
 
 
 def test_it_is_not_taken_where_nothing_is_gained():
@@ -327,9 +333,9 @@ def test_it_is_not_taken_where_nothing_is_gained():
 
 def test_on_a_gpu_it_is_taken_beyond_the_budget_by_the_model():
     request = Request(65536, 4096, 151936, BF16, BF16, DEVICES["h100"].default_budget)
-    found = pairs_schedule(request, "cuda", lambda: 2048, DEVICES["h100"])
+    found = by_pairs(request, "cuda", 2048, DEVICES["h100"])
     assert found and found.schedule.cached_share == 1 and found.tokens >= 2048
-    assert pairs_schedule(request._replace(n_tokens=8192), "cuda", lambda: 2048, DEVICES["h100"]) is None
+    assert by_pairs(request._replace(n_tokens=8192), "cuda", 2048, DEVICES["h100"]) is None
 
 
 def test_a_plan_says_how_a_loss_would_run():

@@ -43,15 +43,16 @@ def sums_bytes(request: Request) -> int:
     return head + request.to_hidden * request.n_tokens * request.n_hidden * wide.itemsize
 
 
-def pairs_schedule(request: Request, backend: str, longest_pair: Callable[[], int], device: DataSheet) -> Pairs | None:
-    """The pairs schedule where it is predicted to be faster than the ordinary one.
+def pairs_schedule(
+    request: Request, ordinary: Schedule, backend: str, longest_pair: Callable[[], int], device: DataSheet
+) -> Pairs | None:
+    """The pairs schedule where it is predicted to be faster than the ``ordinary`` one.
 
     ``longest_pair`` counts the tokens of the longest, and is asked only where there is something to gain.
     None as well for fp16, whose small gradients need the factor that scales a loss, which only its backward knows.
     """
     if not (request.to_weight and request.keeps) or torch.float16 in (request.hidden_dtype, request.weight_dtype):
         return None
-    ordinary = chosen(request, backend, device=device)
     if ordinary.cached_share == 1:
         return None
     kept, longest, parts = sums_bytes(request), longest_pair(), 2

@@ -180,13 +180,13 @@ def plan(
         f"cuda on {device}" if gpu else exact, schedule.name, n_tokens, hidden_size, vocab_size,
         str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
         schedule.cache_bytes, schedule.workspace_bytes, products, 1 + request.n_grads, int(bytes_moved), predicted,
-        floor, core, kernel, otherwise, _pairs(request, exact, longest_pair, sheet) if longest_pair else None,
+        floor, core, kernel, otherwise, _pairs(request, schedule, exact, longest_pair, sheet) if longest_pair else None,
     )  # fmt: skip
 
 
-def _pairs(request: Request, backend: str, longest_pair: int, device: cost.DataSheet) -> str:
+def _pairs(request: Request, ordinary: Schedule, backend: str, longest_pair: int, device: cost.DataSheet) -> str:
     """How `linear_dpo_loss` would run."""
-    found = pairs_schedule(request, backend, lambda: longest_pair, device)
+    found = pairs_schedule(request, ordinary, backend, lambda: longest_pair, device)
     if found is None:
         return "as above: whole pairs at a time would not be faster, or have no room"
     s, mib = found.schedule, 1 << 20

@@ -14,8 +14,9 @@ pytest.importorskip("transformers")
 def test_pairs_are_timed_in_both_ways(monkeypatch):
     monkeypatch.setattr(pairs, "BUDGETS", {"fp32": ("2MiB",)})
     with numerics.threads(1):
-        (records,) = pairs.times(40, 16, 300, rounds=1)
-    assert [r.provider for r in records] == ["by pairs", "ordinary"]
+        records, kept = pairs.times(40, 16, 300, rounds=1)
+    assert [r.provider for r in records] == ["ordinary", "by pairs"]
+    assert [(r.provider, r.case) for r in kept] == [("ordinary", pairs.EVERYTHING)]
     assert all(r.metric == "time / products" and r.value > 0 and r.shape == (40, 16, 300) for r in records)
 
 
@@ -23,7 +24,7 @@ def test_the_ordinary_way_is_one_without_pairs():
     seen = []
     schedule = pairs.functional.pairs_schedule
     pairs.in_the_ordinary_way(lambda: seen.append(pairs.functional.pairs_schedule))()
-    assert seen[0] is not schedule and seen[0](None, "", None, None) is None
+    assert seen[0] is not schedule and seen[0](None, None, "", None, None) is None
     assert pairs.functional.pairs_schedule is schedule
 
 
