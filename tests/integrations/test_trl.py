@@ -215,18 +215,26 @@ def test_training_resumes_from_a_checkpoint_onto_the_same_path(tokenizer, calls,
     assert_same_parameters(resumed.model, whole.model, families.build())
 
 
-def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(tokenizer, calls, tmp_path):
+def assert_the_subclass_is_like_trls(ours, seen: list, tokenizer, tmp_path):
+    """With references scored before, an evaluation, and TRL's own trainer in the same process; returns the subclass's.
+
+    ``seen`` lists what only the subclass does.
+    """
     trainers = []
-    for trainer in (trl.DPOTrainer, integration.DPOTrainer):
-        assert not calls
+    for trainer in (trl.DPOTrainer, ours):
+        assert not seen
         trained = dpo(tmp_path, tokenizer, trainer=trainer, precompute_ref_log_probs=True)
         trained.train()
         trained.evaluate(Dataset.from_list(tiny.pairs(6)))
         trainers.append(trained)
-    theirs, ours = trainers
-    assert len(calls) == 4 + 3 + 1 + 1  # references, three steps, references of other data, their evaluation
-    training.assert_same_numbers(history(ours), history(theirs))
-    assert_same_parameters(ours.model, theirs.model, families.build())
+    assert len(seen) == 4 + 3 + 1 + 1  # references, three steps, references of other data, their evaluation
+    training.assert_same_numbers(*map(history, trainers[::-1]))
+    assert_same_parameters(trainers[1].model, trainers[0].model, families.build())
+    return trainers[1]
+
+
+def test_the_trainer_subclass_computes_with_dpofast_and_leaves_trl_as_it_is(tokenizer, calls, tmp_path):
+    assert_the_subclass_is_like_trls(integration.DPOTrainer, calls, tokenizer, tmp_path)
     assert utils._ChunkedLogProbFunction is not integration._LogprobFunction
 
 
@@ -268,17 +276,8 @@ def test_dpo_trainer_that_shares_prompts_logs_and_learns_the_same_with(
 
 
 def test_the_trainer_subclass_that_shares_prompts_is_the_only_one_that_does(tokenizer, calls, shared_rows, tmp_path):
-    trainers = []
-    for trainer in (trl.DPOTrainer, functools.partial(integration.DPOTrainer, share_prompt=True)):
-        assert not shared_rows
-        trained = dpo(tmp_path, tokenizer, trainer=trainer, precompute_ref_log_probs=True)
-        trained.train()
-        trained.evaluate(Dataset.from_list(tiny.pairs(6)))
-        trainers.append(trained)
-    theirs, ours = trainers
-    assert len(shared_rows) == 4 + 3 + 1 + 1
-    training.assert_same_numbers(history(ours), history(theirs))
-    assert_same_parameters(ours.model, theirs.model, families.build())
+    sharer = functools.partial(integration.DPOTrainer, share_prompt=True)
+    ours = assert_the_subclass_is_like_trls(sharer, shared_rows, tokenizer, tmp_path)
     assert not any("forward" in vars(module) for module in ours.model.get_decoder().modules())
 
 

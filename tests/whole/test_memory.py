@@ -75,7 +75,7 @@ CASES = [
 ]
 PAIR_CASES = [("torch", "float32", 64 * MIB), ("torch", "bfloat16", 160 * MIB)]
 if native.cpu_isas():
-    PAIR_CASES.append(("cpu", "float32", 64 * MIB))
+    PAIR_CASES.append(("cpu", "float32", 96 * MIB))
 
 
 def name(case) -> str:
