@@ -118,10 +118,11 @@ def test_dynamic_shapes_compile_once():
             assert_same(gradients(compiled, args), gradients(step, args))
 
 
-@pytest.mark.parametrize("how", ("frozen head", "small budget", "default backend", "env"))
+@pytest.mark.parametrize("how", ("frozen head", "small budget", "small budget, tiles", "default backend", "env"))
 def test_other_ways_compile_too(how, monkeypatch):
     hidden, weight, bias, labels = inputs()
-    options = {"memory_budget": "60KiB"} if how == "small budget" else {}
+    options = {"memory_budget": "60KiB"} if "small" in how else {}
+    options |= {"backend": "torch"} if "tiles" in how else {}
     if how == "env":
         monkeypatch.setenv("DPOFAST_CPU_ISA", "scalar")
     frozen = how == "frozen head"
@@ -171,7 +172,10 @@ def test_inplace_grad_refuses_to_compile():
     def loss(logits, labels):
         return dpofast.logprob(logits * 2, labels, inplace_grad=True).logps.sum()
 
-    with pytest.raises(Exception, match="inplace_grad: True is not possible under torch.compile"):
+    known = "inplace_grad: True is not possible under torch.compile"
+    if torch.__version__ < "2.9":  # which names the type alone of what is raised while it traces
+        known = "ExceptionVariable.*ValueError"
+    with pytest.raises(Exception, match=known):
         torch.compile(loss, fullgraph=True, backend="aot_eager")(torch.randn(3, 8, requires_grad=True), torch.arange(3))
 
 

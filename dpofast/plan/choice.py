@@ -25,9 +25,9 @@ def choose(request: Request, backend: str, threads: int = 0, device: DataSheet =
 
 def traced(request: Request, backend: str, threads: int = 0, device: DataSheet = HOST) -> Schedule:
     """`choose` in a graph that `torch.compile` follows, where ``request`` may have symbols for numbers."""
-    if device.sms and not backend.startswith("cpu"):
-        return tiled.first_fit(request, backend, device)
-    return choose(request, backend, threads, device)
+    if backend.startswith("cpu"):
+        return choose(request, backend, threads)
+    return tiled.first_fit(request, backend, device)
 
 
 chosen = functools.lru_cache(maxsize=1024)(choose)

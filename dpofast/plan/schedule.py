@@ -103,10 +103,10 @@ def parse_bytes(value: int | str | None, name: str = "memory_budget", default: i
         return default
     if isinstance(value, str):
         text = value.strip()
-        units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1}
-        unit = next((u for u in units if text.endswith(u)), None)
+        units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 10**3, "MB": 10**6, "GB": 10**9, "B": 1, "": 1}
+        unit = next(u for u in units if text.endswith(u))
         try:
-            value = int(float(text[: -len(unit)] if unit else text) * (units[unit] if unit else 1))
+            value = int(float(text[: len(text) - len(unit)]) * units[unit])
         except (ValueError, OverflowError):
             raise ValueError(f"{name}: got {text!r}, expected bytes or a size such as '512MiB'") from None
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

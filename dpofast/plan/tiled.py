@@ -250,17 +250,17 @@ def choose(request: Request, backend: str, device: DataSheet) -> Schedule:
 def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
     """`choose` in as few steps as a symbolic number of tokens allows: what keeps most, in the largest tiles that fit.
 
-    `torch.compile` with dynamic shapes takes more than a minute to follow the other.
+    `torch.compile` with dynamic shapes takes more than a minute to follow the other, and that of PyTorch 2.8 cannot.
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     n, v = request.n_tokens, request.n_vocab
     if request.fuses and not request.entropy and not request.outputs:
         for schedule in _fused(request, traits):
             return schedule
-    fits = None
+    fits, most = None, TRACED_TILE_BYTES if device.sms else device.l2_bytes // 2
     for halvings in range(12):
         chunk = -(-n // (1 << halvings))
-        size = min(TRACED_TILE_BYTES, request.budget // 8)  # an eighth: some three tiles and what is beside them fit
+        size = min(most, request.budget // 8)  # an eighth: some three tiles and what is beside them fit
         block = min(v, max(NARROWEST, size // (traits.acc * chunk) // NARROWEST * NARROWEST))
         for schedule in _schedules(request, traits, (chunk, block)):
             if schedule.name in ("cached", "jacobian", "score"):
