@@ -17,11 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
+from dpofast.backends.base import Problem
+
 
 class Tile(NamedTuple):
     """Sizes of the blocks of a product of ``n`` tokens with ``v`` vocabulary rows, ``h`` of hidden at a time.
 
     The second products of a backward take ``k`` of the tokens or of the vocabulary at a time, and make ``c`` columns.
+    ``plain``: for `is_plain` calls alone.
     """
 
     n: int
@@ -31,14 +34,21 @@ class Tile(NamedTuple):
     stages: int
     c: int = 0
     k: int = 0
+    plain: bool = False
 
 
-# By kernel and whether the operands are 16-bit; the first of each is the default. None may spill with any flag, rows
-# that are not aligned included (tests/backends/triton_resources.txt), and that limits them: 255 registers a thread.
+# By kernel and whether the operands are 16-bit; the first that may be taken is the default. None may spill with any
+# flag it is taken for (tests/backends/triton_resources.txt), and that limits them: 255 registers a thread. With all
+# flags and rows that are not aligned, 64 x 128 is the most. A plain call has room for 128 x 128, which reads two thirds
+# of the bytes for the same product; that was not run on a GPU yet. 128 x 256 spills even there, and so do 256 columns.
 _NVIDIA = {
-    ("forward", True): (Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
+    ("forward", True): (Tile(128, 128, 64, 8, 4, plain=True), Tile(64, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3)),
     ("forward", False): (Tile(64, 64, 32, 8, 2), Tile(32, 32, 32, 4, 2)),
-    ("backward", True): (Tile(64, 128, 64, 8, 3, c=64, k=32), Tile(128, 64, 64, 8, 3, c=64, k=32)),
+    ("backward", True): (
+        Tile(128, 128, 64, 8, 4, c=128, k=64, plain=True),
+        Tile(64, 128, 64, 8, 3, c=64, k=32),
+        Tile(128, 64, 64, 8, 3, c=64, k=32),
+    ),
     ("backward", False): (Tile(32, 64, 32, 4, 2, c=64, k=32), Tile(64, 32, 32, 4, 2, c=64, k=32)),
 }
 # 64 KiB of shared memory, the least that a GPU has.
@@ -73,23 +83,37 @@ def architecture(device: torch.device) -> str:
     return name if name in TILES else "other"
 
 
+def is_plain(problem: Problem) -> bool:
+    """Says whether a product's code is short: no softcap, rows to be read 16 bytes at a time, and no hidden dimension
+    that ends inside a block."""
+    hidden, weight = problem.hidden, problem.weight
+    dense = hidden.stride(-1) == 1 and weight.stride(-1) == 1 and aligned(hidden) and aligned(weight)
+    return dense and problem.n_hidden % 64 == 0 and not problem.transform.softcap  # 64: the longest h of a plain tile
+
+
+def candidates(arch: str, kernel: str, dtype: torch.dtype, plain: bool) -> tuple[Tile, ...]:
+    """The tiles that may be taken, the default first."""
+    return tuple(tile for tile in TILES[arch][kernel, dtype.itemsize == 2] if plain or not tile.plain)
+
+
 _fastest: dict[tuple, Tile] = {}
 
 
 def choose_tile(
-    kernel: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], launch: Callable[[Tile], Any]
-) -> Tile:
+    kernel: str, device: torch.device, dtype: torch.dtype, plain: bool, shape: tuple[int, ...],
+    launch: Callable[[Tile], Any],
+) -> Tile:  # fmt: skip
     """The tile for one launch: the default, or the fastest where ``DPOFAST_AUTOTUNE=1``.
 
     ``launch`` runs the kernel with a tile, any number of times, and must leave nothing behind that matters.
     """
     arch = architecture(device)
-    candidates = TILES[arch][kernel, dtype.itemsize == 2]
+    tiles = candidates(arch, kernel, dtype, plain)
     if os.environ.get("DPOFAST_AUTOTUNE") != "1":
-        return candidates[0]
-    key = (kernel, arch, dtype, *(triton.next_power_of_2(size) for size in shape))
+        return tiles[0]
+    key = (kernel, arch, dtype, plain, *(triton.next_power_of_2(size) for size in shape))
     if key not in _fastest:
-        _fastest[key] = min(candidates, key=lambda tile: time_of(lambda: launch(tile)))
+        _fastest[key] = min(tiles, key=lambda tile: time_of(lambda: launch(tile)))
     return _fastest[key]
 
 

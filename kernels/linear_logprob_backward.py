@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from dpofast.kernels.device import grad_tile, load_row, logits_tile, token_rows, transformed
-from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, grad_factors, on
+from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, grad_factors, is_plain, on
 from torch import Tensor
 
 from dpofast.backends._tensors import element_offsets
@@ -35,7 +35,13 @@ class Skip(NamedTuple):
     order: Tensor | None = None  # [V] int64, a permutation: the vocabulary as it is cut into tiles
 
 
-@triton.jit(do_not_specialize=["n", "v0", "width"])
+@triton.jit(
+    do_not_specialize=["n", "v0", "width"],
+    do_not_specialize_on_alignment=[
+        "offsets", "bias", "order", "labels", "logps", "lse", "grad_logps", "entropy", "grad_entropy", "d_bias",
+        "counts", "dropped",
+    ],
+)  # fmt: skip
 def linear_logprob_grad_kernel(
     hidden, offsets, h_stride, weight, w_ld, w_stride, bias,  # as in linear_logprob_forward_kernel
     order,  # [V] or None: column i of the block is row order[v0 + i] of the weight, or v0 + i
@@ -78,7 +84,7 @@ def linear_logprob_grad_kernel(
         tl.store(dropped + v_tile.to(tl.int64) * n + row, mass, mask=row < n)
 
 
-@triton.jit(do_not_specialize=["n", "v0", "width"])
+@triton.jit(do_not_specialize=["n", "v0", "width"], do_not_specialize_on_alignment=["order", "counts"])
 def linear_logprob_d_hidden_kernel(
     g, g_ld, weight, w_ld, w_stride, order, counts, sums,  # sums [n, H] fp32, d hidden so far
     n, v0, width, H,
@@ -112,7 +118,7 @@ def linear_logprob_d_hidden_kernel(
     tl.store(at, acc, mask=here)
 
 
-@triton.jit(do_not_specialize=["n", "v0", "width"])
+@triton.jit(do_not_specialize=["n", "v0", "width"], do_not_specialize_on_alignment=["offsets", "order", "counts"])
 def linear_logprob_d_weight_kernel(
     g, g_ld, hidden, offsets, h_stride, order, counts, out, out_ld,
     # out [*, H]: row i is of column i, or of order[v0 + i]
@@ -255,7 +261,8 @@ def linear_logprob_backward(
     dropped = None if skip is None else saved.logps.new_zeros(chunks[-1].stop - start)
     with on(hidden.device):
         shape, dtype = (longest, block, n_hidden), dot_dtype(hidden, weight)[0]
-        tile = choose_tile("backward", hidden.device, dtype, shape, lambda t: call.once(t, chunks[0], block))
+        plain = is_plain(problem) and skip is None and incoming.entropy is None
+        tile = choose_tile("backward", hidden.device, dtype, plain, shape, lambda t: call.once(t, chunks[0], block))
         scratch = call.scratch(tile, longest, block)
         for v0 in range(0, n_vocab, block):
             v1 = min(v0 + block, n_vocab)

@@ -20,7 +20,7 @@ from dpofast.kernels.device import (
     token_rows,
     transformed,
 )
-from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, factors, on, split_rows
+from dpofast.kernels.launch import Tile, aligned, choose_tile, dot_dtype, factors, is_plain, on, split_rows
 from dpofast.kernels.logprob_fold import merge
 from torch import Tensor
 
@@ -28,7 +28,10 @@ from dpofast.backends._tensors import element_offsets
 from dpofast.backends.base import Problem
 
 
-@triton.jit(do_not_specialize=["n", "splits", "split_width"])
+@triton.jit(
+    do_not_specialize=["n", "splits", "split_width"],
+    do_not_specialize_on_alignment=["offsets", "bias", "labels", "partials"],
+)  # fmt: skip
 def linear_logprob_forward_kernel(
     hidden, offsets, h_stride,  # token i starts at element offsets[i]
     weight, w_ld, w_stride, bias,  # [V, H]; bias [V] or None
@@ -85,6 +88,7 @@ def linear_logprob_forward(problem: Problem, stats: Tensor, extra: bool, program
         )  # fmt: skip
         return partials
 
+    plain = is_plain(problem) and not extra
     with on(hidden.device):
-        partials = launch(choose_tile("forward", hidden.device, dtype, (n, n_vocab, n_hidden), launch))
+        partials = launch(choose_tile("forward", hidden.device, dtype, plain, (n, n_vocab, n_hidden), launch))
     merge(stats, partials, extra)

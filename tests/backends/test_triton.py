@@ -6,6 +6,7 @@ test_triton_aot.py's; races and speed need a GPU.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -17,6 +18,8 @@ import numerics
 import triton
 import triton.language as tl
 from dpofast.kernels import device, launch
+from dpofast.kernels import linear_logprob_backward as backwards
+from dpofast.kernels import linear_logprob_forward as forwards
 from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
 from numerics import EVERYTHING, SCHEDULES, problem, run_forced
 
@@ -413,10 +416,56 @@ def test_tiles_are_fixed_unless_tuning_is_asked_for(monkeypatch):
 
     monkeypatch.delenv("DPOFAST_AUTOTUNE", raising=False)
     monkeypatch.setattr(launch, "architecture", lambda _: "sm_90")
-    for kernel in ("forward", "backward"):
-        for dtype in (FP16, FP32):
-            tile = launch.choose_tile(kernel, torch.device("cuda"), dtype, (1, 1, 1), never)
-            assert tile == launch.TILES["sm_90"][kernel, dtype == FP16][0]
+    for kernel, dtype, plain in itertools.product(("forward", "backward"), (FP16, FP32), (True, False)):
+        tile = launch.choose_tile(kernel, torch.device("cuda"), dtype, plain, (1, 1, 1), never)
+        assert tile == launch.candidates("sm_90", kernel, dtype, plain)[0]
+        assert tile.plain == (plain and dtype == FP16)
+
+
+def test_second_products_go_through_whole_blocks_of_a_tile():
+    """They load no more of g than was written, and a skipped tile is a whole number of their steps."""
+    every = {tile for arch in launch.TILES.values() for tiles in arch.values() for tile in tiles}
+    assert all(tile.v % tile.k == 0 and tile.n % tile.k == 0 for tile in every if tile.k)
+    assert all(64 % tile.h == 0 for tile in every if tile.plain)  # as is_plain has it
+
+
+# What takes registers, one at a time.
+NOT_PLAIN = {
+    "softcap": ({"softcap": 5.0}, {"forward", "backward"}),
+    "statistics": ({"outputs": numerics.STATISTICS}, {"forward"}),
+    "gradient of the entropy": ({"entropy": True, "outputs": ("entropy",)}, {"forward", "backward"}),
+    "hidden size": ({"h": 80}, {"forward", "backward"}),
+    "every other of hidden": ({"hidden": lambda x: x.repeat_interleave(2, -1)[..., ::2]}, {"forward", "backward"}),
+    "hidden unaligned": ({"hidden": lambda x: torch.nn.functional.pad(x, (0, 1))[..., :-1]}, {"forward", "backward"}),
+    "weight unaligned": ({"weight": lambda x: torch.nn.functional.pad(x, (0, 1))[:, :-1]}, {"forward", "backward"}),
+    "weight transposed": ({"weight": lambda x: x.T.contiguous().T}, {"forward", "backward"}),
+}
+
+
+@pytest.mark.parametrize(("what", "general"), (({}, set()), *NOT_PLAIN.values()), ids=("plain", *NOT_PLAIN))
+def test_a_tile_for_plain_calls_is_taken_by_no_other(what, general, monkeypatch):
+    found = {}
+
+    def choose_tile(kernel, *arguments):
+        found[kernel] = arguments[2]
+        return launch.choose_tile(kernel, *arguments)
+
+    monkeypatch.setattr(forwards, "choose_tile", choose_tile)
+    monkeypatch.setattr(backwards, "choose_tile", choose_tile)
+    options = {name: what[name] for name in ("softcap", "entropy") if name in what}
+    p = problem(20, what.get("h", 64), 150, FP16, bias=True, **options)
+    changes = {name: what[name](getattr(p, name)) for name in ("hidden", "weight") if name in what}
+    on("recompute", numerics.dataclasses.replace(p, **changes), what.get("outputs", ()))
+    assert found == {kernel: kernel not in general for kernel in ("forward", "backward")}
+
+
+def test_a_tile_for_plain_calls_is_not_taken_where_tiles_are_skipped(monkeypatch):
+    p, saved, *_ = case_of_g(20, 64, 100, spread=1.0)
+    found = []
+    monkeypatch.setattr(backwards, "choose_tile", lambda *a: (found.append(a[3]), TILE)[1])
+    for skip in (None, Skip(0.0)):
+        backward(p, saved, skip)
+    assert found == [True, False]
 
 
 def test_tuning_times_once_for_each_kernel_dtype_and_class_of_shape(monkeypatch):
@@ -438,8 +487,8 @@ def test_tuning_times_once_for_each_kernel_dtype_and_class_of_shape(monkeypatch)
         ("backward", FP16, (1000, 150_000, 4096)),
     ):
         before = len(timed)
-        tile = launch.choose_tile(kernel, torch.device("cuda"), dtype, shape, timed.append)
-        candidates = launch.TILES["sm_90"][kernel, dtype == FP16]
+        tile = launch.choose_tile(kernel, torch.device("cuda"), dtype, True, shape, timed.append)
+        candidates = launch.candidates("sm_90", kernel, dtype, True)
         assert tile == candidates[-1]  # the last, which the clock above prefers
         assert timed[before:] == ([] if shape[0] == 1024 else list(candidates))
 

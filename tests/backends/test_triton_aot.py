@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
     arch: str
     dtype: str
-    tile: int  # which of launch.TILES
+    tile: int  # which of launch.candidates
     flags: tuple[str, ...]  # of EVERY_FLAG, "odd" (H), "blocks" and "chunks" (more than one)
 
 
@@ -46,13 +46,15 @@ PART = (
     *(Case(arch, dtype, 0, ()) for arch in ARCHS for dtype in ("fp32", "bf16", "fp16", "fp64")),
     Case("sm_90", "bf16", 0, EVERY_FLAG),
 )
-# Flags change registers most when they come together, and rows that are not aligned cost most.
+# Flags change registers most when they come together, and rows that are not aligned cost most. A bias and sums over
+# blocks and chunks are the flags that a plain call (`launch.is_plain`) can have.
 ALL = tuple(
     Case(arch, dtype, tile, flags)
     for arch in ARCHS
     for dtype in ("fp32", "bf16", "fp16", "fp64")
     for tile, flags in (
-        (0, ()), (0, EVERY_FLAG), (0, (*EVERY_FLAG, "odd", "blocks", "chunks")), (1, (*EVERY_FLAG, "odd")),
+        (0, ()), (0, ("bias", "blocks", "chunks")), (0, EVERY_FLAG), (0, (*EVERY_FLAG, "odd", "blocks", "chunks")),
+        (1, (*EVERY_FLAG, "odd")),
     )
     if not (tile and dtype == "fp64") and not (flags == EVERY_FLAG and dtype != "bf16")
 )  # fmt: skip
@@ -65,6 +67,7 @@ class Launch(NamedTuple):
     attrs: dict
     options: dict  # of the compiler
     flags: str
+    tile: str = "-"
 
 
 def _described(kernel, arguments: dict, options: dict) -> Launch:
@@ -86,6 +89,8 @@ def _described(kernel, arguments: dict, options: dict) -> Launch:
         elif isinstance(x, torch.Tensor):
             signature[param.name] = "*" + names[x.dtype]
             aligned = not param.do_not_specialize_on_alignment
+            sums = "DOT" in arguments and param.name == "out" and x.dtype == torch.float32
+            flags |= {"sums"} if sums else set()  # of chunks, in place of d weight
         elif isinstance(x, TensorDescriptor):
             signature[param.name] = f"tensordesc<{names[x.base.dtype]}{x.block_shape}>"
         elif isinstance(x, float):
@@ -120,18 +125,21 @@ def recorded(run) -> list[Launch]:
 
 @contextlib.contextmanager
 def tiles_of(case: Case):
-    """Launchers take the tile of the case in place of one for the device at hand."""
+    """Launchers take the tile of the case in place of one for the device at hand; yields those taken, by kernel."""
     from dpofast.kernels import launch, linear_logprob_backward, linear_logprob_forward
 
-    def choose_tile(kernel, _device, dtype, *_):
-        return launch.TILES[case.arch][kernel, dtype.itemsize == 2][case.tile]
+    taken = {}
+
+    def choose_tile(kernel, _device, dtype, plain, *_):
+        taken[kernel] = launch.candidates(case.arch, kernel, dtype, plain)[case.tile]
+        return taken[kernel]
 
     modules = linear_logprob_forward, linear_logprob_backward
     originals = [module.choose_tile for module in modules]
     for module in modules:
         module.choose_tile = choose_tile
     try:
-        yield
+        yield taken
     finally:
         for module, original in zip(modules, originals):
             module.choose_tile = original
@@ -191,17 +199,30 @@ def launches_of(case: Case) -> list[Launch]:
 
     if case.dtype == "fp64":  # has products by torch.mm
         return recorded(passes_over_logits)
-    with tiles_of(case):
+    with tiles_of(case) as taken:
         launches = recorded(passes_over_logits) + recorded(fused)
     if (case.arch, case.dtype) in KEPT and not (case.flags or case.tile):
         launches += recorded(exponentiating)
-    return launches
+        taken["keep"] = linear_keep.FORM
+    return [each._replace(tile=_named(taken.get(_use(each)))) for each in launches]
+
+
+def _use(launch: Launch) -> str | None:
+    """The key of launch.TILES, or "keep"; None of a kernel without a tile."""
+    name = launch.kernel.__name__.removesuffix("_kernel")
+    if not name.startswith("linear"):
+        return None
+    return name.rpartition("_")[2] if name.endswith(("forward", "keep")) else "backward"
+
+
+def _named(sizes) -> str:
+    """The numbers of a tile or of a form, without what is 0 or a flag."""
+    return "x".join(str(size) for size in sizes or () if not isinstance(size, bool) and size) or "-"
 
 
 def compiled(case: Case) -> set[tuple]:
     """Rows of the table: what the compiler makes of every launch of the case."""
     import triton
-    from dpofast.kernels import launch, linear_keep
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -213,15 +234,8 @@ def compiled(case: Case) -> set[tuple]:
         ptx = binary.asm["ptx"]
         product = next((name for name in ("wgmma", "tcgen05", "mma.sync") if name in ptx), "-")
         kernel = each.kernel.__name__.removesuffix("_kernel")
-        tile = "-"
-        if kernel == "linear_keep":
-            tile = "x".join(str(size) for size in linear_keep.FORM if size)
-        elif kernel.startswith("linear"):
-            use = "forward" if kernel.endswith("forward") else "backward"
-            tile = launch.TILES[case.arch][use, case.dtype in ("bf16", "fp16")][case.tile]
-            tile = "x".join(str(size) for size in tile if size)
         numbers = (usage["REG"], usage["STACK"], usage["LOCAL"], binary.metadata.shared)
-        rows.add((case.arch, kernel, case.dtype, tile, each.flags, *map(str, numbers), product))
+        rows.add((case.arch, kernel, case.dtype, each.tile, each.flags, *map(str, numbers), product))
     return rows
 
 
