@@ -73,7 +73,7 @@ class GpuPasses(TorchPasses):
         packed = torch.empty(n, problem.n_hidden, dtype=weight.dtype, device=device)
         n_tiles = tiles(problem.n_vocab)
         buffer = torch.empty(2 * n_tiles + 1, n, dtype=problem.wide, device=device)
-        partials = Partials(*buffer.split((1, n_tiles, n_tiles)))
+        partials = Partials(*buffer.split_with_sizes((1, n_tiles, n_tiles)))
         results = empty_results(n, (), problem.wide, device)
         pack_tokens(hidden, element_offsets(hidden, positions), weight, labels, scale, packed, partials.z_label)
         linear_keep(packed, weight, labels, scale, partials, e)

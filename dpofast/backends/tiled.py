@@ -12,6 +12,7 @@ the tile again, and its ``g`` holds the incoming gradients already.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,7 @@ from dpofast.backends.base import (
     Saved,
     Transform,
 )
+from dpofast.backends.base import chunk as chunk_of
 from dpofast.plan import Schedule, cached_columns
 from dpofast.plan.schedule import up
 
@@ -156,9 +158,10 @@ class TiledBackend:
         return self.passes.sequence_dpo(problem)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     """Turns autocast off, which reaches into the body of an op and would round the logits of a wide tile."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 class _Loops:
@@ -262,7 +265,7 @@ class _Loops:
             self.passes.scale_rows(self.problem.hidden, self.problem.positions, scales, scaled, None)
             step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
             for v0, v1 in self.vocabulary(0, e.shape[1], step):
-                operands, part = (e[:, v0:v1].T, scaled), grads.weight[v0:v1]
+                operands, part = (e[:, v0:v1].T, scaled), chunk_of(grads.weight, slice(v0, v1))
                 self.passes.accumulate(part, *operands) if grads.adds else self.into(*operands, part)
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
@@ -351,7 +354,7 @@ class _Loops:
         return ((v0, min(stop, v0 + step)) for v0 in range(start, stop, step))
 
     def slice_of_weight(self, v0: int, v1: int) -> Tensor:
-        return self.problem.weight[v0:v1].to(self.dtype)
+        return chunk_of(self.problem.weight, slice(v0, v1)).to(self.dtype)
 
     def tile_memory(self, dtype: torch.dtype) -> Tensor:
         """Makes room for one tile; `tile_in` takes it from there."""
@@ -367,8 +370,8 @@ class _Loops:
         if not columns:
             return None, None, None
         end = n * stride * dtype.itemsize
-        rows, factors = cache[:end].view(dtype), cache[end : end + n * wide.itemsize].view(wide)
-        rows = rows.view(n, stride)[:, :columns]
+        rows = cache.view(dtype).as_strided((n, columns), (stride, 1))
+        factors = cache[end : end + n * wide.itemsize].view(wide)
         return (None, rows, factors) if self.schedule.keeps_jacobian else (rows, None, factors)
 
 
