@@ -186,7 +186,11 @@ def _expect_tokens_alone(body: nn.Module, inputs: Mapping[str, Any]) -> None:
     """An error for a call whose result is not made of the rows' tokens alone."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or "inputs_embeds" in inputs:
-        raise wrong("inputs_embeds", "vectors", "input_ids, by which the prefix of a pair is found", Refused)
+        expected = (
+            "input_ids, by which the prefix of a pair is found; pass these, or, of a vision-language model, whose images "
+            "are vectors, run it unshared (refuse='warn')"
+        )
+        raise wrong("inputs_embeds", "vectors", expected, Refused)
     if ids.dim() != 2:
         raise wrong("input_ids", f"shape {tuple(ids.shape)}", "[rows, T]", Refused)
     for name in _OUTPUTS:
