@@ -57,10 +57,10 @@ def share_prompt(model: nn.Module, *, answers: int = 2, refuse: str = "error") -
         with share_prompt(model):
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits  # [2B, T, V]
 
-    With ``answers=K`` rows are ``[answers 1; ...; answers K]`` to the same B prompts, and the prefix of rows i, i + B,
-    i + 2 B, ... is found by token. A batch in which sharing does not pay, by its count of tokens
-    and of attention, runs as it is, and so does a call with a cache. At padding, hidden states are 0. See
-    docs/shared_prompt.md for which models have a shared form and what is not exact.
+    With ``answers=K`` rows are ``[answers 1; ...; answers K]`` to the same B prompts. The prefix of rows i, i + B,
+    i + 2B, ... is found by token. A batch in which sharing does not pay, by its count of tokens and of attention, runs
+    as it is, and so does a call with a cache. At padding, hidden states are 0. See docs/shared_prompt.md for which
+    models have a shared form and what is not exact.
 
     Args:
         model: a decoder of Transformers, with its head or without, also in PEFT, DistributedDataParallel, FSDP2 or
@@ -86,10 +86,10 @@ def share_prompt(model: nn.Module, *, answers: int = 2, refuse: str = "error") -
 def patch_share_prompt(model: nn.Module, *, answers: int = 2, refuse: str = "error") -> bool:
     """`share_prompt` until `unpatch_share_prompt`; True if the model was patched here and now.
 
-    Of a model that is patched already, nothing changes. Raises as `share_prompt`.
+    Of a model that is patched already, for as many answers, nothing changes. Raises as `share_prompt`.
     """
     check_refuse(refuse)
-    check_answers(answers)
+    _check_answers(answers)
     try:
         body = body_of(model)
         expect_implementation(body)
@@ -123,7 +123,7 @@ def check_refuse(refuse: str) -> None:
         raise wrong("refuse", shown(refuse), "'error' or 'warn'")
 
 
-def check_answers(answers: int) -> None:
+def _check_answers(answers: int) -> None:
     if isinstance(answers, bool) or not isinstance(answers, int):
         raise wrong("answers", shown(answers), "an int of 2 or more", TypeError)
     if answers < 2:
@@ -187,8 +187,8 @@ def _expect_tokens_alone(body: nn.Module, inputs: Mapping[str, Any]) -> None:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None or "inputs_embeds" in inputs:
         expected = (
-            "input_ids, by which the prefix of a pair is found; pass these, or, of a vision-language model, whose images "
-            "are vectors, run it unshared (refuse='warn')"
+            "input_ids, by which the prefix of a pair is found; pass these, or run it unshared (refuse='warn') if it "
+            "is a vision-language model, whose images are vectors"
         )
         raise wrong("inputs_embeds", "vectors", expected, Refused)
     if ids.dim() != 2:
