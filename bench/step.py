@@ -274,6 +274,7 @@ ROWS = (
     Row("TRL DPOTrainer", "TRL", trl, dtype="fp32"),
     Row("TRL DPOTrainer", "TRL", trl, lora=True),
     Row("plain PyTorch, log-softmax of logits", "plain PyTorch", plain),
+    Row("plain PyTorch, log-softmax of logits", "plain PyTorch", plain, dtype="fp32"),
     Row("Liger LigerFusedLinearDPOLoss", "Liger", liger),
 )
 

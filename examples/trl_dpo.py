@@ -1,6 +1,7 @@
 """TRL's DPOTrainer on dpofast. `patch` serves TRL's KTO, GRPO, RLOO and SFT trainers as well.
 
 To leave TRL itself alone, use ``dpofast.integrations.trl.DPOTrainer`` for ``trl.DPOTrainer`` and drop the ``with``.
+With ``share_prompt`` the prompt of a pair is run once, where that is less work.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from trl import DPOConfig, DPOTrainer
 from dpofast.integrations.trl import patched
 
 
-def main(steps: int = 20) -> list[float]:
-    with tempfile.TemporaryDirectory() as folder, patched():
+def main(steps: int = 20, share_prompt: bool = True) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder, patched(share_prompt=share_prompt):
         trainer = DPOTrainer(
             model=tiny.model(),
             ref_model=tiny.model(),

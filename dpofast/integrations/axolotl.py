@@ -12,6 +12,9 @@ loss in the place. TRL hands it beta, the loss type and the last hidden states a
 with a softcap or a scale, that it would drop are refused. There it logs no entropy and no token accuracy, and as mean
 logits those of all positions, prompt and padding too. TRL itself refuses an adapter on the head there, and a mixture of
 experts unless ``router_aux_loss_coef`` is 0.
+
+``dpofast_share_prompt: true`` beside the plugin runs the prompt of each pair once, in policy and reference: see
+docs/shared_prompt.md. The logged mean logits then count 0 at padding, where shared rows have no hidden states.
 """
 
 from __future__ import annotations
@@ -21,17 +24,27 @@ from typing import Any
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.schemas.enums import RLType
+from pydantic import BaseModel
 from torch import nn
 
-__all__ = ["Plugin"]
+__all__ = ["Arguments", "Plugin"]
 
 _DROPPED = ("dpo_label_smoothing", "dpo_use_weighting", "dpo_loss_weights", "precompute_ref_log_probs")
 _LIGER_KERNELS = ("rope", "rms_norm", "layer_norm", "swiglu", "geglu", "cross_entropy", "fused_linear_cross_entropy")
 """What Liger would replace in the model itself."""
 
 
+class Arguments(BaseModel):
+    """What the plugin adds to a run's YAML."""
+
+    dpofast_share_prompt: bool = False
+
+
 class Plugin(BasePlugin):
     """Axolotl calls these; see `axolotl.integrations.base.BasePlugin`."""
+
+    def get_input_args(self) -> str:
+        return f"{__name__}.{Arguments.__name__}"
 
     def pre_model_load(self, cfg: Any) -> None:
         # Here and not above: Axolotl prints an ImportError of a plugin's module and trains on without it.
@@ -46,7 +59,7 @@ class Plugin(BasePlugin):
                 "with a Liger loss, as the trl 1.9 of axolotl 0.19 (tested), and liger-kernel to be installed; take "
                 "dpofast's plugin out of plugins to train without it"
             )
-        trl.patch()
+        trl.patch(share_prompt=bool(cfg.dpofast_share_prompt))
 
     def post_model_load(self, cfg: Any, model: nn.Module) -> None:
         from dpofast.integrations.models import head_inputs

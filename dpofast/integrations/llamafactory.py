@@ -5,6 +5,10 @@ fp32. `patch` puts one in its place that never makes them. Losses, metrics, data
 and so do the numbers, up to rounding in fp32. With a 16-bit model they are closer to the exact ones: LLaMA-Factory
 rounds each logit to 16 bits before the softmax, `linear_logprob` does not.
 
+With ``share_prompt=True`` it also runs the prompt of each pair once, in policy and reference: see
+docs/shared_prompt.md. Two logged numbers are then others: LLaMA-Factory's mean logits (``logits/chosen`` and
+``logits/rejected``) count padding, where shared rows have no hidden states.
+
 For its command line, a file of three lines takes the place of ``llamafactory-cli train``, with the same arguments::
 
     from dpofast.integrations.llamafactory import patch
@@ -27,7 +31,10 @@ from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from llamafactory.train.trainer_utils import get_batch_logps
 from torch import Tensor, nn
 
+from dpofast.checks import flag
 from dpofast.integrations.models import HeadInputs, head_inputs
+from dpofast.integrations.models import share_prompt as sharing
+from dpofast.integrations.models.sharing import check_refuse
 from dpofast.primitive import linear_logprob
 from dpofast.sequences import sequence_logps
 
@@ -63,6 +70,16 @@ def _concatenated_forward(
     }
 
 
+def _with_shared_prompts(refuse: str) -> Callable[..., dict[str, Tensor]]:
+    def forward(
+        self: CustomDPOTrainer, model: nn.Module, batch: Mapping[str, Tensor], is_ref_model: bool = False
+    ) -> dict[str, Tensor]:
+        with sharing(model, refuse=refuse):
+            return _concatenated_forward(self, model, batch, is_ref_model)
+
+    return forward
+
+
 @torch.no_grad()
 def _mean_logits(head: HeadInputs) -> Tensor:
     """A tensor of each sequence whose mean is that of its logits, at prompt and padding too, as the trainer logs it."""
@@ -87,24 +104,33 @@ def _check(what: str, found: Any, expected: Any) -> None:
 _original: list[Callable[..., Any]] = []
 
 
-def patch() -> None:
+def patch(*, share_prompt: bool = False, refuse: str = "error") -> None:
     """Let LLaMA-Factory's DPO trainer compute its log-probabilities with dpofast, trainers that exist included.
 
     A model whose head is sharded (ZeRO-3, FSDP) or quantised is refused when it is first run, with a ValueError that
     says what to do; see `dpofast.integrations.models.head_inputs`. LLaMA-Factory's DPO leaves out the loss of a
     mixture's routers, and so does this.
 
+    Args:
+        share_prompt: also run what a chosen and a rejected sequence begin with once. It may be added by a second call.
+        refuse: of models and batches that have no shared form, as in `dpofast.integrations.models.share_prompt`:
+            "error" raises at the first step, "warn" warns once and runs them unshared.
+
     Raises:
         ImportError: the installed LLaMA-Factory is one whose trainer this dpofast does not know; nothing is patched.
+        ValueError: a refuse of another name.
     """
-    if _original:
-        return
-    forward = CustomDPOTrainer.concatenated_forward
-    _check("concatenated_forward to take", tuple(inspect.signature(forward).parameters), _FORWARD)
-    _check("get_batch_logps to take", tuple(inspect.signature(get_batch_logps).parameters), _LOGPS)
-    _check("concatenated_forward calling get_batch_logps:", "get_batch_logps" in forward.__code__.co_names, True)
-    _original.append(forward)
-    CustomDPOTrainer.concatenated_forward = _concatenated_forward
+    flag("share_prompt", share_prompt)
+    check_refuse(refuse)
+    if not _original:
+        forward = CustomDPOTrainer.concatenated_forward
+        _check("concatenated_forward to take", tuple(inspect.signature(forward).parameters), _FORWARD)
+        _check("get_batch_logps to take", tuple(inspect.signature(get_batch_logps).parameters), _LOGPS)
+        _check("concatenated_forward calling get_batch_logps:", "get_batch_logps" in forward.__code__.co_names, True)
+        _original.append(forward)
+        CustomDPOTrainer.concatenated_forward = _concatenated_forward
+    if share_prompt:
+        CustomDPOTrainer.concatenated_forward = _with_shared_prompts(refuse)
 
 
 def unpatch() -> None:
@@ -114,12 +140,12 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched() -> Iterator[None]:
+def patched(*, share_prompt: bool = False, refuse: str = "error") -> Iterator[None]:
     """`patch` for the length of a ``with``; inside an outer `patch` or `patched` it changes nothing."""
     if _original:
         yield
         return
-    patch()
+    patch(share_prompt=share_prompt, refuse=refuse)
     try:
         yield
     finally:

@@ -27,6 +27,7 @@ from axolotl.train import train
 from trl.trainer import dpo_trainer
 
 from dpofast.integrations import trl as integration
+from dpofast.integrations.models import sharing
 
 PLUGIN = "dpofast.integrations.axolotl.Plugin"
 pytestmark = pytest.mark.usefixtures("quick")
@@ -140,6 +141,18 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     assert_same_parameters(ours.model, theirs.model)
     losses = [entry["loss"] for entry in theirs.state.log_history if "loss" in entry]
     assert abs(losses[-1] - losses[0]) > 1e-3, "training changed nothing, and so the comparison shows nothing"
+
+
+@pytest.mark.parametrize("case", ["sigmoid", "lora"])
+def test_prompts_that_are_shared_log_and_learn_the_same(case, folder, calls, tmp_path, monkeypatch):
+    theirs = run(folder, tmp_path / "theirs", **CASES[case])
+    monkeypatch.setattr(sharing, "_cost", lambda hidden_size, rows, width, causal=False: rows)
+    run_shared, shared = sharing.run_shared, []
+    monkeypatch.setattr(sharing, "run_shared", lambda *args: shared.append(1) or run_shared(*args))
+    ours = run(folder, tmp_path / "ours", plugins=[PLUGIN], dpofast_share_prompt=True, **CASES[case])
+    assert len(calls) >= 20 and len(shared) >= 40  # policy and reference
+    training.assert_same_numbers(history(ours), history(theirs))
+    assert_same_parameters(ours.model, theirs.model)
 
 
 def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):

@@ -31,6 +31,7 @@ from llamafactory.train.tuner import run_exp
 from safetensors.torch import load_file
 
 from dpofast.integrations import llamafactory as integration
+from dpofast.integrations.models import sharing
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -137,6 +138,43 @@ def test_a_run_logs_and_learns_the_same(case, folder, calls, tmp_path):
     training.assert_same_weights(our_weights, their_weights)
     first, last = theirs[0]["loss"], theirs[19]["loss"]
     assert abs(last - first) > 1e-3, "training changed nothing, and so the comparison shows nothing"
+
+
+@pytest.mark.parametrize("case", ["sigmoid, accumulation, evaluation", "lora", "gradient checkpointing"])
+def test_prompts_that_are_shared_log_and_learn_the_same_but_for_logits_at_padding(
+    case, folder, calls, tmp_path, monkeypatch
+):
+    options, count = CASES[case]
+    theirs, their_weights = run(folder, tmp_path / "theirs", **options)
+    # texts are short and the model is small, and so attention, which shared rows have more of, would decide
+    monkeypatch.setattr(sharing, "_cost", lambda hidden_size, rows, width, causal=False: rows)
+    run_shared, shared = sharing.run_shared, []
+    monkeypatch.setattr(sharing, "run_shared", lambda *args: shared.append(1) or run_shared(*args))
+    with integration.patched(share_prompt=True):
+        ours, our_weights = run(folder, tmp_path / "ours", **options)
+    assert len(calls) == count and len(shared) >= count
+
+    def without_logits(log_history):
+        return [{name: x for name, x in entry.items() if "logits/" not in name} for entry in log_history]
+
+    training.assert_same_numbers(without_logits(ours), without_logits(theirs))
+    training.assert_same_weights(our_weights, their_weights)
+    mine, others = (entry["logits/chosen"] for entry in (ours[0], theirs[0]))
+    assert mine != pytest.approx(others, rel=1e-3)
+
+
+def test_sharing_may_be_added_and_is_taken_back_with_the_patch(folder):
+    before = their_trainer.CustomDPOTrainer.concatenated_forward
+    integration.patch()
+    integration.patch(share_prompt=True)
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is not integration._concatenated_forward
+    integration.unpatch()
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is before
+    with pytest.raises(TypeError, match="share_prompt: got str 'no', expected True or False"):
+        integration.patch(share_prompt="no")
+    with pytest.raises(ValueError, match="refuse: got str 'never', expected 'error' or 'warn'"):
+        integration.patch(share_prompt=True, refuse="never")
+    assert their_trainer.CustomDPOTrainer.concatenated_forward is before
 
 
 def test_accumulating_gradients_is_a_larger_batch(folder, calls, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,30 +46,45 @@ MODELS = {
 }
 EAGER_ONLY = ("gemma2",)
 CASES = [(f, impl) for f in MODELS for impl in ("eager", "sdpa") if impl == "eager" or f not in EAGER_ONLY]
-# tokens of prompt, chosen and rejected
+# tokens of prompt and answers
 PAIRS = [(9, 4, 5), (0, 3, 4), (1, 5, 2), (7, 0, 3), (6, 1, 1), (8, 3, 0), (2, 1, 4)]
 
 
+# the same with three and with four answers
+TRIPLES = [
+    (9, 4, 5, 2),
+    (0, 3, 4, 2),
+    (1, 5, 2, 3),
+    (7, 0, 3, 2),
+    (6, 4, 4, 4),
+    (6, 4, 4, 3),
+    (8, 3, 1, 0),
+    (2, 1, 4, 1),
+]
+FOURS = [(9, 4, 5, 2, 4), (0, 3, 4, 2, 1), (7, 2, 0, 3, 1), (6, 4, 4, 4, 4), (5, 0, 0, 0, 0)]
+
+
 def batch(
-    pairs: list[tuple[int, int, int]] = PAIRS, left: bool = False, positions: bool = False
+    groups: list[tuple[int, ...]] = PAIRS, left: bool = False, positions: bool = False
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Inputs and labels; two answers of the same length are the same, if it is not 1."""
+    """Inputs and labels; an answer of the same length as the first is the same, if it is not 1."""
     generator = torch.Generator().manual_seed(1)
-    chosen, rejected = [], []
-    for prompt, c, r in pairs:
-        start, one, other = (torch.randint(3, V, (n,), generator=generator) for n in (prompt, c, r))
-        if c == r > 1:
-            other = one
-        elif c and r:
-            other[0] = (one[0] - 2) % (V - 3) + 3  # another one
-        chosen.append(torch.cat([start, one]))
-        rejected.append(torch.cat([start, other]))
-    rows, width = [*chosen, *rejected], max(map(len, [*chosen, *rejected])) + 2
+    blocks: list[list[torch.Tensor]] = [[] for _ in groups[0][1:]]
+    for prompt, *sizes in groups:
+        start, *answers = (torch.randint(3, V, (n,), generator=generator) for n in (prompt, *sizes))
+        for k, answer in enumerate(answers):
+            if k and sizes[k] == sizes[0] > 1:
+                answers[k] = answers[0]
+            elif k and sizes[k] and sizes[0]:
+                answer[0] = (answers[0][0] - 3 + k) % (V - 3) + 3  # another one
+            blocks[k].append(torch.cat([start, answers[k]]))
+    rows = [row for block in blocks for row in block]
+    width = max(map(len, rows)) + 2
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for i, row in enumerate(rows):
         here = slice(width - len(row), width) if left else slice(0, len(row))
-        prompt = here.start + max(1, pairs[i % len(pairs)][0])  # nothing predicts a first token, but padding
+        prompt = here.start + max(1, groups[i % len(groups)][0])  # nothing predicts a first token, but padding
         ids[i, here], mask[i, here] = row, 1
         labels[i, prompt : here.stop] = ids[i, prompt : here.stop]
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -112,7 +129,8 @@ def run(model, inputs, labels):
     logps = from_logits(model(**inputs, use_cache=False).logits, labels)
     hook.remove()
     (logps * torch.linspace(-1, 1, logps.numel()).reshape(logps.shape)).sum().backward()
-    return hidden[-1][inputs["attention_mask"].bool()], logps.detach(), gradients(model)
+    there = inputs.get("attention_mask", torch.ones_like(labels)).bool()
+    return hidden[-1][there], logps.detach(), gradients(model)
 
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, limit: float, scale: torch.Tensor, what: str) -> None:
@@ -148,6 +166,23 @@ def test_hidden_states_logps_and_gradients_are_those_of_the_unshared_model(famil
     assert_same((wanted[0], out.logps.detach(), gradients(model)), wanted, 1e-5)
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+@pytest.mark.parametrize("groups", [TRIPLES, FOURS], ids=["3", "4"])
+@pytest.mark.parametrize(("family", "implementation"), [("llama", "eager"), ("llama", "sdpa"), ("gemma3_text", "sdpa")])
+def test_any_number_of_answers_shares_a_prompt(family, implementation, groups, left, always):
+    model = build(family, attn_implementation=implementation, **MODELS[family])
+    (inputs, labels), answers = batch(groups, left=left), len(groups[0]) - 1
+    wanted = run(model, inputs, labels)
+    with models.share_prompt(model, answers=answers):
+        shapes = rows_of(model)
+        assert_same(run(model, inputs, labels), wanted, 1e-5)
+    assert shapes[-1][0] == len(groups) - 1 + answers  # one has no prompt
+    out = models.model_logprob(model, inputs, labels, share_prompt=True, answers=answers)
+    assert shapes[-1][0] == len(groups) - 1 + answers
+    (out.logps * torch.linspace(-1, 1, out.logps.numel()).reshape(out.logps.shape)).sum().backward()
+    assert_same((wanted[0], out.logps.detach(), gradients(model)), wanted, 1e-5)
+
+
 # whose own code has no fp32 in it, but for the angles of positions
 @pytest.mark.parametrize(
     ("family", "implementation"),
@@ -155,10 +190,65 @@ def test_hidden_states_logps_and_gradients_are_those_of_the_unshared_model(famil
 )
 def test_in_fp64_they_are_the_same_to_ten_digits(family, implementation, always):
     model = build(family, attn_implementation=implementation).double()
-    inputs, labels = batch()
-    wanted = run(model, inputs, labels)
+    for groups in (PAIRS, TRIPLES, FOURS):
+        inputs, labels = batch(groups)
+        wanted = run(model, inputs, labels)
+        with models.share_prompt(model, answers=len(groups[0]) - 1):
+            assert_same(run(model, inputs, labels), wanted, 1e-10)
+
+
+def packed(groups: list[tuple[int, ...]], boundaries: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The sequences of `batch` in one row."""
+    inputs, labels = batch(groups, positions=True)
+    there = inputs.pop("attention_mask").bool()
+    inputs = {name: x[there].unsqueeze(0) for name, x in inputs.items()}
+    if boundaries:
+        ends = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)).int()
+        longest = int(there.sum(1).max())
+        inputs |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
+    return inputs, labels[there].unsqueeze(0)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [[(20, 4, 5), (18, 5, 2), (17, 0, 3)], [(20, 4, 5, 2, 4), (18, 2, 0, 3, 1), (17, 4, 4, 4, 4)]],
+    ids=["2", "4"],
+)
+@pytest.mark.parametrize(
+    ("family", "implementation"), [("llama", "eager"), ("llama", "sdpa"), ("gemma3_text", "sdpa"), ("gpt2", "sdpa")]
+)
+def test_sequences_that_are_packed_in_a_row_share_too(family, implementation, groups):
+    model = build(family, attn_implementation=implementation, **MODELS[family])
+    for boundaries in (False, True):
+        inputs, labels = packed(groups, boundaries)
+        wanted = run(model, inputs, labels)
+        with models.share_prompt(model, answers=len(groups[0]) - 1):
+            shapes = rows_of(model)
+            assert_same(run(model, inputs, labels), wanted, 1e-5)
+        assert shapes[-1][:2] == (3, sum(groups[0]))
+        found = models.model_logprob(model, inputs, labels, share_prompt=True, answers=len(groups[0]) - 1).logps
+        assert shapes[-1][0] == 3
+        assert_close(found, wanted[1], 1e-5, wanted[1], "log-probs")
+
+
+def test_packed_sequences_that_are_not_told_or_not_of_groups_are_refused():
+    model, (inputs, _) = build(), packed([(20, 4, 5), (18, 5, 2)])
+    cases = [
+        ({**inputs, "position_ids": None}, "cu_seq_lens_q: got boundaries which position_ids do not have"),
+        ({**inputs, "cu_seq_lens_k": inputs["cu_seq_lens_q"][1:]}, "cu_seq_lens_k: got boundaries which position_ids"),
+        (
+            {"input_ids": inputs["input_ids"][:, :60], "position_ids": inputs["position_ids"][:, :60]},
+            r"input_ids: got shape \(1, 60\) of 3 packed sequences, expected \[2B, T\]",
+        ),
+        (
+            {**{name: inputs[name] for name in ("input_ids", "position_ids")}, "attention_mask": torch.ones(1, 92)},
+            r"input_ids: got shape \(1, 92\), expected \[2B, T\], rows \[chosen; rejected\], or so many sequences",
+        ),
+    ]
     with models.share_prompt(model):
-        assert_same(run(model, inputs, labels), wanted, 1e-10)
+        for given, message in cases:
+            with pytest.raises(ValueError, match=message):
+                model(**given)
 
 
 def test_flex_attention_takes_the_mask_as_blocks(monkeypatch, always):
@@ -204,14 +294,32 @@ def test_a_pair_is_shared_where_it_saves_tokens_and_the_rows_stay_narrow():
     assert shared([0, 0], [0]) == [False, False]
 
 
+def test_of_many_answers_the_more_the_shorter_a_prefix_pays():
+    """K answers to a prompt: a row of P + K A for K of P + A, and attention over it all."""
+
+    def cost(rows, width):
+        return rows * width * (6 * 4 + width)
+
+    def shared(answers, prompt, length):
+        return len(shared_rows.choose([prompt + length] * answers, [prompt], cost)) == 1
+
+    assert shared(2, 20, 4) and shared(4, 20, 4) and shared(8, 20, 4)
+    assert shared(2, 4, 2) and shared(4, 4, 2)
+    assert not shared(2, 8, 20) and not shared(4, 8, 20)
+    assert shared(2, 24, 12) and not shared(8, 24, 12)  # 8 answers see each other's places
+    rows = shared_rows.choose([9, 4, 8, 3, 7, 2], [6, 1], lambda rows, width: rows)  # of 2 prompts, 3 answers
+    assert rows[0] == [(0, 0, 6, 0), (0, 6, 9, 1), (2, 6, 8, 2), (4, 6, 7, 3)]
+    assert rows[1] == [(1, 0, 1, 0), (1, 1, 4, 1), (3, 1, 3, 2), (5, 1, 2, 3)]
+
+
 def test_a_prefix_ends_at_the_first_difference_wherever_padding_is():
     ids = torch.tensor([[0, 5, 6, 7, 8, 9], [5, 6, 0, 0, 0, 0], [5, 6, 4, 8, 9, 0], [5, 6, 0, 0, 0, 0]])
     mask = (ids != 0).long()
     sequences = shared_rows.find_sequences(ids, mask)
-    assert sequences.first.tolist() == [1, 0, 0, 0] and sequences.length.tolist() == [5, 2, 5, 2]
-    assert shared_rows.common_prefix(sequences, ids).tolist() == [2, 2]
+    assert sequences.first.tolist() == [1, 6, 12, 18] and sequences.length.tolist() == [5, 2, 5, 2]
+    assert shared_rows.common_prefix(sequences, 2, ids).tolist() == [2, 2]
     positions = torch.stack([torch.arange(6) - 1, torch.arange(6), torch.arange(6), torch.arange(6) + 1])
-    assert shared_rows.common_prefix(sequences, ids, positions).tolist() == [2, 0]
+    assert shared_rows.common_prefix(sequences, 2, ids, positions).tolist() == [2, 0]
 
 
 @pytest.mark.parametrize(("prompt", "answer", "rows"), [(40, 4, 1), (30, 10, 1), (2, 20, 2), (0, 20, 2)])
@@ -278,7 +386,7 @@ def test_a_sequence_without_tokens_does_no_harm(always):
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
 def test_a_batch_without_tokens_goes_as_it_is(shape):
     """And meets what the model says to it: not every one takes it."""
-    assert sharing._plan(build().model, {"input_ids": torch.zeros(shape, dtype=torch.long)}, True) is None
+    assert sharing._plan(build().model, {"input_ids": torch.zeros(shape, dtype=torch.long)}, True, 2) is None
 
 
 # Losses and trainers
@@ -368,6 +476,34 @@ def test_a_patch_is_taken_off_whole():
     assert vars(model.model)["forward"] is own
 
 
+def test_a_thread_that_shares_does_not_change_what_another_runs():
+    """One stops in the middle of its forward, when Transformers' table of masks is changed."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as functions
+
+    (inputs, _), (others, _) = batch([(20, 4, 5)]), batch([(22, 2, 3)])
+    sharing_one, other, plain = build(), build(seed=1), build(seed=2)
+    there = [x["attention_mask"].bool() for x in (inputs, others, others)]
+    wanted = [model(**x).logits for model, x in ((sharing_one, inputs), (other, others), (plain, others))]
+    before, inside, go_on = dict(functions._local_mapping), threading.Event(), threading.Event()
+
+    def stop(*_args):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            assert go_on.wait(60)
+
+    with models.share_prompt(sharing_one), models.share_prompt(other), ThreadPoolExecutor(1) as pool:
+        sharing_one(**inputs)  # the proof
+        sharing_one.model.embed_tokens.register_forward_hook(stop)  # masks are made after it
+        first = pool.submit(lambda: sharing_one(**inputs, use_cache=False).logits)
+        assert inside.wait(60)
+        found = [other(**others, use_cache=False).logits, plain(**others, use_cache=False).logits]
+        go_on.set()
+        found = [first.result(), *found]
+    for mine, theirs, rows in zip(found, wanted, there, strict=True):
+        torch.testing.assert_close(mine[rows], theirs[rows], rtol=1e-5, atol=1e-5)
+    assert dict(functions._local_mapping) == before
+
+
 def test_a_copy_of_a_patched_model_shares_by_itself():
     model, (inputs, _) = build(), batch([(20, 4, 5)])
     models.patch_share_prompt(model)
@@ -413,6 +549,40 @@ def test_dropout_is_warned_of_once():
             model(**inputs)
             model.eval()(**inputs)
     assert not any(module.training for module in model.modules())
+
+
+def test_with_dropout_answers_share_its_zeros_and_each_sequence_is_trained_as_before():
+    """Log-probabilities in the mean over draws, within four standard errors; one draw, or none, is further off."""
+    model, (inputs, labels) = (
+        build("gpt2", resid_pdrop=0.2, attn_pdrop=0.2, embd_pdrop=0.2).train(),
+        batch([(20, 4, 5)]),
+    )
+    with torch.no_grad():
+        quiet = models.model_logprob(model.eval(), inputs, labels).logps.sum(-1)
+        model.train()
+        torch.manual_seed(0)
+        plain = torch.stack([models.model_logprob(model, inputs, labels).logps.sum(-1) for _ in range(400)])
+        with pytest.warns(UserWarning, match="model: has dropout"), models.share_prompt(model):
+            shared = torch.stack([models.model_logprob(model, inputs, labels).logps.sum(-1) for _ in range(400)])
+            hidden = model.transformer(**inputs).last_hidden_state
+    error = ((plain.var(0) + shared.var(0)) / 400).sqrt()
+    assert ((plain.mean(0) - shared.mean(0)).abs() < 4 * error).all()
+    assert ((quiet - shared.mean(0)).abs() > 8 * error).any()
+    torch.testing.assert_close(plain.std(0), shared.std(0), rtol=0.2, atol=0)
+    assert torch.equal(hidden[0, :20], hidden[1, :20])
+    unshared = model.transformer(**inputs).last_hidden_state
+    assert not torch.isclose(unshared[0, :20], unshared[1, :20]).any(-1).all()
+
+
+def test_noise_on_embeddings_is_warned_of():
+    model, (inputs, _) = build().train(), batch([(20, 4, 5)])
+    model.model.embed_tokens.neftune_noise_alpha = 5.0  # as Transformers' trainers set it
+    with models.share_prompt(model):
+        with pytest.warns(UserWarning, match="model: has NEFTune's noise in training"):
+            model(**inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
 
 
 def test_the_proof_leaves_modules_and_random_numbers_as_they_are():
@@ -529,8 +699,10 @@ def test_a_vision_language_model_is_refused_for_its_embeddings_come_from_outside
     vision = dict(depth=1, embed_dim=16, num_heads=2, hidden_size=16, mlp_ratio=1)
     model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
     inputs, _ = batch([(20, 4, 5)])
-    with models.share_prompt(model), pytest.raises(ValueError, match="inputs_embeds: got vectors, expected input_ids"):
+    message = r"inputs_embeds: got vectors, expected input_ids.*run it unshared \(refuse='warn'\) if it is a vision"
+    with models.share_prompt(model), pytest.raises(ValueError, match=message):
         model(**inputs)
+    assert all("forward" not in vars(module) for module in model.modules())
     wanted = model(**inputs).logits
     with models.share_prompt(model, refuse="warn"), pytest.warns(UserWarning, match="inputs_embeds: got vectors"):
         assert torch.equal(model(**inputs).logits, wanted)
@@ -581,7 +753,10 @@ def holed(inputs):
             shaped(input_ids=lambda x: None, inputs_embeds=lambda x: torch.zeros(4, 27, 16)),
             "inputs_embeds: got vectors, expected input_ids",
         ),
-        (shaped(cu_seq_lens_q=lambda x: torch.tensor([0, 27])), "cu_seq_lens_q: got a tensor, expected none beside"),
+        (
+            shaped(cu_seq_lens_q=lambda x: torch.tensor([0, 27])),
+            "cu_seq_lens_q: got boundaries which position_ids do not have",
+        ),
         (shaped(output_hidden_states=lambda x: True), "output_hidden_states: got True, expected False"),
     ],
 )
@@ -619,6 +794,25 @@ def test_router_statistics_would_count_a_shared_token_once_and_are_refused():
     assert "forward" not in vars(model.model)
     inputs["output_router_logits"] = False
     models.model_logprob(model, inputs, labels, share_prompt=True)
+
+
+def test_answers_are_a_number_of_blocks():
+    model, (inputs, labels) = build(), batch([(20, 4, 5), (18, 3, 2)])
+    for answers, kind, message in (
+        (1, ValueError, "answers: got 1, expected 2 or more"),
+        (True, TypeError, "answers: got bool True, expected an int"),
+        (2.0, TypeError, "answers: got float 2.0, expected an int"),
+    ):
+        with pytest.raises(kind, match=message):
+            models.patch_share_prompt(model, answers=answers)
+    assert "forward" not in vars(model.model)
+    message = r"input_ids: got shape \(4, 27\), expected \[3B, T\], rows \[answers 1; ...; answers 3\]"
+    with pytest.raises(ValueError, match=message):
+        models.model_logprob(model, inputs, labels, share_prompt=True, answers=3)
+    with models.share_prompt(model, answers=4):
+        with pytest.raises(ValueError, match="answers: got 2, expected 4, for which the model is patched"):
+            models.model_logprob(model, inputs, labels, share_prompt=True)
+        models.model_logprob(model, inputs, labels)
 
 
 def test_options_have_two_values():

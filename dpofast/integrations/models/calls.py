@@ -36,6 +36,7 @@ def model_logprob(
     *,
     temperature: float = 1.0,
     share_prompt: bool = False,
+    answers: int = 2,
     **options: Any,
 ) -> ModelLogprobOutput:
     """Log-probabilities of ``labels`` under a model, shifted as its own loss shifts them.
@@ -53,7 +54,8 @@ def model_logprob(
         labels: ``[B, T]``, the input ids, with -100 at prompt and padding.
         temperature, options: as in `linear_logprob`, but bias, logit_scale and softcap, which are the model's.
         share_prompt: run what row i and row i + B begin with once, as the context `share_prompt` does; for a batch
-            ``[chosen; rejected]`` of 2B rows.
+            ``[chosen; rejected]`` of 2B rows, or
+        answers: so many blocks of rows.
 
     Returns:
         `ModelLogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1. Of a mixture
@@ -71,7 +73,7 @@ def model_logprob(
         )  # fmt: skip
         return ModelLogprobOutput(*out)
 
-    return _results(model, inputs, labels, compute, share_prompt)
+    return _results(model, inputs, labels, compute, share_prompt, answers)
 
 
 def model_dpo_loss(
@@ -158,6 +160,7 @@ def _results(
     labels: Tensor,
     compute: Callable[[HeadInputs, Tensor], Any],
     share_prompt: bool,
+    answers: int = 2,
 ) -> Any:
     """``compute``, which returns a named tuple, of the model's hidden states and the labels aligned with them.
 
@@ -170,7 +173,7 @@ def _results(
 
     checks.flag("share_prompt", share_prompt)
     head = find(model)
-    with sharing(model) if share_prompt else nullcontext():
+    with sharing(model, answers=answers) if share_prompt else nullcontext():
         if is_wrapped(model, head.linear):
             return results_in_wrapper(model, head, inputs, aligned)
         found = head_inputs(model, **inputs)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -97,30 +100,63 @@ def _refusal(name: str, what: str, expected: str) -> Refused:
 # A run
 
 
+class _Masked(NamedTuple):
+    """The shared rows that a thread runs, and a note for each mask made for them."""
+
+    rows: Rows
+    made: list[int]
+
+
+_running: ContextVar[_Masked | None] = ContextVar("_running", default=None)
+_lock = threading.Lock()
+_users: Counter[str] = Counter()
+"""How many threads run shared rows with an implementation of attention."""
+
+
 @contextmanager
 def _masks_for(body: nn.Module, rows: Rows) -> Iterator[list[int]]:
-    """Let transformers make its masks for ``rows``: each kind of layer asks for its own, by its own function."""
+    """Let transformers make its masks for ``rows``: each kind of layer asks for its own, by its own function.
+
+    Transformers has one table of these functions for all models. While some thread runs shared rows, an entry stands
+    there that knows which: it makes what any other thread asks for as ever.
+    """
     interface = sys.modules["transformers.masking_utils"].ALL_MASK_ATTENTION_FUNCTIONS
     name = body.config._attn_implementation
-    make, made = interface[name], []
-    local = name in interface._local_mapping
+    running = _Masked(rows, [])
+    with _lock:
+        if not _users[name]:
+            interface[name] = _MaskFunction(interface[name], interface._local_mapping.get(name))
+        _users[name] += 1
+    token = _running.set(running)
+    try:
+        yield running.made
+    finally:
+        _running.reset(token)
+        with _lock:
+            _users[name] -= 1
+            if not _users[name]:
+                replaced = interface[name].replaced
+                del interface[name]
+                if replaced is not None:
+                    interface[name] = replaced
 
-    def make_shared(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        here = Rows(*(x.to(kwargs.get("device", x.device)) for x in rows))
+
+class _MaskFunction:
+    """Stands where ``make``, a function of transformers', stands in its table; ``replaced`` if that was set there."""
+
+    def __init__(self, make: Callable[..., Any], replaced: Callable[..., Any] | None) -> None:
+        self.make, self.replaced = make, replaced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        running = _running.get()
+        if running is None:
+            return self.make(*args, **kwargs)
+        running.made.append(1)
+        here = Rows(*(x.to(kwargs.get("device", x.device)) for x in running.rows))
         kwargs["mask_function"] = see_the_prefix_and_themselves(here, kwargs["mask_function"])
         kwargs["attention_mask"] = None  # rows.part knows the padding
         kwargs["allow_is_causal_skip"] = False  # a kernel's own causal mask is another one
-        return make(*args, **kwargs)
-
-    interface[name] = make_shared
-    try:
-        yield made
-    finally:
-        if local:
-            interface[name] = make
-        else:
-            del interface[name]
+        return self.make(*args, **kwargs)
 
 
 def run_shared(
@@ -184,7 +220,7 @@ def prove(body: nn.Module, forward: Callable[..., Any]) -> Proof:
         [Part(i, 0, _PREFIX[i], 0), Part(i, _PREFIX[i], _CHOSEN[i], 1), Part(i + 2, _PREFIX[i], _REJECTED[i], 2)]
         for i in range(2)
     ]
-    rows = build(chosen, sequences, ids.shape[1])
+    rows = build(chosen, sequences, tuple(ids.shape))
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with _evaluating(body):
