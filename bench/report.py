@@ -21,7 +21,7 @@ from dpofast.bench.goals import goal_of
 from dpofast.bench.record import RESULTS, Record, Results, read
 from dpofast.bench.workloads import MODELS
 
-PAGES = (Path("README.md"), Path("docs", "design.md"), Path("docs", "shared_prompt.md"))
+PAGES = (Path("README.md"), Path("docs", "design.md"), Path("docs", "shared_prompt.md"), Path("docs", "filter.md"))
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
@@ -163,6 +163,37 @@ def prompt_table(results: Results) -> str:
     return table(header, rows)
 
 
+def filter_table(results: Results) -> str:
+    """A row for each number, a column for each model."""
+    models = [model for model in MODELS if results.where(workload=model)]
+    rows = {}
+    for r in results.records:
+        if r.metric == "time" or r.metric.startswith("error of"):  # seconds; and errors that are shares below
+            if not r.metric.endswith("plain PyTorch"):
+                continue
+        what = ", ".join(filter(None, (r.provider, r.dtype, r.case, "head frozen" * (r.head == "frozen"), r.metric)))
+        digits = "failed" if r.failed else f"{r.value:.2f}" if r.value >= 0.1 else f"{r.value:.1e}"
+        rows.setdefault(what, {})[r.workload] = digits
+    cells = ((what, *(of.get(model, "-") for model in models)) for what, of in rows.items())
+    return table(("forward + backward", *models), cells)
+
+
+def filter_training_table(results: Results) -> str:
+    rows = []
+    for case in dict.fromkeys(r.case for r in results.records):
+        of = {r.metric: r.value for r in results.where(case=case)}
+        apart = of.pop("mean distance of the loss's curve from exact", None)
+        rows.append((case, *(f"{x:.4f}" for x in of.values()), "-" if apart is None else f"{apart:.4f}"))
+    header = (
+        "run",
+        "loss of the last 20 steps",
+        "held-out loss",
+        "held-out margin",
+        "mean distance of the loss's curve",
+    )
+    return table(header, rows)
+
+
 def pairs_table(results: Results) -> str:
     rows = []
     for r in results.where(provider="ordinary"):
@@ -174,7 +205,7 @@ def pairs_table(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
-    "pairs": pairs_table, "prompt": prompt_table,
+    "filter": filter_table, "filter_training": filter_training_table, "pairs": pairs_table, "prompt": prompt_table,
 }  # fmt: skip
 
 

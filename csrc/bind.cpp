@@ -42,6 +42,12 @@ Problem read_problem(Args& d) {
   return a;
 }
 
+void check_filter(double grad_filter, const Problem& a, const void* stats) {
+  if (grad_filter > 0 && (a.block > kFilteredRows || stats))
+    throw std::invalid_argument(
+        "dpofast._C: a filter takes blocks of at most 192 rows, no slice of a vocabulary, no sums to add to");
+}
+
 // Runs the kernel if the workspace is large enough; returns the bytes that it needs.
 template <class KernelArgs>
 int64_t run(int64_t (*kernel)(const KernelArgs&), KernelArgs& a, Args& d) {
@@ -68,6 +74,10 @@ int64_t forward(const std::string& isa, const py::dict& args) {
   a.cache = d.pointer("cache");
   a.cache_bytes = d.value<int64_t>("cache_bytes");
   a.jacobian = d.pointer("jacobian");
+  a.grad_filter = d.value<double>("grad_filter");
+  a.tolerance = d.value<double>("tolerance");
+  a.dropped_mass = d.pointer("dropped_mass");
+  check_filter(a.grad_filter, a.problem, a.stats);
   return run(table(isa).forward, a, d);
 }
 
@@ -83,6 +93,7 @@ int64_t backward(const std::string& isa, const py::dict& args) {
   a.cache = d.pointer("cache");
   a.cache_bytes = d.value<int64_t>("cache_bytes");
   a.jacobian = d.pointer("jacobian");
+  a.grad_filter = d.value<double>("grad_filter");
   a.grad_hidden = d.pointer("grad_hidden");
   a.grad_hidden_dtype = d.dtype("grad_hidden_dtype");
   a.grad_positions = d.pointer<int64_t>("grad_positions");
@@ -91,6 +102,7 @@ int64_t backward(const std::string& isa, const py::dict& args) {
   a.grad_bias = d.pointer("grad_bias");
   a.adds = d.value<bool>("adds");
   a.token_chunk = d.value<int64_t>("token_chunk");
+  check_filter(a.grad_filter, a.problem, a.adds ? a.grad_weight : nullptr);
   return run(table(isa).backward, a, d);
 }
 

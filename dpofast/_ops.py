@@ -29,7 +29,7 @@ from dpofast.contract import STATISTICS, output_dtype, wanted
 from dpofast.plan import Schedule
 
 _Results = tuple[(Tensor,) * (2 + len(STATISTICS))]  # type: ignore[misc]
-_ResultsAndCache = tuple[(Tensor,) * (3 + len(STATISTICS))]  # type: ignore[misc]
+_ResultsAndCache = tuple[(Tensor,) * (4 + len(STATISTICS))]  # type: ignore[misc]
 """What the ops return: a schema has no tuple of any length."""
 
 
@@ -135,19 +135,29 @@ def _register(function: Callable, fake: Callable, backward: Callable, setup: Cal
 
 def _linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, bounds: Tensor | None,
-    ignore_index: int | None, n_tokens: int, transform: list[float], outputs: int, backend: str, schedule: str,
+    ignore_index: int | None, n_tokens: int, numbers: list[float], outputs: int, backend: str, schedule: str,
     sizes: list[int], group: str,
 ) -> _ResultsAndCache:  # fmt: skip
-    """(logps, lse, each of the statistics, cache); see `dpofast.linear_logprob`.
+    """(logps, lse, each of the statistics, the dropped mass, cache); see `dpofast.linear_logprob`.
 
-    ``transform`` are temperature, logit_scale and softcap, ``sizes`` block, token_chunk and cache_bytes of the
-    schedule. With ``bounds``, weight has rows ``bounds[rank]`` to ``bounds[rank + 1]`` of a head that the ranks of
-    ``group`` hold together.
+    ``numbers`` are temperature, logit_scale, softcap and the cut of a filter of gradients or 0, ``sizes`` are block,
+    token_chunk and cache_bytes of the schedule. With ``bounds``, weight has rows ``bounds[rank]`` to
+    ``bounds[rank + 1]`` of a head that the ranks of ``group`` hold together.
     """
     positions, y = _positions(labels, ignore_index, n_tokens)
-    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    problem = Problem.of(hidden, weight, bias, positions, y, numbers)
     values, cache = _forward(problem, bounds, ignore_index, outputs, _Where(backend, schedule, sizes, group))
-    return (*_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values), cache)
+    results = _results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
+    return (*results, _dropped_mass(labels, problem, values), cache)
+
+
+def _dropped_mass(labels: Tensor, problem: Problem, values: dict[str, Tensor]) -> Tensor:
+    """Of labels' shape where gradients are filtered; without elements where they are exact."""
+    if not problem.grad_filter:
+        return labels.new_empty(0, dtype=problem.wide)
+    if not problem.n_tokens:
+        return labels.new_zeros(labels.shape, dtype=problem.wide)
+    return _in_place(labels, problem.positions, values["dropped_mass"], problem.wide)
 
 
 class _Where(NamedTuple):
@@ -176,15 +186,16 @@ def _forward(
 
 
 def _fake_linear_logprob(
-    hidden, weight, bias, labels, bounds, ignore_index, n_tokens, transform, outputs, backend, schedule, sizes, group
+    hidden, weight, bias, labels, bounds, ignore_index, n_tokens, numbers, outputs, backend, schedule, sizes, group
 ):
     results = _empty_results(labels, wide_dtype(hidden.dtype, weight.dtype), outputs)
-    return (*results, hidden.new_empty(sizes[2], dtype=torch.uint8))
+    dropped = labels.new_empty(labels.shape if numbers[3] else 0, dtype=results[0].dtype)
+    return (*results, dropped, hidden.new_empty(sizes[2], dtype=torch.uint8))
 
 
 def _linear_logprob_backward(
     incoming: list[Tensor | None], operands: list[Tensor | None], saved: list[Tensor], needs: list[bool],
-    ignore_index: int | None, n_tokens: int, transform: list[float], backend: str, schedule: str, sizes: list[int],
+    ignore_index: int | None, n_tokens: int, numbers: list[float], backend: str, schedule: str, sizes: list[int],
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias; those that ``needs`` does not ask for have no elements.
@@ -194,7 +205,7 @@ def _linear_logprob_backward(
     """
     hidden, weight, bias, labels, bounds = operands
     positions, y = _positions(labels, ignore_index, n_tokens)
-    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    problem = Problem.of(hidden, weight, bias, positions, y, numbers)
     held = Saved(*_pick(labels, positions, saved[:3]), saved[3])
     arriving = OutputGrads(*_pick(labels, positions, incoming))
     where = _Where(backend, schedule, sizes, group)
@@ -243,11 +254,11 @@ def _fake_linear_logprob_backward(incoming, operands, saved, needs, *_):
 
 
 def _setup(ctx, inputs, output):
-    *operands, ignore_index, n_tokens, transform, _, backend, schedule, sizes, group = inputs
+    *operands, ignore_index, n_tokens, numbers, _, backend, schedule, sizes, group = inputs
     logps, lse, entropy, *_, cache = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*operands, logps, lse, entropy, cache)
-    ctx.options = ignore_index, n_tokens, transform, backend, schedule, sizes, group
+    ctx.options = ignore_index, n_tokens, numbers, backend, schedule, sizes, group
 
 
 def _backward(ctx, grad_logps, _lse, grad_entropy, *_):
@@ -270,23 +281,24 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, positions, *inputs):
-        hidden, weight, bias, labels, bounds, ignore_index, n_tokens, transform, outputs, *where = inputs
+        hidden, weight, bias, labels, bounds, ignore_index, n_tokens, numbers, outputs, *where = inputs
         positions, y = _packed(labels, ignore_index, n_tokens, positions)
-        problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+        problem = Problem.of(hidden, weight, bias, positions, y, numbers)
         values, cache = _forward(problem, bounds, ignore_index, outputs, _Where(*where))
         results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
+        results = (*results, _dropped_mass(labels, problem, values))
         ctx.set_materialize_grads(False)
         wide = problem.wide  # what is merged over ranks comes in double
         packed = (values[name].to(wide) if name in values else None for name in ("logps", "lse", "entropy"))
         ctx.save_for_backward(hidden, weight, bias, labels, bounds, positions, y, results[0], *packed, cache)
-        ctx.options = ignore_index, n_tokens, transform, *where
+        ctx.options = ignore_index, n_tokens, numbers, *where
         ctx.mark_non_differentiable(*(x for x in (results[1], *results[3:]) if x is not None))
         return results
 
     @staticmethod
     def backward(ctx, grad_logps, _lse, grad_entropy, *_):
         hidden, weight, bias, labels, bounds, positions, y, result, *packed, cache = ctx.saved_tensors
-        _, _, transform, *where = ctx.options
+        _, _, numbers, *where = ctx.options
         needs, incoming = list(ctx.needs_input_grad[1:4]), [grad_logps, grad_entropy]
         if torch.is_grad_enabled() or _is_observed(hidden):
             # With create_graph=True the op is on the new graph, and refuses to be differentiated there.
@@ -294,7 +306,7 @@ class _LinearLogprob(torch.autograd.Function):
             operands = [hidden, weight, bias, labels, bounds]
             grads = linear_logprob_backward(incoming, operands, [*saved, cache], needs, *ctx.options)
         else:
-            problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+            problem = Problem.of(hidden, weight, bias, positions, y, numbers)
             arriving = OutputGrads(*_pick(labels, positions, incoming))
             grads = _gradients(problem, bounds, Saved(*packed, cache), arriving, needs, labels.numel(), _Where(*where))
         return (None, *(g if need else None for g, need in zip(grads, needs)), *(None,) * 10)
@@ -357,11 +369,12 @@ def call_linear_logprob(positions: Tensor | None, hidden: Tensor, weight: Tensor
         return linear_logprob(hidden, weight, bias, *others)[:-1]
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         return _apply_linear_logprob(positions, hidden, weight, bias, *others)
-    labels, bounds, ignore_index, n_tokens, transform, outputs, *where = others
+    labels, bounds, ignore_index, n_tokens, numbers, outputs, *where = others
     positions, y = _packed(labels, ignore_index, n_tokens, positions)
-    problem = Problem(hidden, weight, bias, positions, y, Transform(*transform))
+    problem = Problem.of(hidden, weight, bias, positions, y, numbers)
     values, _ = _forward(problem, bounds, ignore_index, outputs, _Where(*where))
-    return _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
+    results = _unpacked(labels, wide_dtype(hidden.dtype, weight.dtype), outputs, positions, values)
+    return (*results, _dropped_mass(labels, problem, values))
 
 
 # logprob

@@ -181,9 +181,14 @@ def output_names(outputs: Any) -> tuple[str, ...]:
     return tuple(outputs)
 
 
-def exact(grad_filter: Any) -> None:
-    if grad_filter is not None:
-        raise ValueError(f"grad_filter: got {grad_filter!r}, but only None (exact gradients) is available")
+def grad_filter(value: Any) -> None:
+    expected = 'None (exact gradients), "auto" or a cut in (0, 1)'
+    if value is None or value == "auto":
+        return
+    if not is_number(value) and not isinstance(value, str):
+        raise wrong("grad_filter", shown(value), expected, TypeError)
+    if isinstance(value, str) or not 0 < value < 1:
+        raise wrong("grad_filter", f"{value!r}", expected)
 
 
 def ignored(ignore_index: Any, optional: bool) -> None:

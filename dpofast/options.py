@@ -52,4 +52,4 @@ class LinearLossOptions(LossOptions, total=False):
     temperature: float
     logit_scale: float
     softcap: float | None
-    grad_filter: None
+    grad_filter: float | str | None

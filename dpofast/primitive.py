@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpofast import _ops, checks, distributed
+from dpofast import grad_filter as filters
 from dpofast.backends import registry
 from dpofast.backends._tensors import wide_dtype
 from dpofast.contract import STATISTICS, flags
@@ -30,6 +31,7 @@ class ScoreOptions(NamedTuple):
     backend: str
     memory_budget: int | str | None  # of `linear_logprob`
     inplace_grad: bool  # of `logprob`
+    grad_filter: float | str | None  # of `linear_logprob`
 
 
 def score_options(
@@ -37,21 +39,21 @@ def score_options(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-    grad_filter: None = None,
+    grad_filter: float | str | None = None,
     ignore_index: int | None = -100,
     backend: str = "auto",
     memory_budget: int | str | None = None,
     inplace_grad: bool = False,
 ) -> ScoreOptions:
     """Checks options; which backend a name is, and how much a budget is by default, only tensors can decide."""
-    checks.exact(grad_filter)
+    checks.grad_filter(grad_filter)
     checks.ignored(ignore_index, optional=True)
     parse_bytes(memory_budget)
     checks.flag("inplace_grad", inplace_grad)
     if inplace_grad and torch.compiler.is_compiling():
         raise ValueError("inplace_grad: True is not possible under torch.compile; pass inplace_grad=False")
     transform = checks.transform(temperature, logit_scale, softcap)
-    return ScoreOptions(transform, ignore_index, backend, memory_budget, inplace_grad)
+    return ScoreOptions(transform, ignore_index, backend, memory_budget, inplace_grad, grad_filter)
 
 
 def check_options(*, outputs: tuple[str, ...] = (), group: Any = None, **options: Any) -> None:
@@ -82,11 +84,12 @@ _DIFFERENTIABLE = ("entropy",)
 
 
 def _output(results: Sequence[Any], names: tuple[str, ...]) -> LogprobOutput:
-    logps, _, *statistics = results
+    logps, _, *statistics = results[: 2 + len(STATISTICS)]
     values = {name: x for name, x in zip(STATISTICS, statistics, strict=True) if name in names}
     values = {name: x if name in _DIFFERENTIABLE else x.detach() for name, x in values.items()}
     if "dropped_mass" in names:
-        values["dropped_mass"] = torch.zeros_like(logps)  # every schedule here is exact
+        filtered = len(results) > 2 + len(STATISTICS) and results[-1].numel() > 0
+        values["dropped_mass"] = results[-1] if filtered else torch.zeros_like(logps)
     return LogprobOutput(logps, **values)
 
 
@@ -101,7 +104,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     outputs: tuple[str, ...] = (),
-    grad_filter: None = None,
+    grad_filter: float | str | None = None,
     memory_budget: int | str | None = None,
     backend: str = "auto",
     group: Any = None,
@@ -130,7 +133,13 @@ def linear_logprob(
         temperature, logit_scale, softcap: the transform above; temperature > 0, softcap > 0 or None.
         outputs: names of optional statistics, fields of `LogprobOutput`: "entropy" (differentiable),
             "log_sum_sq_probs", "mean_logits", "is_top1", "dropped_mass".
-        grad_filter: None; gradients are exact.
+        grad_filter: None: gradients are exact. A cut in (0, 1): they are made from those entries of a token's softmax
+            that are more than ``cut * (1 - p[label])``, and the label's; the sum of the others is given to all in
+            equal parts (nothing is, under a softcap). Tokens where more than an eighth of ``1 - p[label]`` would be
+            left out keep everything. "auto": a cut for the dtypes, 2^-14 in bfloat16 and 2^-17 in float16 (a quarter
+            of it under a softcap), none in fp32; see docs/filter.md. Log-probs are the same bits. On a CPU only, and
+            without ``group``; where the budget has no room for what is kept, and with a gradient of the entropy,
+            gradients are exact.
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB, on a GPU a
             sixteenth of its memory if that is more. What fits decides the schedule, see `dpofast.plan`.
         backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.
@@ -182,6 +191,7 @@ class HeadCall(NamedTuple):
     exact_backend: str
     options: ScoreOptions
     group: str | None
+    grad_filter: float  # the cut; 0: gradients are exact
 
     def score(self, names: tuple[str, ...]) -> LogprobOutput:
         """`linear_logprob`, with the statistics ``names``, which it was asked for."""
@@ -190,7 +200,8 @@ class HeadCall(NamedTuple):
         if self.group is not None:
             same = ignore_index, *transform, names, hidden.dtype, weight.dtype, bias is None, self.request.to_hidden
             bounds = distributed.vocabulary_bounds(self.labels, weight, str(same), self.group)
-        how = transform, flags(names), self.exact_backend, self.schedule.name, self.schedule.sizes, self.group or ""
+        where = self.exact_backend, self.schedule.name, self.schedule.sizes, self.group or ""
+        how = [*transform, self.grad_filter], flags(names), *where
         operands = hidden, weight, bias, self.labels, bounds
         results = _ops.call_linear_logprob(self.positions, *operands, ignore_index, self.n_tokens, *how)
         return _output(results, names)
@@ -229,14 +240,25 @@ class HeadScorer:
         with distributed.refusing_together(self.group):
             hidden, weight, bias = self._cast()
             n_tokens, positions = _count(self.labels, self.options.ignore_index)
-            request = self._request(hidden, weight, bias, n_tokens, names)
+            cut = self._cut(hidden, weight)
+            request = self._request(hidden, weight, bias, n_tokens, names, filters=cut > 0)
             # a compiled graph cannot look into the memory of `chosen`
             plan = traced if torch.compiler.is_compiling() else chosen
             schedule = plan(request, self.exact_backend, device=cost.device_of(hidden.device))
         return HeadCall(
             hidden, weight, bias, self.labels, positions, n_tokens, request, schedule, self.exact_backend, self.options,
-            self.group,
+            self.group, cut if schedule.keeps_exps else 0.0,
         )  # fmt: skip
+
+    def _cut(self, hidden: Tensor, weight: Tensor) -> float:
+        """That of the filter of gradients, 0 if there is none or nobody wants any."""
+        wanted, transform = self.options.grad_filter, self.options.transform
+        if wanted is None:
+            return 0.0
+        filters.check_backend(self.exact_backend, self.group is not None)
+        has_grad = any(x is not None and x.requires_grad for x in (hidden, weight, self.bias))
+        needed = torch.is_grad_enabled() and has_grad
+        return filters.cut_of(wanted, hidden.dtype, weight.dtype, transform[2]) if needed else 0.0
 
     def _cast(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """The operands as autocast has them: made when they are used, so that those of two heads need not coexist."""
@@ -247,7 +269,13 @@ class HeadScorer:
         return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def _request(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, n_tokens: int, names: tuple[str, ...]
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        n_tokens: int,
+        names: tuple[str, ...],
+        filters: bool,
     ) -> Request:
         grad = torch.is_grad_enabled()
         n = self.labels.numel() if n_tokens < 0 else max(1, n_tokens)
@@ -265,6 +293,7 @@ class HeadScorer:
             outputs=len(names) + ("is_top1" in names),  # it has two running numbers
             entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=whole,
             fuses=plain and can_fuse(sheet, self.exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
+            filters=filters,
         )  # fmt: skip
 
 
@@ -318,6 +347,11 @@ class LogitsScorer:
 
     def __init__(self, logits: Tensor, labels: Tensor, options: ScoreOptions, name: str = "logits") -> None:
         checks.rows(name, logits, labels)
+        if options.grad_filter is not None:
+            raise ValueError(
+                f"grad_filter: got {options.grad_filter!r}, expected None: the gradient of logits that exist is exact; "
+                "linear_logprob and linear_dpo_loss have a filter"
+            )
         self.exact_backend = registry.resolve(options.backend, logits.device.type)
         self.logits, self.labels, self.options = logits, labels, options
 

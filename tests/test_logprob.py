@@ -253,7 +253,7 @@ ERRORS = [
     (ValueError, "temperature: got 0", {"temperature": 0}),
     (ValueError, "softcap: got 0", {"softcap": 0}),
     (ValueError, "outputs: got 'x'", {"outputs": ("x",)}),
-    (ValueError, "grad_filter: got 'auto'", {"grad_filter": "auto"}),
+    (ValueError, "grad_filter: got 'high'", {"grad_filter": "high"}),
     (ValueError, "backend: got 'x'", {"backend": "x"}),
 ]  # fmt: skip
 

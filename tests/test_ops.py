@@ -39,7 +39,7 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
     args = (
         hidden, weight if train_head else weight.detach(),
         (bias if train_head else bias.detach()) if with_bias else None,
-        labels, None, -100, -1, TRANSFORM, outputs, backend, plan.name, plan.sizes, "",
+        labels, None, -100, -1, [*TRANSFORM, 0.0], outputs, backend, plan.name, plan.sizes, "",
     )  # fmt: skip
     torch.library.opcheck(_ops.linear_logprob, args, test_utils=OPCHECK)
 
@@ -49,7 +49,7 @@ def test_opcheck_linear_logprob(backend, train_head, outputs, with_bias):
 def test_opcheck_linear_logprob_backward(backend, entropy, needs):
     hidden, weight, bias, labels = inputs(grad=False)
     plan = choice(backend, 1 << 20)
-    options, how = (-100, -1, TRANSFORM), (backend, plan.name, plan.sizes, "")
+    options, how = (-100, -1, [*TRANSFORM, 0.0]), (backend, plan.name, plan.sizes, "")
     logps, lse, h, *_, cache = _ops.linear_logprob(hidden, weight, bias, labels, None, *options, 15, *how)
     c = torch.randn(2, 6)
     operands, saved = [hidden, weight, bias, labels, None], [logps, lse, h, cache]

@@ -737,7 +737,7 @@ ERRORS = [
     (ValueError, "softcap: got -3", {"softcap": -3.0}),
     (TypeError, "outputs: got the string 'entropy'", {"outputs": "entropy"}),
     (ValueError, "outputs: got 'entropies', expected names among entropy", {"outputs": ("entropy", "entropies")}),
-    (ValueError, "grad_filter: got 'auto'", {"grad_filter": "auto"}),
+    (ValueError, "grad_filter: got 'high'", {"grad_filter": "high"}),
     (TypeError, "group: ", {"group": object()}),
     (ValueError, "backend: got 'gpu'", {"backend": "gpu"}),
     (ValueError, "backend: got 'torch:avx2'", {"backend": "torch:avx2"}),

@@ -281,10 +281,26 @@ static int64_t scale_jacobian(const BackwardArgs& a) {
   return arena.used;
 }
 
+// From a cache that a forward with a filter left.
+template <class K>
+static int64_t filtered_backward(const BackwardArgs& a) {
+  BackwardArgs exact = a;
+  exact.cache = static_cast<const char*>(a.cache) + kFilterHeader;
+  exact.cache_bytes -= kFilterHeader;
+  Backward<K> dense(exact);
+  Sparse<K> sparse(a);
+  if (a.workspace) {
+    if (*static_cast<const int64_t*>(a.cache)) sparse.run(Kept<K>(sparse.s, const_cast<void*>(a.cache), a.cache_bytes));
+    else dense.run();
+  }
+  return std::max(dense.arena.used, sparse.arena.used);
+}
+
 // Bytes of workspace, or -1 if the jacobian is too small; computes nothing without a workspace.
 template <class K>
 static int64_t backward(const BackwardArgs& a) {
   if (a.jacobian) return scale_jacobian<K>(a);
+  if (a.grad_filter > 0 && a.cache) return filtered_backward<K>(a);
   Backward<K> call(a);
   if (a.workspace) call.run();
   return call.arena.used;

@@ -25,12 +25,13 @@ struct Forward {
   Stats<acc> stats{};
   elem *packed, *exps, *token_scratch;
   acc *tiles, *shift;
+  std::optional<Filter<K>> filter;  // what it keeps goes to the cache in place of exponentials
 
-  explicit Forward(const ForwardArgs& args)
+  explicit Forward(const ForwardArgs& args, const Kept<K>* kept = nullptr)
       : a(args),
         s(a.problem),
         threads(s.threads(a.jacobian ? 2 : 1)),
-        cached_blocks(s.cached_blocks(a.cache, a.cache_bytes)),
+        cached_blocks(kept ? 0 : s.cached_blocks(a.cache, a.cache_bytes)),
         jacobian(static_cast<acc*>(a.jacobian)),
         arena{static_cast<char*>(a.workspace)},
         w(s, true, jacobian != nullptr, arena),
@@ -59,6 +60,7 @@ struct Forward {
     exps = jacobian ? arena.take<elem>(threads * s.tile_rows() * s.P) : nullptr;
     token_scratch = arena.take<elem>(threads * s.h_padded);
     shift = jacobian ? arena.take<acc>(s.n_padded) : nullptr;
+    if (kept) filter.emplace(*kept, stats, a.grad_filter, threads, arena);
   }
 
   void run() {
@@ -68,6 +70,11 @@ struct Forward {
         threads, 1 + rounds * apart, [&](int64_t step) { return n_tasks(step); },
         [&](int64_t step, int64_t i, int thread) { task(step, i, thread); });
     finish_rows(stats, s.n, s.v, {a, a.stats});
+    if (filter)
+      for_tasks(threads, s.panels, [&](int64_t panel, int) {
+        filter->kept.finish(panel, static_cast<const acc*>(a.logps), static_cast<const acc*>(a.lse), a.grad_filter,
+                            a.tolerance);
+      });
     if (jacobian) for_tasks(threads, s.panels, [&](int64_t panel, int thread) { finish_jacobian(panel, thread); });
   }
 
@@ -88,6 +95,7 @@ struct Forward {
       stats.z_label[t] = -acc(INFINITY);
       if (shift) shift[t] = -acc(INFINITY);
     }
+    if (filter) filter->clear();
   }
 
   // Step 0 packs hidden and prepares block 0. Step k works on the k-th `together` blocks, and prepares block k.
@@ -137,6 +145,7 @@ struct Forward {
            ToCache<K>{cache.e + t0 * s.block + r0 * width, cache.shift + r0 / kFoldRows * s.n_padded + t0, width, s.n_padded});
     } else {
       fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
+      if (filter) (*filter)(c, width, n_rows, b, panel, thread);
     }
   }
 
@@ -173,9 +182,92 @@ struct Forward {
   }
 };
 
+// The forward with a filter. Some tokens of all parts of the batch go first: where on these the filter would keep so much,
+// or leave so many tokens to the dense way, that exact gradients are cheaper, the call is one for exact gradients.
+template <class K>
+struct Filtered {
+  using acc = typename K::acc;
+
+  const ForwardArgs& a;
+  const Shape<K> s;
+  Arena arena;  // of the tokens that go first
+  ForwardArgs first;
+  int64_t *offsets, *labels;
+
+  // What a kept entry costs of its part in a dense product: measured, 2 to 3.
+  static constexpr double kEntryCost = 3;
+  // A quarter of the panels is the least that has two halves worth comparing; one of 64 costs next to nothing.
+  static constexpr int64_t kLeastPanels = 4, kPanelsAPanel = 64;
+
+  explicit Filtered(const ForwardArgs& args) : a(args), s(a.problem), arena{static_cast<char*>(a.workspace)}, first(a) {
+    first.problem.n = s.panels < kLeastPanels ? 0 : s.P * ceil_div(s.panels, kPanelsAPanel);
+    const int64_t n = first.problem.n;
+    offsets = arena.take<int64_t>(n);
+    labels = arena.take<int64_t>(n);
+    first.logps = arena.take<acc>(n);
+    first.lse = arena.take<acc>(2 * n);
+    for (void*& statistic : first.statistics) statistic = nullptr;
+    first.outputs = 0;
+    first.problem.token_offsets = offsets;
+    first.problem.labels = labels;
+    first.workspace = nullptr;
+  }
+
+  int64_t run() {
+    const Kept<K> kept(s, a.cache, a.cache_bytes);
+    Forward<K> all(a, &kept);
+    int64_t needed = all.arena.used;
+    if (first.problem.n) {
+      const Shape<K> some(first.problem);
+      const Kept<K> none(some, nullptr, 0);
+      needed = std::max(needed, arena.used + Forward<K>(first, &none).arena.used);
+    }
+    if (!a.workspace) return needed;
+    const bool filters = kept.room > 0 && (!first.problem.n || pays(kept));
+    std::memset(a.cache, 0, kFilterHeader);
+    *static_cast<int64_t*>(a.cache) = filters;
+    if (filters) {
+      all.run();
+    } else {
+      ForwardArgs exact = a;
+      exact.cache = static_cast<char*>(a.cache) + kFilterHeader;
+      exact.cache_bytes -= kFilterHeader;
+      Forward<K>(exact).run();
+    }
+    for (int64_t t = 0; a.dropped_mass && t < s.n; ++t)
+      static_cast<acc*>(a.dropped_mass)[t] = filters && !kept.is_dense(t) ? kept.dropped[t] : acc(0);
+    return needed;
+  }
+
+ private:
+  bool pays(const Kept<K>& all) {
+    const int64_t n = first.problem.n;
+    for (int64_t i = 0; i < n; ++i) {
+      offsets[i] = a.problem.token_offsets[i * s.n / n];
+      labels[i] = a.problem.labels[i * s.n / n];
+    }
+    first.workspace = static_cast<char*>(a.workspace) + arena.used;
+    const Shape<K> some(first.problem);
+    const Kept<K> kept(some, a.cache, a.cache_bytes);
+    Forward<K>(first, &kept).run();
+    int64_t entries = 0, fullest = 0, n_dense = 0;
+    for (int64_t i = 0; i < some.panels * kept.pieces; ++i) {
+      if (kept.used[i] == Kept<K>::kFull) return false;
+      fullest = std::max(fullest, int64_t(kept.used[i]));
+    }
+    for (int64_t i = 0; i < some.blocks * some.panels; ++i) entries += kept.segments[i].count;
+    for (int64_t t = 0; t < n; ++t) n_dense += kept.is_dense(t);
+    const double share = double(entries) / (double(n) * double(s.v)), dense = double(n_dense) / double(n);
+    // Of a product: entries, against all; a dense token makes its logits again, and then has all entries.
+    const bool is_cheaper = kEntryCost * share + (1 + kEntryCost) * dense < 1;
+    return is_cheaper && 2 * fullest <= all.room;  // others may have twice as many
+  }
+};
+
 // Bytes of workspace, or -1 if the jacobian has no room; computes nothing without a workspace.
 template <class K>
 static int64_t forward(const ForwardArgs& a) {
+  if (a.grad_filter > 0) return Filtered<K>(a).run();
   Forward<K> call(a);
   if (a.jacobian && a.cache_bytes < call.s.jacobian_bytes()) return -1;
   if (a.workspace) call.run();

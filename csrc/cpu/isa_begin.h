@@ -1,10 +1,12 @@
 // Everything an instruction set's file needs before its target region opens: the standard headers and
 // the shared, baseline parts. Included first, so that none of it is compiled for the wider target.
 #pragma once
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>

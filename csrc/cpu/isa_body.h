@@ -13,8 +13,10 @@
 #include "cpu/transform.h"
 #include "cpu/head_layout.h"
 #include "cpu/head_fold.h"
+#include "cpu/head_filter.h"
 #include "cpu/head_forward.h"
 #include "cpu/head_grad.h"
+#include "cpu/head_sparse.h"
 #include "cpu/head_backward.h"
 #include "cpu/logits.h"
 

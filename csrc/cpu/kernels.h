@@ -29,10 +29,12 @@ struct Problem {
 struct ForwardArgs : Results {
   Problem problem;
   unsigned outputs;
-  void* stats;          // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
-  void* cache;          // exp(z - m) of as many blocks as fit, for the backward; or null
-  void* jacobian;       // d logps / d hidden, in panels; or null
-  int64_t cache_bytes;  // of either
+  void* stats;                    // [kStats, n], in place of all of the above: of a slice of the vocabulary; or null
+  void* cache;                    // exp(z - m) of as many blocks as fit, for the backward; or null
+  void* jacobian;                 // d logps / d hidden, in panels; or null
+  int64_t cache_bytes;            // of either
+  double grad_filter, tolerance;  // with a cache: what the backward may leave out (cpu/head_filter.h); 0: nothing
+  void* dropped_mass;             // [n], with grad_filter; or null
   void* workspace;
 };
 
@@ -43,6 +45,7 @@ struct BackwardArgs {
   const void* cache;                      // what the forward left there, or null
   const void* jacobian;                   // not null: grad_hidden is a row scaling of it
   int64_t cache_bytes;                    // of either
+  double grad_filter;                     // as the forward had it
   void* grad_hidden;                      // contiguous rows; or null
   DType grad_hidden_dtype;
   const int64_t* grad_positions;  // [n] row numbers in grad_hidden
@@ -89,6 +92,8 @@ struct Table {
   Traits (*traits)(DType hidden, DType weight);
   Peak (*peak)(DType hidden, DType weight, char* work);
 };
+
+constexpr int64_t kFilteredRows = 192;  // of a block, at most, with grad_filter: cpu/head_filter.h counts places in 16 bits
 
 // Instruction sets that are compiled in and that this machine has, best first; ends with nullptr.
 const Table* const* tables();

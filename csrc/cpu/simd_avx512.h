@@ -27,6 +27,8 @@ struct Avx512Vec {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, set1(-INFINITY), _CMP_EQ_OQ), a, _mm512_setzero_ps());
   }
   static bool any_different(reg a, reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ) != 0; }
+  // bit i: whether lane i of a is greater than that of b
+  static unsigned greater(reg a, reg b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static float reduce_add(reg a) { return _mm512_reduce_add_ps(a); }
   static float reduce_max(reg a) { return _mm512_reduce_max_ps(a); }
 

@@ -23,6 +23,11 @@ struct NeonVec {
   static reg raise(reg a, reg b, float slack) { return vbslq_f32(vcgtq_f32(b, add(a, set1(slack))), b, a); }
   static reg finite_max(reg a) { return clear(a, vceqq_f32(a, set1(-INFINITY))); }
   static bool any_different(reg a, reg b) { return vminvq_u32(vceqq_f32(a, b)) == 0; }  // NaN differs from itself
+  // bit i: whether lane i of a is greater than that of b
+  static unsigned greater(reg a, reg b) {
+    static constexpr uint32_t kBits[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(vcgtq_f32(a, b), vld1q_u32(kBits)));
+  }
   static float reduce_add(reg a) { return vaddvq_f32(a); }
   static float reduce_max(reg a) {
     a = max(a, vextq_f32(a, a, 2));

@@ -46,6 +46,12 @@ struct ScalarVec {
     for (int i = 0; i < W; ++i) any |= !(a.x[i] == b.x[i]);
     return any;
   }
+  // bit i: whether lane i of a is greater than that of b
+  static unsigned greater(reg a, reg b) {
+    unsigned bits = 0;
+    for (int i = 0; i < W; ++i) bits |= unsigned(a.x[i] > b.x[i]) << i;
+    return bits;
+  }
   static T reduce_add(reg a) {
     T s = 0;
     for (int i = 0; i < W; ++i) s += a.x[i];

@@ -38,6 +38,20 @@ class Problem(NamedTuple):
     positions: Tensor  # [N], which of hidden's vectors count, among its leading dimensions in row-major order
     labels: Tensor  # [N], the tokens there; outside [0, V) where weight is a slice of the head that lacks the token
     transform: Transform = Transform()
+    grad_filter: float = 0.0  # the cut below which the backward may leave entries out (`dpofast.grad_filter`); 0: none
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        positions: Tensor,
+        labels: Tensor,
+        numbers: Sequence[float],
+    ) -> Problem:
+        """With the numbers of the transform and of the filter in one list, as an op has them."""
+        return cls(hidden, weight, bias, positions, labels, Transform(*numbers[:3]), numbers[3])
 
     @property
     def n_tokens(self) -> int:
@@ -171,7 +185,10 @@ class Backend(Protocol):
     def forward(
         self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...], cache: Tensor
     ) -> dict[str, Tensor]:
-        """``logps``, ``lse`` in two parts, and the statistics among ``outputs``; fills ``cache``."""
+        """``logps``, ``lse`` in two parts, and the statistics among ``outputs``; fills ``cache``.
+
+        With a filter of gradients, which only those on a CPU are given (`dpofast.grad_filter`), ``dropped_mass``, too.
+        """
 
     def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:
         """The running statistics (`dpofast.contract.Stat`), [Stat.COUNT, N], of a slice of the vocabulary.

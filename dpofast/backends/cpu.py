@@ -12,9 +12,11 @@ from dpofast.backends import _pages
 from dpofast.backends._tensors import element_offsets, empty_results, pointer
 from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, chunk
 from dpofast.contract import DTYPE_CODES, STATISTICS, Stat, flags
+from dpofast.grad_filter import TOLERANCE
 from dpofast.native import C
 from dpofast.plan import Schedule
 
+_NO_FILTER = {"grad_filter": 0.0, "tolerance": 0.0, "dropped_mass": None}
 _SMALL_WORKSPACE = 1 << 16  # bytes: what a small head needs, so that its kernel is called once; not tuned
 
 
@@ -34,15 +36,17 @@ class CpuBackend:
         self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...], cache: Tensor
     ) -> dict[str, Tensor]:
         results = empty_results(problem.n_tokens, outputs, problem.wide, problem.hidden.device)
+        dropped = torch.empty(problem.n_tokens, dtype=problem.wide) if problem.grad_filter else None
         for tokens in schedule.chunks(problem.n_tokens):
             args, alive = _operands(problem.chunk(tokens), schedule)
             args |= {name: pointer(chunk(results.get(name), tokens)) for name in ("logps", "lse", *STATISTICS)}
+            args |= {"grad_filter": problem.grad_filter, "tolerance": TOLERANCE, "dropped_mass": pointer(dropped)}
             self._run(
                 C.cpu_linear_logprob_forward,
                 args | {"outputs": flags(outputs), "stats": None} | _cache_args(schedule, cache),
             )
             del alive
-        return results
+        return results if dropped is None else results | {"dropped_mass": dropped}
 
     def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:
         no_results = dict.fromkeys(("logps", "lse", *STATISTICS))
@@ -50,7 +54,7 @@ class CpuBackend:
         for tokens in schedule.chunks(problem.n_tokens):
             args, alive = _operands(problem.chunk(tokens), schedule)
             folded.append(torch.empty(Stat.COUNT, args["n"], dtype=problem.wide))
-            args |= no_results | {"outputs": flags(outputs), "stats": folded[-1].data_ptr()}
+            args |= no_results | _NO_FILTER | {"outputs": flags(outputs), "stats": folded[-1].data_ptr()}
             self._run(C.cpu_linear_logprob_forward, args | _cache_args(schedule, None))
             del alive
         return torch.cat(folded, 1)
@@ -97,7 +101,7 @@ class CpuBackend:
             "grad_hidden_dtype": DTYPE_CODES[(problem.hidden if grads.hidden is None else grads.hidden).dtype],
             "grad_weight": pointer(grads.weight), "grad_bias": pointer(grads.bias), "adds": grads.adds,
             "grad_weight_dtype": DTYPE_CODES[(problem.weight if grads.weight is None else grads.weight).dtype],
-            "token_chunk": schedule.token_chunk if grads.of_head else 0,
+            "token_chunk": schedule.token_chunk if grads.of_head else 0, "grad_filter": problem.grad_filter,
         }  # fmt: skip
         self._run(C.cpu_linear_logprob_backward, args | _cache_args(schedule, cache if from_saved else None))
         del alive

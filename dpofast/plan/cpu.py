@@ -26,6 +26,10 @@ BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stay
 
 PIECES, PANELS_TOGETHER, THREAD_FLOPS = 8, 4, 1e7  # kPieces, kPanelsTogether, kThreadFlops of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
+FILTER_HEADER = 64  # kFilterHeader of csrc/cpu/head_filter.h
+LEAST_SHARE = 1 / 16
+"""Of the room that all exponentials take, what is worth filtering for: real texts keep 1 % of entries of 6 bytes."""
+FIRST_PANELS, PANELS_A_FIRST_PANEL = 4, 64  # kLeastPanels, kPanelsAPanel of csrc/cpu/head_forward.h
 
 
 class Traits(NamedTuple):
@@ -55,6 +59,7 @@ class Layout:
     """
 
     def __init__(self, request: Request, traits: Traits, block: int, tokens: int, threads: int = 0):
+        self.request = request
         self.n, self.h, self.v, self.outputs = tokens, request.n_hidden, request.n_vocab, request.outputs
         self.t, self.block, self.threads = traits, block, threads
         self.n_pad, self.h_pad = up(tokens, traits.vector), up(self.h, traits.unit)
@@ -82,6 +87,42 @@ class Layout:
             stats += self._bytes(self.n_pad * t.acc)
         packed = self._bytes(self.h_pad * self.n_pad * t.elem)
         return self._weight_blocks(True, jacobian) + packed + stats + own
+
+    def filter_overhead(self):
+        """What a cache has before it has room for entries (Kept of csrc/cpu/head_filter.h)."""
+        panels = ceil_div(self.n, self.t.panel)
+        pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
+        segments = self._bytes(4 * panels * pieces) + self._bytes(8 * panels * self.blocks)
+        return FILTER_HEADER + self._bytes(self.n * self.t.acc) + segments + 128
+
+    def filtered_forward(self):
+        """`forward` with a filter, or of the tokens that go first."""
+        panels = ceil_div(self.n, self.t.panel)
+        if panels < FIRST_PANELS:
+            return self._forward_with_filter()
+        n, acc = self.t.panel * ceil_div(panels, PANELS_A_FIRST_PANEL), self.t.acc
+        first = Layout(self.request._replace(outputs=0), self.t, self.block, n, self.threads)
+        own = 2 * self._bytes(8 * n) + self._bytes(n * acc) + self._bytes(2 * n * acc)
+        return max(self._forward_with_filter(), own + first._forward_with_filter())
+
+    def _forward_with_filter(self):
+        t, started = self.t, self._started(1)
+        pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
+        running = 2 * self._bytes(2 * pieces * self.n_pad * t.acc)
+        found = started * self.tile_rows * t.panel
+        return self.forward() + running + self._bytes(found * t.acc) + self._bytes(2 * found)
+
+    def filtered_backward(self, to_hidden):
+        """That of csrc/cpu/head_sparse.h."""
+        t, started, n, b = self.t, self._started(2), self.n, self._bytes
+        chunk = 8 * t.vector
+        ld = up(self.h, chunk)
+        total = 2 * b(self.n_pad * t.acc) + (1 + to_hidden) * b(n * ld * t.acc) + 2 * b(ld * t.acc)
+        total += b(self.h_pad * self.n_pad * t.elem)
+        total += 0 if self.as_is else b(started * self.block * self.h_pad * t.elem)
+        total += b(started * (self.tile_rows + 1) * t.panel * t.acc) + b(started * max(ld, t.panel) * t.acc)
+        total += 2 * b(8 * n) + 2 * b(8 * self.blocks) + b(8 * (self.blocks + 1)) + b(4 * self.blocks * self.block)
+        return total + b(4 * self.block * n) + b(t.acc * self.block * n)
 
     def backward(self, to_hidden, to_weight, recomputes, entropy, chunk=0):
         """``chunk``: tokens packed at a time, 0: all."""
@@ -146,6 +187,8 @@ class _Sizes:
         self.own = max(  # bytes that the threads have each for themselves, at most
             started.forward(True) - self.whole.forward(True),
             started.backward(True, True, True, True) - self.whole.backward(True, True, True, True),
+            started.filtered_forward() - self.whole.filtered_forward() if request.filters else 0,
+            started.filtered_backward(True) - self.whole.filtered_backward(True) if request.filters else 0,
         )
 
     def _layout(self, tokens: int, threads: int = 0) -> Layout:
@@ -206,6 +249,21 @@ class _Sizes:
         chunk = self._fitting_chunk(self._split_need) if r.to_hidden else 0
         return self._schedule("recompute-split", self._split_need(chunk), chunk) if chunk else None
 
+    def with_filter(self) -> Schedule | None:
+        """Room for either the entries that a filter keeps or, where they are too many, all exponentials."""
+        r, whole = self.request, self.whole
+        if not r.keeps or self._is_wide:
+            return None
+        forward, backward = whole.filtered_forward(), whole.filtered_backward(r.to_hidden)
+        exact = whole.backward(r.to_hidden, r.to_weight, True, r.entropy)
+        workspace = max(whole.forward(), forward, backward, exact)
+        full = FILTER_HEADER + whole.cache_per_block() * whole.blocks
+        cache = min(full, r.budget - workspace)
+        if cache < full * LEAST_SHARE or cache < 2 * whole.filter_overhead():
+            return None
+        name = "cached" if cache == full else "mixed"
+        return self._schedule(name, workspace, cache=cache, share=cache / full)
+
     @property
     def _is_wide(self) -> bool:
         """Wide blocks are for problems that fit as they are."""
@@ -227,8 +285,12 @@ def choose(request: Request, isa: str, threads: int) -> Schedule:
     traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
     needed = 0
     for block in _block_sizes(request.n_tokens, request.n_hidden, request.n_vocab, traits.elem):
+        if request.filters and block > GROUP_ROWS:
+            continue
         sizes = _Sizes(request, traits, block, threads)
-        found = sizes.with_head() if request.to_weight else sizes.with_frozen_head()
+        found = sizes.with_filter() if request.filters else None
+        if found is None:
+            found = sizes.with_head() if request.to_weight else sizes.with_frozen_head()
         if found is not None:
             return found
         needed = sizes.least()

@@ -28,6 +28,7 @@ class Request(NamedTuple):
     as_is: bool = True  # the head's columns have unit stride
     keeps: bool = True  # schedules may keep something of the logits from the forward to the backward
     fuses: bool = False  # the product may exponentiate itself: see `Schedule.is_fused`
+    filters: bool = False  # gradients may leave entries out: what is kept for the backward are the others
 
     @property
     def n_grads(self) -> int:

@@ -34,7 +34,9 @@ def ask(function, isa, hidden, weight, n, h, v, block, threads, as_is, **more) -
     return function(isa, args | more)
 
 
-NO_RESULTS = dict.fromkeys(("stats", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "cache"))
+NO_RESULTS = dict.fromkeys(
+    ("stats", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "cache", "dropped_mass")
+) | {"grad_filter": 0.0, "tolerance": 0.0}
 
 
 SIZES = list(itertools.product((1, 17, 64, 130, 1024), (1, 33, 64, 700), (2, 193, 3000)))
@@ -67,10 +69,34 @@ def test_the_layout_is_the_kernels_own(isa, hidden, weight):
                         entropy=64 if entropy else None, grad_entropy=64 if entropy else None, grad_logps=64,
                         grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden], grad_positions=64,
                         grad_weight=64 if to_weight else None, grad_bias=64 if to_weight else None, token_chunk=chunk,
-                        grad_weight_dtype=DTYPE_CODES[weight], adds=False,
+                        grad_weight_dtype=DTYPE_CODES[weight], adds=False, grad_filter=0.0,
                     )  # fmt: skip
                     wanted = to_hidden, to_weight, recomputes, entropy, chunk
                     assert layout[0].backward(*wanted) == asked, (here, wanted)
+
+
+@pytest.mark.parametrize(("isa", "hidden", "weight"), KINDS)
+def test_so_is_that_of_a_filter(isa, hidden, weight):
+    traits = TRAITS[isa, hidden, weight]
+    for (n, h, v), threads, contiguous in itertools.product(SIZES, (1, 2, 3), (True, False)):
+        for block, outputs in itertools.product({min(b, v + v % 2) for b in (48, 96, 192)}, (0, 5)):
+            request = Request(n, h, v, hidden, weight, outputs=outputs, as_is=contiguous, filters=True)
+            layout = Layout(request, traits, block, n, threads)
+            here = (isa, hidden, weight, n, h, v, block, threads, contiguous)
+            filtered = NO_RESULTS | {"grad_filter": 0.1, "tolerance": 0.1, "cache": 64, "cache_bytes": 1 << 40}
+            flags = 15 if outputs else 0
+            asked = ask(native.C.cpu_linear_logprob_forward, *here, outputs=flags, jacobian=None, **filtered)
+            assert layout.filtered_forward() == asked, here
+            for to_hidden, to_weight in ((True, True), (True, False), (False, True)):
+                asked = ask(
+                    native.C.cpu_linear_logprob_backward, *here, cache=64, cache_bytes=1 << 40, jacobian=None,
+                    entropy=None, grad_entropy=None, grad_logps=64, grad_positions=64, token_chunk=0, grad_filter=0.1,
+                    grad_hidden=64 if to_hidden else None, grad_hidden_dtype=DTYPE_CODES[hidden],
+                    grad_weight=64 if to_weight else None, grad_bias=None, adds=False,
+                    grad_weight_dtype=DTYPE_CODES[weight],
+                )  # fmt: skip
+                exact = layout.backward(to_hidden, to_weight, False, False)
+                assert max(layout.filtered_backward(to_hidden), exact) == asked, here
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -83,6 +109,7 @@ def test_a_jacobian_that_has_no_room_is_refused(isa):
     backward = dict.fromkeys(("cache", "entropy", "grad_entropy", "grad_weight", "grad_bias")) | {
         "jacobian": 64, "grad_logps": 64, "grad_hidden": 64, "grad_hidden_dtype": DTYPE_CODES[FP32],
         "grad_positions": 64, "token_chunk": 0, "grad_weight_dtype": DTYPE_CODES[FP32], "adds": False,
+        "grad_filter": 0.0,
     }  # fmt: skip
     for function, more in (
         (native.C.cpu_linear_logprob_forward, forward),

@@ -332,6 +332,92 @@ void check_linear_logprob(const Table& table, const Case& c) {
   }
 }
 
+// A filter, as its definition says, for tokens of which it says that it dropped something, and exact gradients for others.
+// `room`: bytes of the cache, from none for any entry to enough for all.
+void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_t v, int64_t block, bool has_bias, bool capped,
+                    int64_t room, int threads) {
+  random_state = uint64_t(n * 1000 + h * 100 + v);
+  const Traits traits = table.traits(type, type);
+  const DType acc = traits.acc_size == 8 ? DType::f64 : DType::f32;
+  const double cut = 1.0 / 64, tolerance = 1.0 / 8, softcap = capped ? 12 : 0;
+  Tensor hidden(type, n * h), weight(type, v * h), bias(acc, v), grad_logps(acc, n), logps(acc, n), lse(acc, 2 * n);
+  Tensor dropped(acc, n), d_hidden(type, n * h), d_weight(type, v * h), d_bias(acc, v);
+  hidden.fill(1);
+  weight.fill(16 / std::sqrt(double(h)));
+  bias.fill(1);
+  grad_logps.fill(1);
+  std::vector<int64_t> offsets, labels, positions;
+  for (int64_t t = 0; t < n; ++t) {
+    offsets.push_back(t * h), positions.push_back(t);
+    labels.push_back(int64_t((uniform() + 1) / 2 * double(v)));
+    for (int64_t k = 0; t % 13 == 5 && k < h; ++k) hidden.set(t * h + k, hidden.get(t * h + k) / 64);  // a flat one
+  }
+  Buffer cache(room);
+  ForwardArgs f{};
+  Problem& problem = f.problem;
+  problem.n = n, problem.h = h, problem.v = v, problem.block = block, problem.threads = threads;
+  problem.hidden = hidden.data(), problem.hidden_dtype = type, problem.token_offsets = offsets.data();
+  problem.hidden_col_stride = 1;
+  problem.weight = weight.data(), problem.weight_dtype = type, problem.weight_row_stride = h, problem.weight_col_stride = 1;
+  problem.bias = has_bias ? bias.data() : nullptr, problem.labels = labels.data();
+  problem.temperature = 1, problem.logit_scale = 1, problem.softcap = softcap;
+  f.logps = logps.data(), f.lse = lse.data();
+  f.cache = cache.data.get(), f.cache_bytes = room;
+  f.grad_filter = cut, f.tolerance = tolerance, f.dropped_mass = dropped.data();
+  Buffer forward_workspace(table.forward(f));
+  f.workspace = forward_workspace.data.get();
+  table.forward(f);
+
+  std::vector<double> want_hidden(size_t(n * h), 0), want_weight(size_t(v * h), 0), want_bias(size_t(v), 0), want_dropped;
+  for (int64_t t = 0; t < n; ++t) {
+    std::vector<double> z, slope;
+    double sum = 0, left = 0, mass = 0;
+    for (int64_t i = 0; i < v; ++i) {
+      double x = has_bias ? bias.get(i) : 0;
+      for (int64_t k = 0; k < h; ++k) x += hidden.get(t * h + k) * weight.get(i * h + k);
+      const double u = capped ? std::tanh(x / softcap) : 0;
+      z.push_back(capped ? softcap * u : x), slope.push_back(1 - u * u);
+      sum += std::exp(z.back());
+    }
+    const int64_t y = labels[size_t(t)];
+    for (int64_t i = 0; i < v; ++i) left += i == y ? 0 : std::exp(z[size_t(i)]) / sum;
+    const bool filtered = dropped.get(t) > 0;
+    auto keeps = [&](int64_t i) { return !filtered || std::exp(z[size_t(i)]) / sum > cut * left; };
+    for (int64_t i = 0; i < v; ++i) mass += i == y || keeps(i) ? 0 : std::exp(z[size_t(i)]) / sum;
+    want_dropped.push_back(mass);
+    if (mass > tolerance * left) {
+      std::printf("token %d dropped %g of %g\n", int(t), mass, left);
+      ++failures;
+    }
+    for (int64_t i = 0; i < v; ++i) {
+      const double p = i == y || !keeps(i) ? 0 : std::exp(z[size_t(i)]) / sum, spread = capped ? 0 : mass / double(v);
+      const double g = grad_logps.get(t) * slope[size_t(i)] * ((i == y ? left : -p) - spread);
+      want_bias[size_t(i)] += g;
+      for (int64_t k = 0; k < h; ++k) {
+        want_hidden[size_t(t * h + k)] += g * weight.get(i * h + k);
+        want_weight[size_t(i * h + k)] += g * hidden.get(t * h + k);
+      }
+    }
+  }
+
+  BackwardArgs b{};
+  b.problem = problem;
+  b.logps = logps.data(), b.lse = lse.data(), b.grad_logps = grad_logps.data();
+  b.cache = f.cache, b.cache_bytes = room, b.grad_filter = cut;
+  b.grad_hidden = d_hidden.data(), b.grad_hidden_dtype = type, b.grad_positions = positions.data();
+  b.grad_weight = d_weight.data(), b.grad_weight_dtype = type, b.grad_bias = has_bias ? d_bias.data() : nullptr;
+  Buffer backward_workspace(table.backward(b));
+  b.workspace = backward_workspace.data.get();
+  table.backward(b);
+  const std::string where = std::string(table.name) + ": filtered, n " + std::to_string(n) + ", v " + std::to_string(v) +
+                            ", cache of " + std::to_string(room) + " bytes";
+  const double tight = acc == DType::f64 ? 1e-11 : 3e-5, product = traits.cached_size == 2 ? 8e-3 : 0;
+  compare("dropped mass", values(dropped), want_dropped, tight, where);
+  compare("d hidden", values(d_hidden), want_hidden, tight + product + rounding(type), where);
+  compare("d weight", values(d_weight), want_weight, tight + product + rounding(type), where);
+  if (has_bias) compare("d bias", values(d_bias), want_bias, tight + product, where);
+}
+
 // Log-probs and statistics have the same bits whatever the blocks, the schedule, the threads and the rest of the batch.
 void check_equal_bits(const Table& table, DType type) {
   constexpr int64_t n = 70, h = 37, v = 2003;
@@ -514,6 +600,14 @@ int main(int argc, char** argv) {
   check_linear_logprob(*table, {600, 5, 30, 10, DType::f32, DType::f32, true, false, false, kRecompute, false, 1, 0});
   check_linear_logprob(*table, {600, 70, 30, 10, DType::f32, DType::f32, true, false, false, kCached, false, 3, 0});
   for (DType t : {DType::f32, DType::bf16, DType::f16, DType::f64}) check_equal_bits(*table, t);
+  // Few tokens and many, small and odd vocabularies, and caches from no room at all to room for everything.
+  for (DType t : kTypes)
+    for (int64_t room : {1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23})
+      for (int options = 0; options < 4; ++options) {
+        check_filtered(*table, t, 1, 5, 3, 4, options & 1, options & 2, room, 1);
+        check_filtered(*table, t, 33, 21, 391, 192, options & 1, options & 2, room, 1);
+        check_filtered(*table, t, 300, 9, 500, 48, options & 1, options & 2, room, 3);
+      }
 
   for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
     for (DType t : kTypes)

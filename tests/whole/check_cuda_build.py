@@ -22,7 +22,7 @@ with FakeTensorMode():
     weight = torch.empty(20, 8, device="cuda", dtype=torch.bfloat16)
     labels = torch.empty(4, device="cuda", dtype=torch.int64)
     results = torch.ops.dpofast.linear_logprob(
-        hidden, weight, None, labels, None, -100, 4, [1.0, 1.0, 0.0], 0, "cuda", "cached", [64, 4, 640], ""
+        hidden, weight, None, labels, None, -100, 4, [1.0, 1.0, 0.0, 0.0], 0, "cuda", "cached", [64, 4, 640], ""
     )
     assert results[0].device.type == "cuda" and results[0].dtype == torch.float32
     for product in (lambda a, b, out: torch.mm(a, b, out_dtype=out.dtype, out=out),
@@ -71,7 +71,7 @@ with (
         "mixed": [256, 4, 8 * 512 * 2 + 32], "recompute": [256, 4, 0], "recompute-split": [256, 4, 0],
     }.items():  # fmt: skip
         given = operands(8, 64, 1000)
-        how = [1.0, 1.0, 0.0], "cuda", schedule, sizes, ""
+        how = [1.0, 1.0, 0.0, 0.0], "cuda", schedule, sizes, ""
         *results, cache = _ops._linear_logprob(*given, None, None, 8, how[0], 0, *how[1:])
         if schedule != "score":
             needs = [True, schedule != "jacobian", False]
