@@ -146,6 +146,24 @@ def test_no_plan_exceeds_its_budget_and_more_budget_never_costs_a_product(backen
     assert last.name in ("score", "jacobian", "cached")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("train", ((True, False), (True, True), (False, True)))
+@pytest.mark.parametrize("n", (10, 1000, 65536))
+def test_a_filter_keeps_to_the_budget_and_small_budgets_have_exact_schedules(isa, train, n):
+    wanted = {"to_hidden": train[0], "to_weight": train[1]}
+    names = []
+    for exponent in range(80, 150):
+        budget, here = int(2 ** (exponent / 4)), {"n": n, "backend": f"cpu:{isa}", **wanted}
+        try:
+            exact = choose_for(budget=budget, **here)
+        except ValueError:
+            continue
+        c = choose_for(budget=budget, filters=True, **here)
+        assert c.workspace_bytes + c.cache_bytes <= budget
+        names.append(c.name if c.keeps_exps else c == exact)
+    assert (names[0] is True or n == 10) and names[-1] == "cached"
+
+
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
 def test_the_schedules_of_design_section_2(backend):
     choice = functools.partial(choose_for, backend=backend)

@@ -61,8 +61,28 @@ def measure_pairs(backend, dtype, budget):
 
     return peak_growth(step) - hidden.grad.nbytes - weight.grad.nbytes
 
-linear, pairs = json.loads(sys.argv[1])
-print(json.dumps([[measure(*case) for case in linear], [measure_pairs(*case) for case in pairs]]))
+def measure_filtered(n, budget, train):
+    torch.manual_seed(0)
+    weight = (torch.randn(16384, 576) * 0.4).bfloat16().requires_grad_("weight" in train)
+    hidden = torch.randn(n, 576).bfloat16().requires_grad_()
+    labels = torch.randint(16384, (n,))
+    warm_up("cpu")
+    kept = []
+
+    def step():
+        out = dpofast.linear_logprob(
+            hidden, weight, labels, memory_budget=budget, backend="cpu", grad_filter="auto", outputs=("dropped_mass",)
+        )
+        out.logps.sum().backward()
+        kept.extend((out.logps, out.dropped_mass))
+
+    peak = peak_growth(step)
+    assert (kept[1] > 0).float().mean() > 0.5  # of others fp32 does not see what is dropped
+    return peak - sum(x.nbytes for x in (*kept, hidden.grad, weight.grad) if x is not None)
+
+linear, pairs, filtered = json.loads(sys.argv[1])
+print(json.dumps([[measure(*case) for case in linear], [measure_pairs(*case) for case in pairs],
+                  [measure_filtered(*case) for case in filtered]]))
 """
 
 CASES = [
@@ -76,6 +96,14 @@ CASES = [
 PAIR_CASES = [("torch", "float32", 64 * MIB), ("torch", "bfloat16", 160 * MIB)]
 if native.cpu_isas():
     PAIR_CASES.append(("cpu", "float32", 96 * MIB))
+
+
+FILTER_CASES = [
+    (n, budget, train)
+    for n, budget in ((1000, 64 * MIB), (8000, 256 * MIB))
+    for train in (["hidden", "weight"], ["hidden"])
+    if native.cpu_isas()
+]
 
 
 def name(case) -> str:
@@ -92,13 +120,15 @@ def peaks(tmp_path_factory):
             f.write("5")
     except OSError as error:
         pytest.skip(f"the kernel does not reset peaks here: {error}")
-    command = [sys.executable, "-c", MEASURE, json.dumps([CASES, PAIR_CASES])]
+    command = [sys.executable, "-c", MEASURE, json.dumps([CASES, PAIR_CASES, FILTER_CASES])]
     away = tmp_path_factory.mktemp("away")  # beside the sources, -c would import those
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False, cwd=away,
                           env=os.environ | ALLOCATOR)  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    linear, pairs = json.loads(done.stdout)
-    return dict(zip(map(name, CASES), linear)) | dict(zip(PAIR_CASES, pairs))
+    linear, pairs, filtered = json.loads(done.stdout)
+    return (
+        dict(zip(map(name, CASES), linear)) | dict(zip(PAIR_CASES, pairs)) | dict(zip(map(str, FILTER_CASES), filtered))
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
@@ -111,6 +141,11 @@ def test_the_peak_keeps_to_the_budget(peaks, case):
 def test_a_loss_by_whole_pairs_keeps_to_the_budget(peaks, case):
     """2,000 tokens in ten pairs: what is kept from the forward to the backward is in it."""
     assert peaks[case] <= case[2] + SLACK, f"{peaks[case] / MIB:.0f} MiB above inputs, outputs and gradients"
+
+
+@pytest.mark.parametrize("case", FILTER_CASES, ids=str)
+def test_what_a_filter_keeps_is_in_the_budget(peaks, case):
+    assert peaks[str(case)] <= case[1] + SLACK, f"{peaks[str(case)] / MIB:.0f} MiB above inputs, outputs and gradients"
 
 
 @pytest.mark.parametrize("backend", sorted({case[0] for case in CASES}))
