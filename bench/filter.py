@@ -28,6 +28,7 @@ EXACT, AUTO, CUT = "exact", 'grad_filter="auto"', "grad_filter=2**-14"
 WAYS = {EXACT: None, AUTO: "auto", CUT: 2.0**-14}
 IN = {"fp32": (EXACT, CUT), "bf16": (EXACT, AUTO)}  # in fp32 "auto" is exact
 BUDGET = "4GiB"
+PARTS = ("times", "peers", "errors")
 FLAT = 0.02  # times a real model's hidden states: their logits are nearly all the same
 
 
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="completion tokens (default 1000)")
     parser.add_argument("--rounds", type=int, default=7, help="runs per row, median taken (default 7)")
     parser.add_argument("--error-tokens", type=int, default=256, help="tokens for errors (default 256): bf16 is slow")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some of the parts (default: all)")
     record.add_out(parser)
     args = parser.parse_args()
     results, out = record.begin(args.out, "filter", machine())
@@ -157,10 +159,11 @@ def main() -> None:
     for name in MODELS[:1] if args.quick else MODELS:
         states = load(name, args.tokens)
         print(f"{name}: {len(states.labels)} positions, {int((states.labels != IGNORE).sum())} completion tokens")
-        results.add(times(states, rounds))
-        results.add(peers(states, rounds))
-        results.add(errors(states, args.error_tokens))
-    results.save(out)
+        parts = {"times": (times, rounds), "peers": (peers, rounds), "errors": (errors, args.error_tokens)}
+        for part in args.parts:
+            measure, size = parts[part]
+            results.add(measure(states, size))
+            results.save(out)  # a part takes minutes
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def linear_logprob_backward(
     Returns:
         With ``skip``, the mass sum_v p_v that was dropped, [tokens of ``chunks``].
     """
-    hidden, weight, _, positions, labels, transform = problem
+    hidden, weight, _, positions, labels, transform = problem[:6]
     sums, grad_weight, grad_bias = grads[:3]
     n_vocab, n_hidden = weight.shape
     offsets = element_offsets(hidden, positions)

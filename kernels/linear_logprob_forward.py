@@ -71,7 +71,7 @@ def linear_logprob_forward(problem: Problem, stats: Tensor, extra: bool, program
         extra: the optional statistics are wanted, too.
         programs: how many keep the device busy.
     """
-    hidden, weight, _, positions, labels, transform = problem
+    hidden, weight, _, positions, labels, transform = problem[:6]
     offsets, bias = element_offsets(hidden, positions), problem.wide_bias()
     n, (n_vocab, n_hidden) = labels.numel(), weight.shape
     dtype, DOT = dot_dtype(hidden, weight)

@@ -64,7 +64,7 @@ class GpuPasses(TorchPasses):
         # Here and not above: Triton is loaded by those who run it.
         from dpofast.kernels.linear_keep import Partials, linear_keep, pack_tokens, seal, tiles
 
-        hidden, weight, _, positions, labels, (temperature, logit_scale, _) = problem
+        hidden, weight, _, positions, labels, (temperature, logit_scale, _) = problem[:6]
         n, device, scale = problem.n_tokens, hidden.device, logit_scale / temperature
         if hidden.stride(-1) != 1:
             hidden, positions = take(hidden, positions), torch.arange(n, device=device)
