@@ -178,22 +178,6 @@ def filter_table(results: Results) -> str:
     return table(("forward + backward", *models), cells)
 
 
-def filter_training_table(results: Results) -> str:
-    rows = []
-    for case in dict.fromkeys(r.case for r in results.records):
-        of = {r.metric: r.value for r in results.where(case=case)}
-        apart = of.pop("mean distance of the loss's curve from exact", None)
-        rows.append((case, *(f"{x:.4f}" for x in of.values()), "-" if apart is None else f"{apart:.4f}"))
-    header = (
-        "run",
-        "loss of the last 20 steps",
-        "held-out loss",
-        "held-out margin",
-        "mean distance of the loss's curve",
-    )
-    return table(header, rows)
-
-
 def pairs_table(results: Results) -> str:
     rows = []
     for r in results.where(provider="ordinary"):
@@ -205,7 +189,7 @@ def pairs_table(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
-    "filter": filter_table, "filter_training": filter_training_table, "pairs": pairs_table, "prompt": prompt_table,
+    "filter": filter_table, "pairs": pairs_table, "prompt": prompt_table,
 }  # fmt: skip
 
 
