@@ -10,93 +10,63 @@ without AVX512-BF16 nothing in PyTorch is faster. Errors are those of the gradie
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 import dpofast
-from dpofast import grad_filter
 from dpofast.bench import record
-from dpofast.bench.measure import DTYPES, error, exact, first_line, machine, seconds
+from dpofast.bench.measure import DTYPES, error, exact, first_line, in_turns, machine, row_error
 from dpofast.bench.providers import PEERS, Products, ours, plain_logps, training_step
 from dpofast.bench.record import Record
-from dpofast.bench.workloads import IGNORE, MODELS, States, load
+from dpofast.bench.workloads import MODELS, States, load
 
-EXACT, AUTO, CUT = "exact", 'grad_filter="auto"', "grad_filter=2**-14"
-WAYS = {EXACT: None, AUTO: "auto", CUT: 2.0**-14}
-IN = {"fp32": (EXACT, CUT), "bf16": (EXACT, AUTO)}  # in fp32 "auto" is exact
+AUTO, CUT = 'grad_filter="auto"', "grad_filter=2**-14"
+FILTERS = {"fp32": (CUT, 2.0**-14), "bf16": (AUTO, "auto")}  # in fp32 "auto" is exact
+CUTS = (12, 14, 16, 18, 24)  # 2**-12 and so on
 BUDGET = "4GiB"
-PARTS = ("times", "peers", "errors")
 FLAT = 0.02  # times a real model's hidden states: their logits are nearly all the same
 
 
-def base(states: States, dtype: str) -> Record:
+def base(states: States, dtype: str, **facts) -> Record:
     backend = dpofast.plan(8, 8, 8, dtype, backend="cpu").backend
-    facts = Record("filter", workload=states.name, shape=states.shape, provider="dpofast", backend=backend, dtype=dtype)
-    return facts._replace(head="trained")
+    of = Record("filter", workload=states.name, shape=states.shape, provider="dpofast", backend=backend, dtype=dtype)
+    return of._replace(head="trained")._replace(**facts)
 
 
 def times(states: States, rounds: int) -> Iterator[list[Record]]:
     hidden, labels = states.completion
     products = Products(hidden, states.weight).first(3)
-    for dtype, ways in IN.items():
+    for dtype, (name, value) in FILTERS.items():
         h, w = hidden.to(DTYPES[dtype]), states.weight.to(DTYPES[dtype])
-        runs = {
-            base(states, dtype)._replace(case=way, head=head): training_step(
-                ours(memory_budget=BUDGET, grad_filter=WAYS[way]), h, w, labels, head == "trained"
-            )[0]
-            for way in ways
-            for head in ("trained", "frozen")
-        }
-        yield from _against(runs, products, rounds)
-        flat = {way: training_step(ours(grad_filter=WAYS[way]), h * FLAT, w, labels)[0] for way in ways}
-        took = _in_turns(flat, rounds)
-        ratio = statistics.median(b / a for a, b in zip(took[EXACT], took[ways[1]], strict=True))
-        yield [base(states, dtype)._replace(case=f"{ways[1]}, flat states").of("time / exact", ratio)]
+        for head in ("trained", "frozen"):
+            for case, how in (("exact", None), (name, value)):
+                run, _ = training_step(ours(memory_budget=BUDGET, grad_filter=how), h, w, labels, head == "trained")
+                yield in_turns(run, products, rounds).records(base(states, dtype, case=case, head=head))
+        filtered, same = (
+            training_step(ours(memory_budget=BUDGET, grad_filter=how), h * FLAT, w, labels)[0] for how in (value, None)
+        )
+        facts = base(states, dtype, case=f"{name}, flat states")
+        yield in_turns(filtered, same, rounds, warm=2).records(facts, base="exact")
         dpofast.empty_cache()
 
 
 def peers(states: States, rounds: int) -> Iterator[list[Record]]:
     """In fp32, as their users call them: TRL on every position, cut-cross-entropy told which tokens count."""
-    packed, packed_labels = states.completion
-    products = Products(packed, states.weight).first(3)
-    for name, hidden, labels in (
-        ("cut-cross-entropy", packed, packed_labels),
-        ("TRL", states.hidden, states.labels),
-    ):
-        facts = base(states, "fp32")._replace(provider=name, backend="")
+    products = Products(states.completion[0], states.weight).first(3)
+    for name, inputs in (("cut-cross-entropy", states.completion), ("TRL", (states.hidden, states.labels))):
+        facts = base(states, "fp32", provider=name, backend="")
+        hidden, labels = inputs
         run, _ = training_step(PEERS[name], hidden, states.weight, labels)
         try:
-            yield from _against({facts: run}, products, max(2, rounds // 3))
+            yield in_turns(run, products, max(2, rounds // 3)).records(facts)
         except (ImportError, AttributeError, RuntimeError, TypeError) as failure:
             yield [facts._replace(metric="time / products", failed=first_line(failure))]
 
 
-def _against(runs, products, rounds: int) -> Iterator[list[Record]]:
-    took = _in_turns({None: products} | runs, rounds)
-    for facts in runs:
-        ratios = [b / a for a, b in zip(took[None], took[facts], strict=True)]
-        quartiles = statistics.quantiles(ratios)
-        yield [
-            facts.of("time / products", statistics.median(ratios), spread=(quartiles[2] - quartiles[0]) / 2),
-            facts.of("time", statistics.median(took[facts]), "s"),
-        ]
-
-
-def _in_turns(runs, rounds: int) -> dict:
-    took = {name: [] for name in runs}
-    for i in range(rounds + 1):  # the first is a warm-up
-        for name, run in runs.items():
-            one = seconds(run)
-            if i:
-                took[name].append(one)
-    return took
-
-
 def errors(states: States, n: int) -> Iterator[list[Record]]:
-    """Of the first n tokens, as shares of plain PyTorch's in the same dtype; and whether they lean to a side."""
+    """Of "auto" in bf16, as shares of plain PyTorch's in bf16; and whether they lean to a side."""
     hidden, labels = (x[:n] for x in states.completion)
     hidden, weight = hidden.bfloat16(), states.weight.bfloat16()
     _, *want = exact(hidden, weight, labels, torch.ones(n, dtype=torch.float64))
@@ -104,45 +74,58 @@ def errors(states: States, n: int) -> Iterator[list[Record]]:
         _off(provider, hidden, weight, labels, want)
         for provider in (lambda h, w, y: plain_logps(h, w, y).sum(), ours(grad_filter="auto"))
     )
-    facts = base(states, "bf16")._replace(case=AUTO, shape=(n, *states.shape[1:]))
-    yield [
-        facts.of(f"{name} / plain PyTorch", filtered[name] / plain[name]) for name in plain if name.startswith("error")
-    ]
+    facts = base(states, "bf16", case=AUTO, shape=(n, *states.shape[1:]))
+    yield [facts.of(f"{name} / plain PyTorch", filtered[name] / x) for name, x in plain.items() if "signed" not in name]
     yield [facts.of(name, x) for name, x in filtered.items()]
-    beside = facts._replace(provider="plain PyTorch", backend="", case="")
-    yield [beside.of(name, x) for name, x in plain.items()]
-    out = dpofast.linear_logprob(
-        hidden, weight.detach().requires_grad_(), labels, grad_filter="auto", outputs=("dropped_mass",)
-    )
-    share = out.dropped_mass / -out.logps.detach().expm1()
-    yield [facts.of("dropped share, mean", share.mean().item()), facts.of("dropped share, largest", share.max().item())]
-    yield [facts.of("entries kept, share", _kept(hidden, weight, labels))]
+    yield [facts._replace(provider="plain PyTorch", backend="", case="").of(name, x) for name, x in plain.items()]
 
 
 def _off(provider, hidden: Tensor, weight: Tensor, labels: Tensor, want: list[Tensor]) -> dict[str, float]:
     run, (h, w) = training_step(provider, hidden, weight, labels)
     run()
     rows = (h.grad.double() - want[0]).norm(dim=-1) / want[0].norm(dim=-1)
-    # Of each token, or row of the vocabulary: entries of one are not independent.
-    signed = {
-        "d hidden": (h.grad.double() - want[0]).mean(-1) / want[0].abs().mean(),
-        "d weight": (w.grad.double() - want[1]).mean(-1) / want[1].abs().mean(),
-    }
-    means = {f"signed error of {name}, mean": x.mean().item() for name, x in signed.items()}
-    of = {f"signed error of {name}, standard error": (x.std() / len(x) ** 0.5).item() for name, x in signed.items()}
-    return {
-        "error of d hidden, mean": rows.mean().item(),
-        "error of d hidden, p99": rows.quantile(0.99).item(),
-        "error of d weight": error(w.grad, want[1]),
-    } | dict(sorted((means | of).items()))
+    found = {"error of d hidden, mean": rows.mean(), "error of d hidden, p99": rows.quantile(0.99)}
+    found["error of d weight"] = torch.tensor(error(w.grad, want[1]))
+    for name, grad, exactly in (("d hidden", h.grad, want[0]), ("d weight", w.grad, want[1])):
+        # The mean of a token's, or of a row's: entries of one are not independent.
+        signed = (grad.double() - exactly).mean(-1) / exactly.abs().mean()
+        found[f"signed error of {name}, mean"] = signed.mean()
+        found[f"signed error of {name}, standard error"] = signed.std() / len(signed) ** 0.5
+    return {name: x.item() for name, x in found.items()}
 
 
-def _kept(hidden: Tensor, weight: Tensor, labels: Tensor) -> float:
+def cuts(states: States, n: int) -> Iterator[list[Record]]:
+    """What cuts keep and drop in fp32, and the error of d hidden, with the dropped mass given back and without."""
+    hidden, labels = (x[:n] for x in states.completion)
+    logps, want, _ = exact(hidden, states.weight, labels, torch.ones(n, dtype=torch.float64))
+    mean_row = states.weight.mean(0)
+    for exponent in CUTS:
+        h = hidden.detach().requires_grad_()
+        out = dpofast.linear_logprob(h, states.weight, labels, grad_filter=2.0**-exponent, outputs=("dropped_mass",))
+        out.logps.sum().backward()
+        left_out = h.grad + out.dropped_mass.unsqueeze(1) * mean_row
+        share = out.dropped_mass / -logps.expm1()
+        facts = base(states, "fp32", suite="cuts", case=f"2^-{exponent}", shape=(n, *states.shape[1:]))
+        yield [
+            facts.of("entries kept, share", _kept(hidden, states.weight, labels, 2.0**-exponent)),
+            facts.of("tokens that drop nothing, share", (out.dropped_mass == 0).double().mean().item()),
+            facts.of("dropped share, mean", share.mean().item()),
+            facts.of("dropped share, largest", share.max().item()),
+            facts.of("error, given back", row_error(h.grad, want)),
+            facts.of("error, left out", row_error(left_out, want)),
+        ]
+
+
+def _kept(hidden: Tensor, weight: Tensor, labels: Tensor, cut: float) -> float:
+    """The share of entries above a cut."""
     kept = 0
-    for h, y in zip(hidden.float().split(32), labels.split(32)):
-        others = (h @ weight.float().T).softmax(-1).scatter_(1, y.unsqueeze(1), 0.0)
-        kept += (others > grad_filter.AUTO[torch.bfloat16] * others.sum(1, keepdim=True)).sum().item()
+    for h, y in zip(hidden.split(32), labels.split(32)):
+        others = (h @ weight.T).softmax(-1).scatter_(1, y.unsqueeze(1), 0.0)
+        kept += (others > cut * others.sum(1, keepdim=True)).sum().item()
     return kept / (len(hidden) * len(weight))
+
+
+PARTS = {"times": times, "peers": peers, "errors": errors, "cuts": cuts}
 
 
 def main() -> None:
@@ -151,18 +134,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="completion tokens (default 1000)")
     parser.add_argument("--rounds", type=int, default=7, help="runs per row, median taken (default 7)")
     parser.add_argument("--error-tokens", type=int, default=256, help="tokens for errors (default 256): bf16 is slow")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="some of the parts (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them (default: all)")
     record.add_out(parser)
     args = parser.parse_args()
     results, out = record.begin(args.out, "filter", machine())
     rounds = 3 if args.quick else args.rounds
     for name in MODELS[:1] if args.quick else MODELS:
         states = load(name, args.tokens)
-        print(f"{name}: {len(states.labels)} positions, {int((states.labels != IGNORE).sum())} completion tokens")
-        parts = {"times": (times, rounds), "peers": (peers, rounds), "errors": (errors, args.error_tokens)}
+        print(f"{name}: {len(states.labels)} positions, {args.tokens} completion tokens", flush=True)
         for part in args.parts:
-            measure, size = parts[part]
-            results.add(measure(states, size))
+            results.add(PARTS[part](states, rounds if part in ("times", "peers") else args.error_tokens))
             results.save(out)  # a part takes minutes
 
 

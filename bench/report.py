@@ -5,7 +5,7 @@
     dpofast bench report FILE...        prints the tables of these files
 
 A table stands between ``<!-- results: <file of bench/results/> -->`` and ``<!-- end -->``; so a run on another machine
-gets a table of its own by a line in README. A test runs the check.
+gets a table of its own by a line in README. ``file#suite`` is that of one suite in a file. A test runs the check.
 """
 
 from __future__ import annotations
@@ -165,17 +165,23 @@ def prompt_table(results: Results) -> str:
 
 def filter_table(results: Results) -> str:
     """A row for each number, a column for each model."""
-    models = [model for model in MODELS if results.where(workload=model)]
+    shown = [r for r in results.where(suite="filter") if " / " in r.metric]
+    models = [model for model in MODELS if any(r.workload == model for r in shown)]
     rows = {}
-    for r in results.records:
-        if r.metric == "time" or r.metric.startswith("error of"):  # seconds; and errors that are shares below
-            if not r.metric.endswith("plain PyTorch"):
-                continue
+    for r in shown:
         what = ", ".join(filter(None, (r.provider, r.dtype, r.case, "head frozen" * (r.head == "frozen"), r.metric)))
-        digits = "failed" if r.failed else f"{r.value:.2f}" if r.value >= 0.1 else f"{r.value:.1e}"
-        rows.setdefault(what, {})[r.workload] = digits
+        rows.setdefault(what, {})[r.workload] = "failed" if r.failed else f"{r.value:.2f}"
     cells = ((what, *(of.get(model, "-") for model in models)) for what, of in rows.items())
     return table(("forward + backward", *models), cells)
+
+
+def cuts_table(results: Results) -> str:
+    """A row for each model and cut, a column for each number."""
+    rows = {}
+    for r in results.where(suite="cuts"):
+        rows.setdefault((r.workload, r.case), {})[r.metric] = f"{r.value:.2g}"
+    header = next(iter(rows.values()))
+    return table(("model", "cut", *header), ((*which, *of.values()) for which, of in rows.items()))
 
 
 def pairs_table(results: Results) -> str:
@@ -189,20 +195,21 @@ def pairs_table(results: Results) -> str:
 
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
-    "filter": filter_table, "pairs": pairs_table, "prompt": prompt_table,
+    "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
 }  # fmt: skip
 
 
-def table_of(results: Results) -> str:
-    """The table of the first suite in a file that has one."""
-    return next(TABLES[r.suite] for r in results.records if r.suite in TABLES)(results)
+def table_of(results: Results, suite: str = "") -> str:
+    """The table of a suite; of the first in a file that has one."""
+    return TABLES[suite or next(r.suite for r in results.records if r.suite in TABLES)](results)
 
 
 def with_tables(text: str, load: Callable[[str], Results] = lambda file: read(RESULTS / file)) -> str:
     """A page's text with every table made anew."""
 
     def fill(m: re.Match) -> str:
-        lines = table_of(load(m.group(3))).splitlines(keepends=True)
+        file, _, suite = m.group(3).partition("#")
+        lines = table_of(load(file), suite).splitlines(keepends=True)
         return m.group(1) + m.group(2) + "".join(m.group(1) + line for line in lines) + m.group(4)
 
     return MARKER.sub(fill, text)

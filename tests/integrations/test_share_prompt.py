@@ -805,6 +805,8 @@ def test_answers_are_a_number_of_blocks():
     ):
         with pytest.raises(kind, match=message):
             models.patch_share_prompt(model, answers=answers)
+    with pytest.raises(ValueError, match="answers: got 4 without share_prompt"):
+        models.model_logprob(model, inputs, labels, answers=4)
     assert "forward" not in vars(model.model)
     message = r"input_ids: got shape \(4, 27\), expected \[3B, T\], rows \[answers 1; ...; answers 3\]"
     with pytest.raises(ValueError, match=message):

@@ -85,6 +85,8 @@ static void check_selections() {
       FloatVec::store(raised, FloatVec::raise(x, y, 8));
       FloatVec::store(finite, FloatVec::finite_max(x));
       for (int lane = 0; lane < W; ++lane) {
+        const bool greater = FloatVec::greater(x, y) >> lane & 1;
+        if (greater != (a[lane] > b[lane])) fail("greater", a[lane], b[lane], greater, a[lane] > b[lane]);
         const float larger = a[lane] > b[lane] ? a[lane] : b[lane], moved = b[lane] > a[lane] + 8 ? b[lane] : a[lane];
         const float known = a[lane] == -INFINITY ? 0 : a[lane];
         if (!same(max[lane], larger)) fail("max", a[lane], b[lane], max[lane], larger);

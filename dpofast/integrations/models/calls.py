@@ -55,16 +55,19 @@ def model_logprob(
         temperature, options: as in `linear_logprob`, but bias, logit_scale and softcap, which are the model's.
         share_prompt: run what row i and row i + B begin with once, as the context `share_prompt` does; for a batch
             ``[chosen; rejected]`` of 2B rows, or
-        answers: so many blocks of rows.
+        answers: so many blocks of rows; of share_prompt only.
 
     Returns:
         `ModelLogprobOutput` of tensors ``[B, T - 1]``: position t is the log-probability of label t + 1. Of a mixture
         of experts with ``output_router_logits``, aux_loss as well, for you to add to your loss with its coefficient.
 
     Raises:
-        ValueError, TypeError: as `head_inputs` and `linear_logprob`; with share_prompt, as `share_prompt`.
+        ValueError, TypeError: as `head_inputs` and `linear_logprob`; with share_prompt, as `share_prompt`; answers
+            without share_prompt.
     """
     _refuse_transform(options)
+    if answers != 2 and not share_prompt:
+        raise ValueError(f"answers: got {answers} without share_prompt, whose option it is; pass share_prompt=True")
 
     def compute(head: HeadInputs, targets: Tensor) -> ModelLogprobOutput:
         out = linear_logprob(
