@@ -1,0 +1,98 @@
+"""The trained model: loaded, with a LoRA or without, wrapped for several ranks, and saved as its library does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dpofast.checks import wrong
+from dpofast.train.config import Config
+from dpofast.train.ranks import Ranks
+
+_DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "p")
+
+
+def load_tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_existing("model", folder), local_files_only=True)
+
+
+def load(folder: str, config: Config, argument: str = "model") -> nn.Module:
+    """A model of Transformers in eval mode, in fp32; frozen weights under autocast are bf16."""
+    from transformers import AutoModelForCausalLM
+
+    halved = config.precision == "bf16" and config.lora_rank > 0
+    dtype = torch.bfloat16 if halved else torch.float32
+    path = _existing(argument, folder)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+def trained(config: Config, checkpoint: Path | None) -> nn.Module:
+    """The model to train, as it begins or as ``checkpoint`` has it."""
+    if config.lora_rank == 0:
+        model = load(config.model if checkpoint is None else str(checkpoint), config)
+    else:
+        model = _with_adapter(load(config.model, config), config, checkpoint)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.lora_rank:
+            model.enable_input_require_grads()
+    model.train()
+    if not config.dropout:
+        _without_dropout(model)
+    return model
+
+
+def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """What is called in training: the model, on several ranks in DistributedDataParallel."""
+    model.to(ranks.device)
+    return DistributedDataParallel(model) if ranks.world > 1 else model
+
+
+def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Save the model as Transformers does, or its adapter as PEFT does, and the tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _with_adapter(base: nn.Module, config: Config, checkpoint: Path | None) -> nn.Module:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if checkpoint is not None:
+        return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+    targets = config.lora_targets
+    return get_peft_model(
+        base,
+        LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+            lora_dropout=config.lora_dropout,
+            target_modules=targets[0] if targets == ["all-linear"] else targets,
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """Turn off all dropout but that of a LoRA, which has an option of its own."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        for attribute in _DROPOUT:
+            if isinstance(vars(module).get(attribute), float):
+                setattr(module, attribute, 0.0)
+
+
+def _existing(argument: str, folder: str) -> str:
+    if not (Path(folder) / "config.json").is_file():
+        raise wrong(argument, repr(folder), "a folder with a config.json, as save_pretrained writes it")
+    return folder
