@@ -57,7 +57,6 @@ class Config:
 
     eval_data: list[str] = _option([], "files of preferences held out: evaluated, never trained on")
     max_length: int = _option(1024, "tokens of prompt and answer together; what is longer is cut", AT_LEAST_1)
-    on_error: str = _option("error", "a bad record: error stops, skip counts and lists it", _of("error", "skip"))
 
     loss_type: list[str] = _option(["sigmoid"], "the loss, or several that are added up")
     loss_weights: list[float] = _option([], "their weights; default 1 each")

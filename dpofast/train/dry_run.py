@@ -14,8 +14,9 @@ from dpofast.integrations.models.head import find
 from dpofast.plan.report import plan
 from dpofast.train import model, ranks
 from dpofast.train.config import Config
+from dpofast.train.engine import steps_of
 from dpofast.train.feed import Feed
-from dpofast.train.objective import PairObjective
+from dpofast.train.objective import objective_of
 
 MIB = 1 << 20
 
@@ -23,8 +24,8 @@ MIB = 1 << 20
 def dry_run(config: Config) -> str:
     """A page of what `dpofast.train.run.train` would do with this configuration on one rank; nothing is written."""
     here = ranks.start(config.device)
-    feed = Feed(config, here)
-    objective = PairObjective(config)
+    objective = objective_of(config)
+    feed = Feed(config, here, objective.answers, objective.has_kl)
     policy = model.trained(config, None).to(here.device)
     batch = feed.step()[0].to(here.device)
     references = torch.zeros(len(batch.labels), device=here.device) if objective.needs_reference else None
@@ -44,7 +45,7 @@ def dry_run(config: Config) -> str:
     train()  # the first makes the gradients, and whatever else is made once
     memory = _peak(train, here.device)
     seconds, without_gradient = _seconds(train, here.device), _seconds(score, here.device)
-    steps = config.steps or max(1, round(config.epochs * feed.records / config.batch_size))
+    steps = steps_of(config, feed.records)
     times = {
         "reference": feed.all_batches * without_gradient * objective.needs_reference,
         "training": steps * math.ceil(config.batch_size / config.micro_batch) * seconds,

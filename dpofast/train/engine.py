@@ -17,7 +17,7 @@ from torch import Tensor
 from dpofast.train import checkpoint, log, model, state
 from dpofast.train.config import Config
 from dpofast.train.feed import Feed
-from dpofast.train.objective import PairObjective, Scored
+from dpofast.train.objective import Scored, objective_of
 from dpofast.train.ranks import Ranks
 from dpofast.train.references import References
 from dpofast.train.report import mean_and_error, share_and_error
@@ -50,12 +50,13 @@ class Context(NamedTuple):
 class Training:
     """One training, on this rank: what is trained, on what, how far it is."""
 
-    def __init__(self, config: Config, context: Context, feed: Feed, identity: Mapping[str, Any]) -> None:
-        self.config, self.feed, self.identity = config, feed, identity
+    def __init__(self, config: Config, context: Context, identity: Mapping[str, Any]) -> None:
+        self.config, self.identity = config, identity
         self.ranks, self.screen, self.stop = context
         self.out, self.root = Path(config.out), Path(config.out) / "checkpoints"
-        self.objective = PairObjective(config)
-        self.total = config.steps or max(1, round(config.epochs * feed.records / config.batch_size))
+        self.objective = objective_of(config)
+        self.feed = Feed(config, self.ranks, self.objective.answers, self.objective.has_kl)
+        self.total = steps_of(config, self.feed.records)
         self.position = state.Position()
         self.resumed = self._find_checkpoint()
         self.saved = self.position.step if self.resumed else -1
@@ -218,13 +219,15 @@ class Training:
         self._advance(entry, tokens, time.perf_counter() - began)
 
     def _metrics(self, scored: Sequence[Scored], sizes: Sequence[int], tokens: int) -> tuple[dict[str, float], int]:
-        """Means over the records of the step on all ranks, and its tokens."""
+        """Means over the records of the step on all ranks that have a number, and its tokens."""
         names = list(scored[0].values)
-        loss = sum(each.loss.detach().double() * size for each, size in zip(scored, sizes)).cpu()
-        sums = [sum(each.values[name].double().sum() for each in scored).cpu() for name in names]
-        total = self.ranks.sum(torch.stack([loss, *sums, torch.tensor(float(tokens), dtype=torch.float64)]))
-        means = (total[:-1] / self.config.batch_size).tolist()
-        return dict(zip(("loss", *names), means)), int(total[-1])
+        columns = [torch.cat([each.values[name].double() for each in scored]).cpu() for name in names]
+        loss = sum(each.loss.item() * size for each, size in zip(scored, sizes))
+        sums = [loss, *(column.nansum().item() for column in columns), float(tokens)]
+        counts = [float(sum(sizes)), *(float((~column.isnan()).sum()) for column in columns)]
+        total = self.ranks.sum(torch.tensor([*sums, *counts], dtype=torch.float64)).tolist()
+        means = {name: x / n for name, x, n in zip(("loss", *names), total, total[len(sums) :]) if n}
+        return means, int(total[len(names) + 1])
 
     def _advance(self, entry: dict[str, float], tokens: int, seconds: float) -> None:
         p = self.position
@@ -232,7 +235,8 @@ class Training:
         self._write({"step": p.step, **entry, "tokens": p.tokens, "seconds": seconds, "tokens/s": tokens / seconds})
         note = f"loss {entry['loss']:.4f}"
         if "rewards/margins" in entry:
-            note += f"  margin {entry['rewards/margins']:+.3f}  accuracy {entry['rewards/accuracies']:.0%}"
+            note += f"  margin {entry['rewards/margins']:+.3f}"
+        note += f"  accuracy {entry['rewards/accuracies']:.0%}"
         self.screen.advance(p.step, f"{note}  lr {entry['learning_rate']:.1e}  {tokens / seconds:,.0f} tokens/s")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -276,7 +280,7 @@ class Training:
                     mine = {name: x.tolist() for name, x in {"loss": scored.loss, **scored.values}.items()}
                 for part in self.ranks.gathered(mine):
                     for name, values in part.items():
-                        found.setdefault(name, []).extend(values)
+                        found.setdefault(name, []).extend(x for x in values if not math.isnan(x))
                 if self.ranks.any(bool(self.stop)):
                     return None
             return found
@@ -321,6 +325,11 @@ class Training:
     def _autocast(self):
         on = self.config.precision == "bf16"
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=on)
+
+
+def steps_of(config: Config, records: int) -> int:
+    """How many steps a training on so many records takes."""
+    return config.steps or max(1, round(config.epochs * records / config.batch_size))
 
 
 def _in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ _DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "resid_dropout
 def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(_existing("model", folder), local_files_only=True)
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise wrong("model", repr(folder), "a folder with a tokenizer, as save_pretrained writes it")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load(folder: str, config: Config, argument: str = "model") -> nn.Module:
@@ -30,6 +33,17 @@ def load(folder: str, config: Config, argument: str = "model") -> nn.Module:
     dtype = torch.bfloat16 if halved else torch.float32
     path = _existing(argument, folder)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True).eval()
+
+
+def load_trained(folder: str, argument: str) -> nn.Module:
+    """A model in fp32 and eval mode, or one with the LoRA whose adapter is in ``folder``."""
+    adapter = Path(folder) / "adapter_config.json"
+    if not adapter.is_file():
+        return load(folder, Config(), argument)
+    from peft import PeftModel
+
+    base = load(json.loads(adapter.read_text())["base_model_name_or_path"], Config(), argument)
+    return PeftModel.from_pretrained(base, folder).eval()
 
 
 def trained(config: Config, checkpoint: Path | None) -> nn.Module:

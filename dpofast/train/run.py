@@ -13,7 +13,6 @@ from dpofast.train import log, ranks, report
 from dpofast.train.checkpoint import sha256
 from dpofast.train.config import Config
 from dpofast.train.engine import Context, Outcome, Training
-from dpofast.train.feed import Feed
 from dpofast.train.references import combined, model_identity
 from dpofast.train.stop import asked_by_signals
 
@@ -42,10 +41,10 @@ def train(config: Config) -> Outcome:
             if here.first:
                 out.mkdir(parents=True, exist_ok=True)
             identity = {**here.of_first(lambda: identity_of(config)), "world": here.world}
-            feed = Feed(config, here)
-            outcome = Training(config, Context(here, screen, stop), feed, identity).run()
+            training = Training(config, Context(here, screen, stop), identity)
+            outcome = training.run()
         if here.first:
-            finish(config, outcome, feed, here.world)
+            finish(training, outcome)
             screen.say(f"{outcome}. The model is in {out / 'last'}; see {out / 'summary.md'}")
         return outcome
     finally:
@@ -65,11 +64,12 @@ def identity_of(config: Config) -> dict[str, str]:
     }
 
 
-def finish(config: Config, outcome: Outcome, feed: Feed, world: int) -> None:
+def finish(training: Training, outcome: Outcome) -> None:
     """Write the summary and the picture."""
-    out, entries = Path(config.out), log.read(Path(config.out) / "log.jsonl")
+    config, out = training.config, training.out
+    entries = log.read(out / "log.jsonl")
     steps = [entry for entry in entries if "loss" in entry]
-    facts: dict[str, Any] = {"ended": outcome, "records": feed.records, "ranks": world}
+    facts: dict[str, Any] = {"ended": outcome, "records": training.feed.records, "ranks": training.ranks.world}
     if steps:
         seconds = sum(entry["seconds"] for entry in steps)
         facts["tokens"] = f"{steps[-1]['tokens']:,} in {seconds:,.0f} s of training"
