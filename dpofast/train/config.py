@@ -25,8 +25,9 @@ POSITIVE: Check = ("more than 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE: Check = ("0 or more", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Check = ("1 or more", lambda x: x >= 1)
 SHARE: Check = ("a number in [0, 1)", lambda x: 0 <= x < 1)
-FREE_TO_CHANGE = ("out", "keep", "tensorboard", "picture", "resume")
-"""Options that a resumed run may have otherwise: they do not change its parameters."""
+FREE_TO_CHANGE = ("out", "save_every", "keep", "tensorboard", "picture", "resume")
+PATHS = ("model", "data", "eval_data", "reference", "references")
+"""Options that a resumed run may have otherwise. What a path leads to may not have changed: its content is hashed."""
 
 
 def _is_filter(text: str) -> bool:
@@ -77,6 +78,7 @@ class Config:
     grad_filter: str = _option("", "auto or a number: gradients of the entries that matter (docs/filter.md)", FILTER)
     memory_budget: str = _option("", "workspace of the head, such as 256MiB")
     gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
+    shard: bool = _option(False, "on several ranks: FSDP2, each with a part of the weights, in place of whole copies")
     device: str = _option("", "cpu or cuda; default cuda where there is one", _of("", "cpu", "cuda"))
 
     batch_size: int = _option(16, "records of a step, on all ranks together", AT_LEAST_1)
@@ -131,7 +133,7 @@ class Config:
     def differences(self, before: Mapping[str, Any]) -> list[str]:
         """What a run that is resumed would do otherwise, each as ``name: was X, is Y``."""
         now = self.as_dict()
-        names = [name for name in now if name not in FREE_TO_CHANGE]
+        names = [name for name in now if name not in FREE_TO_CHANGE + PATHS]
         return [f"{n}: was {before.get(n)!r}, is {now[n]!r}" for n in names if before.get(n) != now[n]]
 
 

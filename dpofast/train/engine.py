@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dpofast.train import checkpoint, log, model, state
 from dpofast.train.config import Config
@@ -62,12 +63,14 @@ class Training:
         self.saved = self.position.step if self.resumed else -1
         state.seed(config.seed)
         self.bare = model.trained(config, self.resumed)
-        self.called = model.wrapped(self.bare, self.ranks)
+        self.called = model.wrapped(self.bare, config, self.ranks)
         self.parameters = model.trained_parameters(self.bare)
         self._make_optimizer()
         self.references = self._references() if self.objective.needs_reference else None
         if self.resumed:
             self._load(state.load(self.resumed))
+        else:  # again: whether a reference was loaded meanwhile must not tell; and each rank has its own dropout
+            state.seed(config.seed + self.ranks.rank)
 
     # Where it begins
 
@@ -76,9 +79,7 @@ class Training:
         present = checkpoint.steps(self.root)
         if not self.config.resume:
             if present:
-                raise ValueError(
-                    f"out: {self.out} has a run of {present[0]} steps; pass --resume to go on, or another out"
-                )
+                raise ValueError(f"out: {self.out} has a run of {present[0]} steps; pass --resume or another out")
             return None
         found, notes = self.ranks.of_first(lambda: state.newest(self.root))
         for note in notes:
@@ -94,6 +95,8 @@ class Training:
             raise ValueError(f"resume: the run in {self.out} began otherwise ({'; '.join(changed)}); put that back, or "
                              "begin another out")  # fmt: skip
         self.position = state.position_of(kept)
+        if self.ranks.first:
+            self._point(found)
         self.screen.say(f"going on after step {self.position.step}, from {found}")
         return found
 
@@ -107,7 +110,7 @@ class Training:
         self.scheduler = get_scheduler(c.schedule, self.optimizer, warmup, self.total)
 
     def _load(self, kept: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(kept["optimizer"])
+        model.load_optimizer(self.called, self.optimizer, kept["optimizer"])
         self.scheduler.load_state_dict(kept["scheduler"])
         self.feed.load_state_dict(kept["feed"])
         state.set_random_numbers(kept["random"][self.ranks.rank])
@@ -119,9 +122,7 @@ class Training:
         path = Path(self.config.references or self.out / "references.bin")
         names = ("reference", "data", "encoding", "precision")
         identity = {name: self.identity[name] for name in names}
-        if self.ranks.first:
-            References(path, identity)  # made here, before another rank reads it
-        self.ranks.barrier()
+        self.ranks.of_first(lambda: len(References(path, identity)))  # made or refused before another rank reads it
         kept = References(path, identity, writes=self.ranks.first)
         if self.resumed is None or len(kept) == 0:
             self._score_reference(kept)
@@ -198,14 +199,14 @@ class Training:
         scored, tokens = [], 0
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
-            alone = contextlib.nullcontext() if last or self.ranks.world == 1 else self.called.no_sync()
-            with alone:
+            with contextlib.nullcontext() if last else model.without_exchange(self.called):
                 with self._autocast():
                     scored.append(self.objective.score(self.called, batch, self._ref_logps(batch)))
                 # a rank's gradient is averaged with those of the others
                 (scored[-1].loss * (batch.records * self.ranks.world / c.batch_size)).backward()
             tokens += batch.tokens
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, c.clip or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         entry, tokens = self._metrics(scored, [batch.records for batch in batches], tokens)
         if not math.isfinite(entry["loss"]) or not norm.isfinite():
             raise FloatingPointError(
@@ -272,13 +273,12 @@ class Training:
         self.bare.eval()
         try:
             for batches in _in_groups(self.feed.held_out(), self.ranks.world):
-                mine: dict[str, list[float]] = {}
-                if self.ranks.rank < len(batches):
-                    batch = batches[self.ranks.rank].to(self.ranks.device)
-                    with self._autocast():
-                        scored = self.objective.score(self.bare, batch, self._ref_logps(batch), reduction="none")
-                    mine = {name: x.tolist() for name, x in {"loss": scored.loss, **scored.values}.items()}
-                for part in self.ranks.gathered(mine):
+                # a rank without a batch takes the last one's: where weights are sharded, all have to run
+                batch = batches[min(self.ranks.rank, len(batches) - 1)].to(self.ranks.device)
+                with self._autocast():
+                    scored = self.objective.score(self.bare, batch, self._ref_logps(batch), reduction="none")
+                mine = {name: x.tolist() for name, x in {"loss": scored.loss, **scored.values}.items()}
+                for part in self.ranks.gathered(mine)[: len(batches)]:
                     for name, values in part.items():
                         found.setdefault(name, []).extend(x for x in values if not math.isnan(x))
                 if self.ranks.any(bool(self.stop)):
@@ -291,28 +291,33 @@ class Training:
 
     def _save(self) -> None:
         random = self.ranks.gathered(state.random_numbers())
-        self.ranks.of_first(lambda: self._write_checkpoint(random))
+        whole = model.whole_state(self.called, self.optimizer)
+        self.ranks.of_first(lambda: self._write_checkpoint(random, *whole))
         self.saved = self.position.step
 
-    def _write_checkpoint(self, random: list[dict[str, Any]]) -> None:
+    def _write_checkpoint(self, random: list[Any], weights: dict[str, Any] | None, optimizer: dict[str, Any]) -> None:
         self.position.log_bytes = self.log.sync()
         kept = {
             "config": self.config.as_dict(), "identity": dict(self.identity), "position": state.as_dict(self.position),
-            "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
+            "optimizer": optimizer, "scheduler": self.scheduler.state_dict(),
             "feed": self.feed.state_dict(), "random": random,
         }  # fmt: skip
 
         def fill(folder: Path) -> None:
-            model.save(self.bare, self.feed.tokenizer, folder)
+            model.save(self.bare, weights, self.feed.tokenizer, folder)
             torch.save(kept, folder / checkpoint.STATE)
 
         step = self.position.step
         target = checkpoint.write(self.root, step, fill, self._expected_bytes())
         keep = set(checkpoint.steps(self.root)[: self.config.keep]) | {self.position.best_step}
-        state.point(self.out / "last", target)
+        self._point(target)
+        checkpoint.remove_but(self.root, {step for step in keep if step is not None})
+
+    def _point(self, last: Path) -> None:
+        """Let the links in ``out`` lead to the last checkpoint and to the best."""
+        state.point(self.out / "last", last)
         if self.position.best_step is not None:
             state.point(self.out / "best", checkpoint.folder_of(self.root, self.position.best_step))
-        checkpoint.remove_but(self.root, {step for step in keep if step is not None})
 
     def _expected_bytes(self) -> int:
         """What a checkpoint takes: the last one's size, or what is trained and AdamW's two numbers for each."""

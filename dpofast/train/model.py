@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from dpofast.checks import wrong
@@ -62,16 +71,66 @@ def trained(config: Config, checkpoint: Path | None) -> nn.Module:
     return model
 
 
-def wrapped(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """What is called in training: the model, on several ranks in DistributedDataParallel."""
+def wrapped(model: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
+    """What is called in training: the model, on several ranks in DistributedDataParallel or sharded where it is."""
     model.to(ranks.device)
-    return DistributedDataParallel(model) if ranks.world > 1 else model
+    if ranks.world == 1:
+        return model
+    if not config.shard:
+        return DistributedDataParallel(model)
+    for layer in _layers(model):
+        fully_shard(layer)
+    return fully_shard(model)
 
 
-def save(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+@contextmanager
+def without_exchange(model: nn.Module) -> Iterator[None]:
+    """Within, a backward adds up gradients on this rank alone."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """``(weights, optimizer)`` to save: those of a sharded model gathered, on the first rank; None for all weights."""
+    if not isinstance(model, FSDPModule):
+        return None, optimizer.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    if not optimizer.state:  # before the first step, where asking for it would take one
+        return weights, optimizer.state_dict()
+    return weights, get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, kept: dict[str, Any]) -> None:
+    """Go on from what `whole_state` gave for the optimizer."""
+    if not isinstance(model, FSDPModule):
+        optimizer.load_state_dict(kept)
+    elif kept["state"]:
+        set_optimizer_state_dict(model, optimizer, kept, options=StateDictOptions(full_state_dict=True))
+
+
+def save(model: nn.Module, weights: dict[str, Any] | None, tokenizer: Any, folder: Path) -> None:
     """Save the model as Transformers does, or its adapter as PEFT does, and the tokenizer."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the model's body, which Transformers calls by the name of their class."""
+    names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    """The model of Transformers inside PEFT's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

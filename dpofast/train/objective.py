@@ -78,6 +78,8 @@ class UnpairedObjective:
         needs = UNPAIRED_LOSSES[self.name].needs
         if "reward_shift" in needs:
             raise wrong("loss_type", repr(self.name), "kto or apo_zero_unpaired, which have no running mean")
+        if config.share_prompt:
+            raise wrong("share_prompt", "True", f"False: {self.name} has one answer to a prompt")
         if config.label_smoothing:
             raise wrong("label_smoothing", f"{config.label_smoothing}", f"0, for {self.name} has none")
         self.has_kl = "kl" in needs

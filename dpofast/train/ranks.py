@@ -26,10 +26,6 @@ class Ranks:
         """Whether this process writes, and talks."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in fp64."""
         values = values.detach().to("cpu" if self.device.type == "cpu" else self.device, torch.float64)

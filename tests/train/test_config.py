@@ -101,7 +101,7 @@ def test_every_default_is_good():
 
 def test_differences_name_what_changes_parameters_and_nothing_else():
     one = Config(**NEEDED)
-    assert dataclasses.replace(one, keep=3, out="x", resume=True).differences(one.as_dict()) == []
+    assert dataclasses.replace(one, keep=3, out="x", resume=True, data=["moved.jsonl"]).differences(one.as_dict()) == []
     assert dataclasses.replace(one, beta=0.3).differences(one.as_dict()) == ["beta: was 0.1, is 0.3"]
 
 

@@ -22,6 +22,8 @@ pytestmark = pytest.mark.usefixtures("quick")
 def folder(tmp_path_factory):
     """Runs on one rank, and beside them those of two."""
     folder = tmp_path_factory.mktemp("ranks")
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{40 - i}", "label": i % 3 > 0} for i in range(12)]
+    (folder / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, others in trained_ranks.WAYS.items():
         trained_ranks.run(folder, name, **others)
     assert launch.torchrun("../train/trained_ranks.py", 2, folder, str(folder)) == {"all"}
@@ -47,7 +49,8 @@ def test_two_ranks_log_the_numbers_of_one(folder, name):
 
 
 def test_a_signal_to_one_rank_stops_both_and_the_rest_has_the_same_bits(folder):
-    killed.expect_same(killed.result(folder / "ranks-signal"), killed.result(folder / "ranks-whole"))
+    for way in range(2):  # whole copies; sharded
+        killed.expect_same(killed.result(folder / f"ranks-signal{way}"), killed.result(folder / f"ranks-whole{way}"))
 
 
 def test_the_number_of_ranks_of_a_run_does_not_change(folder):

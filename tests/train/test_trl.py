@@ -17,6 +17,8 @@ from train import tiny_run
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from dpofast.bench import report, step, trainer
+from dpofast.bench.record import Results
 from dpofast.train import engine, log
 from dpofast.train.config import from_dict
 from dpofast.train.run import train
@@ -81,3 +83,14 @@ def test_losses_are_those_of_trl_for_20_steps(folder, monkeypatch, others):
         for name in NAMES:
             assert a[name] == pytest.approx(float(b[name]), rel=1e-4, abs=1e-4), (i, name)
     assert mine[-1]["loss"] < mine[0]["loss"] - 0.05, "training changed nothing, and so the comparison shows nothing"
+
+
+def test_the_benchmark_times_each_way_and_finds_the_same_losses(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "in_a_process_of_its_own", lambda work, *args: work(*args))
+    step.write_tiny(tmp_path)
+    results = Results({}, [])
+    results.add(trainer.measure(tmp_path, trainer.TINY, 3))
+    assert [r.provider for r in results.where(metric="time")] == list(trainer.WAYS)
+    assert all(r.value > 0 for r in results.where(metric="time"))
+    assert all(r.value < 1e-4 for r in results.where(metric="loss, apart from TRL"))
+    assert report.trainer_table(results).count(trainer.TINY) == len(trainer.WAYS)

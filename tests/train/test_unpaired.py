@@ -106,6 +106,7 @@ def test_kills_change_nothing(folder):
         ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["kto", "sigmoid"]}, "loss_type: got"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["bco"]}, "loss_type: got 'bco'"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"label_smoothing": 0.1}, "label_smoothing: got"),
+        ({"prompt": "w1", "completion": "w2", "label": True}, {"share_prompt": True}, "share_prompt: got True"),
         (
             {"prompt": "w1", "completion": "w2", "label": True},
             {"loss_type": ["sigmoid"]},

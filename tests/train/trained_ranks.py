@@ -20,18 +20,24 @@ from dpofast.train.run import train
 WAYS = {
     "full": {},
     "lora": {"lora_rank": 2},
+    "sharded": {"shard": True},
+    "sharded lora": {"shard": True, "lora_rank": 2, "share_prompt": True},
+    "kto": {"loss_type": ["kto"], "data": "single", "eval_data": []},
     "shared": {"share_prompt": True, "loss_type": ["sigmoid", "apo_zero"]},
 }
 
 
 def run(folder: Path, out: str, **others) -> Path:
     options = tiny_run.options(folder, **others) | {"out": str(folder / out)}
+    if options["data"] == "single":
+        options["data"] = [str(folder / "single.jsonl")]
     train(from_dict(options, "the test"))
     return folder / out
 
 
-def signalled(folder: Path) -> None:
+def signalled(folder: Path, **others) -> None:
     """A signal that comes to one rank stops both after the same step; resumed, the bits are the same."""
+    out = f"ranks-signal{len(others)}"
     real, calls = engine.Training._step, []
 
     def noted(self):
@@ -41,11 +47,11 @@ def signalled(folder: Path) -> None:
         real(self)
 
     engine.Training._step = noted
-    run(folder, "ranks-signal", dropout=True)
+    run(folder, out, dropout=True, **others)
     engine.Training._step = real
-    assert checkpoint.steps(folder / "ranks-signal" / "checkpoints")[0] == 3
-    run(folder, "ranks-signal", dropout=True, resume=True)
-    run(folder, "ranks-whole", dropout=True)
+    assert checkpoint.steps(folder / out / "checkpoints")[0] == 3
+    run(folder, out, dropout=True, resume=True, **others)
+    run(folder, out.replace("signal", "whole"), dropout=True, **others)
 
 
 def without_room(folder: Path) -> None:
@@ -72,6 +78,7 @@ if __name__ == "__main__":
     for name, others in WAYS.items():
         run(where, f"ranks-{name}", **others)
     signalled(where)
+    signalled(where, shard=True)
     without_room(where)
     if os.environ["RANK"] == "0":
         print("passed all", flush=True)
