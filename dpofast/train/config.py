@@ -58,6 +58,8 @@ class Config:
 
     eval_data: list[str] = _option([], "files of preferences held out: evaluated, never trained on")
     max_length: int = _option(1024, "tokens of prompt and answer together; what is longer is cut", AT_LEAST_1)
+    truncation: str = _option("end", "what is cut: the end of answers, or first the prompt", _of("end", "prompt"))
+    on_error: str = _option("raise", "a bad record: raise stops, skip counts and lists it", _of("raise", "skip"))
 
     loss_type: list[str] = _option(["sigmoid"], "the loss, or several that are added up")
     loss_weights: list[float] = _option([], "their weights; default 1 each")

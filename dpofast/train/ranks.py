@@ -80,4 +80,7 @@ _ENVIRONMENT = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 def leave(here: Ranks) -> None:
     """Leave the others, if `start` joined them."""
     if here.joined:
+        # gloo's threads drop the tensors of the last exchange, for which they need Python's lock, and the end of the
+        # group waits for the threads and holds that lock; here they have the time
+        dist.barrier()
         dist.destroy_process_group()

@@ -36,25 +36,28 @@ def train(config: Config) -> Outcome:
     here = ranks.start(config.check().device)
     screen = log.Screen(Console(), silent=not here.first)
     out = Path(config.out)
-    try:
-        with asked_by_signals() as stop:
-            if here.first:
-                out.mkdir(parents=True, exist_ok=True)
-            identity = {**here.of_first(lambda: identity_of(config)), "world": here.world}
-            training = Training(config, Context(here, screen, stop), identity)
-            outcome = training.run()
+    with asked_by_signals() as stop:
         if here.first:
-            finish(training, outcome)
-            screen.say(f"{outcome}. The model is in {out / 'last'}; see {out / 'summary.md'}")
-        return outcome
-    finally:
-        ranks.leave(here)
+            out.mkdir(parents=True, exist_ok=True)
+        identity = {**here.of_first(lambda: identity_of(config)), "world": here.world}
+        training = Training(config, Context(here, screen, stop), identity)
+        outcome = training.run()
+    if here.first:
+        finish(training, outcome)
+        screen.say(f"{outcome}. The model is in {out / 'last'}; see {out / 'summary.md'}")
+    ranks.leave(here)  # not after an error, which the others may not know of: who started them ends them
+    return outcome
 
 
 def identity_of(config: Config) -> dict[str, str]:
     """Hashes of what a run is of: what a checkpoint and the reference's log-probs are only good for."""
     model = model_identity(config.model)
-    encoding = {"max_length": config.max_length, "tokenizer of": model, "share_prompt": config.share_prompt}
+    encoding = {
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+        "tokenizer of": model,
+        "share_prompt": config.share_prompt,
+    }
     return {
         "model": model,
         "reference": model_identity(config.reference) if config.reference else model,
@@ -68,8 +71,11 @@ def finish(training: Training, outcome: Outcome) -> None:
     """Write the summary and the picture."""
     config, out = training.config, training.out
     entries = log.read(out / "log.jsonl")
-    steps = [entry for entry in entries if "loss" in entry]
     facts: dict[str, Any] = {"ended": outcome, "records": training.feed.records, "ranks": training.ranks.world}
+    if training.feed.skipped:
+        listed = "; ".join(f"{bad.file}:{bad.line} {bad.reason}" for bad in training.feed.skipped[:10])
+        facts["bad records left out"] = f"{len(training.feed.skipped)}: {listed}"
+    steps = [entry for entry in entries if "loss" in entry]
     if steps:
         seconds = sum(entry["seconds"] for entry in steps)
         facts["tokens"] = f"{steps[-1]['tokens']:,} in {seconds:,.0f} s of training"

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dpofast.data import Encoded, Encoder, read
 from dpofast.train.feed import Batch, collate, padding_of
-from dpofast.train.records import Record, read
 from dpofast.train.report import mean_and_error, share_and_error
 
 
-def score(model: nn.Module, reference: nn.Module | None, records: Iterable[Record], options: Any) -> Iterator[dict]:
+def score(model: nn.Module, reference: nn.Module | None, records: Iterable[Encoded], options: Any) -> Iterator[dict]:
     """What is known of each record, in their order.
 
     Args:
@@ -58,8 +58,8 @@ def _logps(model: nn.Module, batch: Batch, options: Any) -> list[float]:
     return sequence_logps(logps, batch.labels[:, 1:]).tolist()
 
 
-def _line(record: Record, logps: Sequence[float], ref_logps: Sequence[float] | None, beta: float) -> dict[str, Any]:
-    lengths = [len(answer) for answer in record.answers]
+def _line(record: Encoded, logps: Sequence[float], ref_logps: Sequence[float] | None, beta: float) -> dict[str, Any]:
+    lengths = [sum(answer.counted) for answer in record.answers]
     line: dict[str, Any] = {"where": record.where, "logps": list(logps), "lengths": lengths}
     if record.label is not None:
         line["label"] = record.label
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", help="a folder with the model that rewards are counted from")
     parser.add_argument("--beta", type=float, default=0.1, help="of the rewards (default 0.1)")
     parser.add_argument("--max-length", type=int, default=1024, help="tokens of a prompt and an answer (default 1024)")
+    parser.add_argument("--on-error", choices=("raise", "skip"), default="raise", help="skip: leave bad records out")
     parser.add_argument("--micro-batch", type=int, default=4, help="records at a time (default 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
     parser.add_argument("--share-prompt", action="store_true", help="run the prompt of a record's answers once")
@@ -140,7 +141,8 @@ def _score_files(args: argparse.Namespace) -> None:
         None if folder is None else model.load_trained(folder, name).to(args.device)
         for name, folder in (("model", args.model), ("reference", args.reference))
     )
-    records, lines = read(args.data, tokenizer, args.max_length), []
+    encode, lines = Encoder(tokenizer, max_length=args.max_length), []
+    records = map(encode, read(args.data, on_error=args.on_error))
     draft = args.out and args.out.with_name(args.out.name + ".unfinished")
     with contextlib.ExitStack() as files:
         out = sys.stdout if draft is None else files.enter_context(draft.open("w", encoding="utf-8"))

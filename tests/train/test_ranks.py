@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 def folder(tmp_path_factory):
     """Runs on one rank, and beside them those of two."""
     folder = tmp_path_factory.mktemp("ranks")
-    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f"w{40 - i}", "label": i % 3 > 0} for i in range(12)]
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{40 - i}", "label": i % 3 > 0} for i in range(12)]
     (folder / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, others in trained_ranks.WAYS.items():
         trained_ranks.run(folder, name, **others)

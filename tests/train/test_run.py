@@ -148,7 +148,7 @@ def test_options_reach_the_training(folder, tmp_path, others):
 
 
 def test_margin_and_weight_of_the_data_reach_the_loss(folder, tmp_path):
-    row = {"prompt": "w1", "chosen": "w2", "rejected": "w3"}
+    row = {"prompt": "w1 ", "chosen": "w2", "rejected": "w3"}
     losses = {}
     for name, more in {"plain": {}, "margin": {"margin": 1.5}, "weight": {"weight": 0.5}}.items():
         data = tmp_path / f"{name}.jsonl"
@@ -186,6 +186,18 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(folder, tmp_path, 
     with pytest.raises((ValueError, TypeError, OSError), match=message):
         train(from_dict(tiny_run.options(folder, **others) | {"out": str(tmp_path / "run")} | others, "the test"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bad_records_are_left_out_and_listed_where_that_is_wanted(folder, tmp_path):
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text("{\n" + (folder / "train.jsonl").read_text())
+    more = {"data": [str(rows)], "eval_data": [], "out": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=f"{rows}:1: "):
+        train(from_dict(tiny_run.options(folder) | more, "the test"))
+    train(from_dict(tiny_run.options(folder) | more | {"on_error": "skip", "resume": True}, "the test"))
+    found, plain = (entries(out) for out in (tmp_path / "run", folder / "full"))
+    assert [x["loss"] for x in found] == [x["loss"] for x in plain]
+    assert f"- bad records left out: 1: {rows}:1 " in (tmp_path / "run" / "summary.md").read_text()
 
 
 def test_a_dry_run_says_what_would_come_and_writes_nothing(folder, tmp_path):

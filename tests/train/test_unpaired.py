@@ -100,8 +100,12 @@ def test_kills_change_nothing(folder):
 @pytest.mark.parametrize(
     ("row", "others", "message"),
     [
-        ({"prompt": "w1", "completion": "w2"}, {}, r"single.jsonl:1 has no label"),
-        ({"prompt": "w1", "chosen": "w2", "rejected": "w3"}, {}, r"single.jsonl:1 has 2 answers"),
+        ({"prompt": "w1", "completion": "w2"}, {}, r"single.jsonl:1: .*label"),
+        (
+            {"prompt": "w1", "chosen": "w2", "rejected": "w3"},
+            {"loss_type": ["apo_zero_unpaired"]},
+            "got 2 answers, exp",
+        ),
         ({"prompt": "w1", "completion": "w2", "label": True}, {}, r"is the only record"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["kto", "sigmoid"]}, "loss_type: got"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["bco"]}, "loss_type: got 'bco'"),
@@ -110,7 +114,7 @@ def test_kills_change_nothing(folder):
         (
             {"prompt": "w1", "completion": "w2", "label": True},
             {"loss_type": ["sigmoid"]},
-            "has 1 answers; the loss needs chosen",
+            "got a label, expected chosen",
         ),
     ],
 )

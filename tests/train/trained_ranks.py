@@ -82,4 +82,5 @@ if __name__ == "__main__":
     without_room(where)
     if os.environ["RANK"] == "0":
         print("passed all", flush=True)
+    dist.barrier()
     dist.destroy_process_group()
