@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from dpofast._memory import peak_growth
 from dpofast.integrations.models.head import find
@@ -23,6 +24,7 @@ MIB = 1 << 20
 
 def dry_run(config: Config) -> str:
     """A page of what `dpofast.train.run.train` would do with this configuration on one rank; nothing is written."""
+    disable_progress_bar()  # of files read
     here = ranks.start(config.device)
     objective = objective_of(config)
     feed = Feed(config, here, objective.answers, objective.has_kl)
