@@ -21,7 +21,7 @@ from dpofast.bench.goals import goal_of
 from dpofast.bench.record import RESULTS, Record, Results, read
 from dpofast.bench.workloads import MODELS
 
-PAGES = (Path("README.md"), Path("docs", "design.md"), Path("docs", "shared_prompt.md"), Path("docs", "filter.md"))
+PAGES = (Path("README.md"), *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train")))
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
@@ -193,9 +193,20 @@ def pairs_table(results: Results) -> str:
     return table(("dtype, budget", "the ordinary way", "by whole pairs", "ratio"), rows)
 
 
+def trainer_table(results: Results) -> str:
+    """A row for each model and trainer."""
+    rows = []
+    for r in results.where(suite="trainer", metric="time"):
+        facts = {"workload": r.workload, "provider": r.provider}
+        ratio, apart = (results.value(metric=name, **facts) for name in ("time / TRL", "loss, apart from TRL"))
+        rows.append((r.workload, r.provider, f"{r.value:.3g} s", f"{ratio:.2f}", f"{apart:.0e}"))
+    return table(("model and pairs", "a step of", "time", "time / TRL", "losses apart from TRL's, at most"), rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
+    "trainer": trainer_table,
 }  # fmt: skip
 
 

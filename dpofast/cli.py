@@ -1,4 +1,4 @@
-"""The `dpofast` command: `env`, `plan`, `demo` and `bench`. Each subcommand imports what it needs itself."""
+"""The `dpofast` command: `env`, `plan`, `train`, `score`, `demo`, `bench`. Each imports what it needs itself."""
 
 import argparse
 import importlib
@@ -12,10 +12,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: `sys.argv[1:]`) and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["demo"]:  # its options are its own, `--help` included
-            return _demo(argv[1:])
-        if argv[:1] == ["bench"]:  # so are each benchmark's
-            return _bench(argv[1:])
+        own = {"demo": _demo, "bench": _bench, "train": _train, "score": _score}  # their options too, `--help` included
+        if argv[:1] and argv[0] in own:
+            return own[argv[0]](argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args)
     except ImportError as error:
@@ -48,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(run=_plan, parser=plan)
 
+    commands.add_parser("train", help="tune a model on preferences; `dpofast train --help` has the options")
+    commands.add_parser("score", help="a model's log-probs, rewards and accuracy on preferences")
     commands.add_parser("demo", help="train and score real preference pairs; `dpofast demo --help` has more")
     commands.add_parser("bench", help="measure: `dpofast bench --help` has the names of the benchmarks")
     return parser
@@ -87,6 +88,18 @@ def _demo(argv: list[str]) -> int:
     from dpofast.demo import main as demo_main
 
     return demo_main(argv) or 0
+
+
+def _train(argv: list[str]) -> int:
+    from dpofast.train import main as train_main
+
+    return train_main(argv)
+
+
+def _score(argv: list[str]) -> int:
+    from dpofast.train.score import main as score_main
+
+    return score_main(argv)
 
 
 def _bench(argv: list[str]) -> int:
