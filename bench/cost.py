@@ -12,6 +12,7 @@ code: less than 1 is time that an algorithm would not need.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Iterator
@@ -96,10 +97,13 @@ def others(threads: tuple[int, ...]) -> Iterator[Case]:
 PARTS = {"grid": grid, "filter": filtered, "peers": others}
 
 
+states_of = functools.lru_cache(maxsize=1)(load)
+
+
 def tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the head, labels."""
     if case.model:
-        states = load(case.model, case.shape[0])
+        states = states_of(case.model, case.shape[0])
         hidden, labels = states.completion
         return hidden * case.scale, states.weight, labels
     n, h, v = case.shape

@@ -314,7 +314,7 @@ class Candidate(NamedTuple):
 def first_fit(request: Request, isa: str, threads: int) -> Schedule:
     """The first schedule that fits, in as few steps as `torch.compile` can follow; see `dpofast.plan.choice.choose`."""
     needed = 0
-    for sizes in _all_sizes(request, isa, threads):
+    for sizes in _all_sizes(request, isa, threads, wide=not request.filters):
         found = sizes.with_filter() if request.filters else None
         for way in sizes.ways() if request.to_weight else sizes.frozen_ways():
             if found is None:
@@ -327,7 +327,8 @@ def first_fit(request: Request, isa: str, threads: int) -> Schedule:
 
 def candidates(request: Request, isa: str, threads: int) -> Iterator[Candidate]:
     """All schedules that fit the budget, the preferred first: one that keeps all it can in the widest blocks."""
-    for sizes in _all_sizes(request, isa, threads):
+    # What a filter may be handed has no wide blocks; a frozen head that keeps d logps / d hidden hands it nothing.
+    for sizes in _all_sizes(request, isa, threads, wide=not (request.filters and request.to_weight)):
         ways = sizes.ways() if request.to_weight else sizes.frozen_ways()
         filtered = sizes.with_filter() if request.filters else None
         if filtered is not None:
@@ -338,8 +339,8 @@ def candidates(request: Request, isa: str, threads: int) -> Iterator[Candidate]:
                 yield Candidate(schedule, False)
 
 
-def _all_sizes(request: Request, isa: str, threads: int) -> list[_Sizes]:
-    """Those of the blocks to consider, the preferred first. A filter counts places in a block of ordinary size."""
+def _all_sizes(request: Request, isa: str, threads: int, wide: bool) -> list[_Sizes]:
+    """Those of the blocks to consider, the preferred first; ``wide``: those of small problems, too."""
     traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
     blocks = _block_sizes(request.n_tokens, request.n_hidden, request.n_vocab, traits.elem)
-    return [_Sizes(request, traits, b, threads) for b in blocks if not request.filters or b <= GROUP_ROWS]
+    return [_Sizes(request, traits, b, threads) for b in blocks if wide or b <= GROUP_ROWS]

@@ -251,7 +251,10 @@ def choose(request: Request, isa: str, threads: int) -> Schedule:
         return cpu.first_fit(request, isa, threads)  # which raises
     if not request.filters and _keeps_all(first.schedule, request):
         return first.schedule
-    every = {c: cost(request, c, isa, nominal(request, isa)).seconds for c in (first, *found)}
+    fit = [first, *found]
+    if any(c.filters for c in fit):  # the kernels filter into whatever is kept of exponentials
+        fit = [c for c in fit if c.filters or c.schedule.keeps_jacobian]
+    every = {c: cost(request, c, isa, nominal(request, isa)).seconds for c in fit}
     limit = AS_FAST * min(every.values())
     return next(c.schedule for c, seconds in every.items() if seconds <= limit)
 

@@ -106,9 +106,22 @@ def test_a_filter_is_worth_what_it_leaves_out(isa, dtype):
     assert exact < took[-1] < 1.1 * exact
 
 
+@every_kind
+def test_a_filter_looks_at_all_logits_and_multiplies_what_it_keeps(isa, dtype):
+    request = request_for(1024, 576, 32000, dtype, filters=True)
+    chosen = next(cpu.candidates(request, isa, 2))
+    counter = cpu_cost._Counter(request, chosen, cpu.TRAITS[isa, dtype, dtype], 0.02)
+    forward, backward, logits = counter.forward(), counter.backward(), 1024 * 32000
+    assert logits < forward.scan == forward.fold < 1.3 * logits and not forward.keep  # some tokens were asked first
+    assert backward.entry == pytest.approx(0.02 * logits * 576 * 2) and not backward.flops
+    assert forward.sort == backward.sort == pytest.approx(0.02 * logits)
+
+
 def cheapest(request: Request, isa: str) -> tuple[float, float]:
     """Seconds of the chosen schedule, and of the fastest that fits."""
     found = costs(request, isa, cpu_cost.nominal(request, isa))
+    if any(c.filters for c in found):  # what keeps exponentials would be filtered as well
+        found = {c: took for c, took in found.items() if c.filters or c.schedule.keeps_jacobian}
     chosen = choose(request, f"cpu:{isa}", 1)
     return min(took for c, took in found.items() if c.schedule == chosen), min(found.values())
 
