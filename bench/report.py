@@ -203,10 +203,26 @@ def trainer_table(results: Results) -> str:
     return table(("model and pairs", "a step of", "time", "time / TRL", "losses apart from TRL's, at most"), rows)
 
 
+def cost_table(results: Results) -> str:
+    """A row for each dtype, head and peer: how many cases there are, and how far off predictions are."""
+    found: dict[str, list[float]] = {}
+    for r in results.where(metric="predicted / measured"):
+        what = f"{r.dtype}, head {r.head}{', filtered' * bool(r.workload)}" if r.provider == "dpofast" else r.provider
+        if r.value:
+            found.setdefault(what, []).append(r.value)
+    rows = (
+        (what, str(len(of)), *(f"{sum(abs(x - 1) <= off for x in of)}" for off in (0.1, 0.25)),
+         f"{min(of):.2f} to {max(of):.2f}")
+        for what, of in sorted(found.items())
+    )  # fmt: skip
+    return table(("predicted / measured", "cases", "within 10 %", "within 25 %", "all"), rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
     "trainer": trainer_table,
+    "cost": cost_table,
 }  # fmt: skip
 
 

@@ -44,6 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--backend", default="auto", help="auto (default), or a name that `dpofast env` lists")
     plan.add_argument("--device", help="predict for a GPU that need not be here, such as h100")
     plan.add_argument("--longest-pair", type=int, help="tokens of a preference loss's longest pair: how that would run")
+    plan.add_argument(
+        "--grad-filter", type=_cut, help='gradients from the entries that matter: "auto", or a cut such as 6e-5'
+    )
+    plan.add_argument("--kept", type=float, default=0.01, help="share of entries that such a filter keeps (0.01)")
+    plan.add_argument("--peers", action="store_true", help="what other libraries' algorithms would take, too")
+    plan.add_argument("--positions", type=int, help="tokens with prompts and padding, which some of them work on")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(run=_plan, parser=plan)
 
@@ -52,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("demo", help="train and score real preference pairs; `dpofast demo --help` has more")
     commands.add_parser("bench", help="measure: `dpofast bench --help` has the names of the benchmarks")
     return parser
+
+
+def _cut(text: str) -> float | str:
+    """What `grad_filter` takes; argparse names what is neither."""
+    return text if text == "auto" else float(text)
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -77,10 +88,14 @@ def _plan(args: argparse.Namespace) -> int:
             backend=args.backend,
             device=args.device,
             longest_pair=args.longest_pair,
+            grad_filter=args.grad_filter,
+            kept=args.kept,
+            with_peers=args.peers,
+            positions=args.positions,
         )
     except ValueError as error:
         args.parser.error(str(error))
-    print(json.dumps(plan._asdict(), indent=2) if args.json else plan)
+    print(json.dumps(plan.as_dict(), indent=2) if args.json else plan)
     return 0
 
 
