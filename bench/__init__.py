@@ -7,5 +7,5 @@ In a checkout ``python -m`` meets the sources in ./dpofast, which have no benchm
 
 NAMES = (
     "head", "filter", "pairs", "hardware", "step", "prompt", "gpu", "gpu_gemm", "gpu_kernels", "gpu_profile",
-    "gpu_smoke", "gpu_steps", "report",
+    "gpu_smoke", "gpu_steps", "report", "sweep", "page", "csv",
 )  # fmt: skip
