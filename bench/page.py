@@ -35,53 +35,54 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left;
 h2 { margin-top: 3rem; border-top: 2px solid #1b7f5c; padding-top: 1rem; } svg { max-width: 100%; height: auto; }
 .machine { color: #555; }
 """
+STYLES = ("-", "--", ":", "-.")
 COLOURS = ("#4878a8", "#d0803a", "#8f6bb0", "#a8484f", "#7f7f3f", "#4fa6a6", "#555555")
 
 
-def colour_of(provider: str, others: list[str]) -> str:
-    if provider.startswith("dpofast"):
-        return "#1b7f5c"
-    return COLOURS[others.index(provider) % len(COLOURS)]
+def ours(r: Record) -> bool:
+    return r.provider.startswith("dpofast")
+
+
+def colour_of(r: Record, others: list[str]) -> str:
+    return "#1b7f5c" if ours(r) else COLOURS[others.index(r.provider) % len(COLOURS)]
+
+
+def panels(results: Results) -> dict[tuple[str, float, str, int], list[tuple[Record, list[Record]]]]:
+    """What a record has at several sizes: by what is measured, its scale, dtype and vocabulary."""
+    found: dict[tuple[str, float, str, int], list[tuple[Record, list[Record]]]] = {}
+    for metric, name, scale in (("time", "time, ms", 1e3), ("peak memory", "peak memory, MiB", 2**-20)):
+        for facts, of in series(results, metric):
+            if len(of) > 1:
+                found.setdefault((name, scale, facts.dtype, facts.shape[-1]), []).append((facts, of))
+    return found
 
 
 def draw_sizes(results: Results) -> Any | None:
     """Time and peak memory against tokens, for everything that a record has at several sizes."""
-    shown = [
-        (
-            metric,
-            unit,
-            scale,
-            [(facts, of) for facts, of in series(results, metric) if len({r.shape[0] for r in of}) > 1],
-        )
-        for metric, unit, scale in (("time", "ms", 1e3), ("peak memory", "MiB", 2**-20))
-    ]
-    panels = [
-        (
-            f"{metric}, {unit}",
-            scale,
-            dtype,
-            vocab,
-            [(f, of) for f, of in found if (f.dtype, f.shape[-1]) == (dtype, vocab)],
-        )
-        for metric, unit, scale, found in shown
-        for dtype, vocab in dict.fromkeys((f.dtype, f.shape[-1]) for f, _ in found)
-    ]
-    if not panels:
+    from matplotlib.ticker import NullLocator, StrMethodFormatter
+
+    shown = panels(results)
+    if not shown:
         return None
-    drawn = report.figure(9, 3.6 * -(-len(panels) // 2))
-    others = sorted({f.provider for *_, of in panels for f, _ in of if not f.provider.startswith("dpofast")})
-    grid = drawn.subplots(-(-len(panels) // 2), 2, squeeze=False).flat
-    for axes, (name, scale, dtype, vocab, of) in zip(grid, panels):
+    rows = -(-len(shown) // 2)
+    drawn = report.figure(10, 3.8 * rows)
+    grid = drawn.subplots(rows, 2, squeeze=False).flat
+    others = sorted({f.provider for of in shown.values() for f, _ in of if not ours(f)})
+    for axes, ((name, scale, dtype, vocab), of) in zip(grid, shown.items()):
+        mine = [facts for facts, _ in of if ours(facts)]
         for facts, records in of:
             label = ", ".join(x for x in (facts.provider, facts.head * (facts.head == "frozen"), facts.case) if x)
-            style = "--" if facts.provider != "dpofast" or facts.head == "frozen" else "-"
+            style = STYLES[mine.index(facts) % len(STYLES)] if ours(facts) else "-"
             sizes, values = zip(*((r.shape[0], r.value * scale) for r in records))
-            colour = colour_of(facts.provider, others)
-            axes.plot(sizes, values, style, color=colour, marker="o", markersize=4, linewidth=1.2, label=label)
+            axes.plot(sizes, values, style, color=colour_of(facts, others), marker="o", markersize=3, label=label)
         axes.set(xscale="log", yscale="log", xlabel="completion tokens", title=f"{name}: {dtype}, V {vocab}")
+        axes.set_xticks(sorted({r.shape[0] for _, records in of for r in records}))
+        axes.xaxis.set_minor_locator(NullLocator())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         axes.legend(frameon=False, fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    for axes in list(grid):
+    for axes in drawn.axes[len(shown) :]:
         axes.set_visible(False)
     return drawn
 
@@ -100,10 +101,9 @@ def draw_errors(results: Results) -> Any | None:
         return None
     drawn = report.figure(7, 4)
     axes = drawn.subplots()
-    others = sorted({r.provider for r, *_ in points if not r.provider.startswith("dpofast")})
+    others = sorted({r.provider for r, *_ in points if not ours(r)})
     for r, x, y in points:
-        colour = colour_of(r.provider, others)
-        axes.plot(x, y, "o" if r.dtype == "fp32" else "s", color=colour)
+        axes.plot(x, y, "o" if r.dtype == "fp32" else "s", color=colour_of(r, others))
         axes.annotate(f"{r.provider}, {r.dtype}, {r.workload}", (x, y), (4, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", yscale="log", xlabel="time / the bare products", ylabel="error of d hidden")
     axes.margins(x=0.3)

@@ -40,14 +40,18 @@ def plain_facts(r: Record) -> Record:
 
 
 def series(results: Results, metric: str) -> Iterator[tuple[Record, list[Record]]]:
-    """Records of a metric that differ in their number of tokens alone, by it; and what they share."""
+    """What records of a metric share that differ in their number of tokens alone, and these by it.
+
+    Where one size has several, which differ in tiles or runs, there is no such series.
+    """
     found: dict[Record, list[Record]] = {}
     for r in results.where(metric=metric, failed=""):
         if r.shape:
             facts = plain_facts(r)._replace(metric=metric, unit=r.unit)
             found.setdefault(facts, []).append(r)
     for facts, records in found.items():
-        yield facts, sorted(records, key=lambda r: r.shape[0])
+        if len({r.shape[0] for r in records}) == len(records):
+            yield facts, sorted(records, key=lambda r: r.shape[0])
 
 
 def slopes(results: Results, metric: str) -> dict[Record, Slope]:
@@ -55,5 +59,5 @@ def slopes(results: Results, metric: str) -> dict[Record, Slope]:
     return {
         facts: fit([r.shape[0] for r in records], [r.value for r in records])
         for facts, records in series(results, metric)
-        if len({r.shape[0] for r in records}) >= LEAST
+        if len(records) >= LEAST
     }

@@ -1,14 +1,14 @@
 """Everybody's time and memory against the number of tokens N and the vocabulary V, and the lines through them.
 
-    dpofast bench sweep                          N 256, 1024, 4096, 16384, SmolLM2's head; fp32 and bf16
+    dpofast bench sweep                          N 256, 1024, 4096, 16384; fp32, and bf16 where PyTorch has it fast
     dpofast bench sweep --seconds 200            begins no point later than that; run it again to go on
     dpofast bench sweep --vocab 32768 131072     other vocabularies
 
 Hidden states and head of SmolLM2 (H 576): its tokens repeat beyond the first thousand, and a V that is not its own has
 the first rows of its head, or them again. Forward and backward, head trained, everybody told which tokens count. Time
-is a ratio to three ``torch.mm`` of the same run, of 1,024 tokens at a time, in turns. Memory is the growth of the
-resident set at its worst, above inputs and gradients. Each provider runs in a process of its own. A point that the one
-before says to be beyond a limit is left out, and the record says so.
+is a ratio to three ``torch.mm`` in the same dtype and run, of 1,024 tokens at a time, in turns. Memory is the growth of
+the resident set at its worst, above inputs and gradients. Each provider runs in a process of its own. A point that the
+one before says to be beyond a limit is left out, and the record says so.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import dpofast
 from dpofast._memory import peak_growth
 from dpofast.bench import record
 from dpofast.bench.filter import FILTERS
+from dpofast.bench.head import dtypes
 from dpofast.bench.measure import DTYPES, error, exact, first_line, in_turns, machine, row_error, seconds
 from dpofast.bench.providers import PEERS, Products, Provider, ours, training_step
 from dpofast.bench.record import Record, Results
@@ -139,7 +140,7 @@ def arguments() -> argparse.Namespace:
         "--tokens", type=int, nargs="+", default=TOKENS, help=f"N (default {' '.join(map(str, TOKENS))})"
     )
     parser.add_argument("--vocab", type=int, nargs="+", default=None, help="V (default: the model's own, 49152)")
-    parser.add_argument("--dtypes", nargs="+", default=("fp32", "bf16"), choices=("fp32", "bf16"))
+    parser.add_argument("--dtypes", nargs="+", default=dtypes(), choices=("fp32", "bf16"))
     parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS, metavar="NAME")
     parser.add_argument("--seconds", type=float, default=3600, help="begin no point after this time (default 3600)")
     parser.add_argument("--limit-seconds", type=float, default=20, help="leave out longer steps (default 20)")
