@@ -246,9 +246,7 @@ def sweep_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
-    "trainer": trainer_table,
-    "cost": cost_table,
-    "sweep": sweep_table,
+    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table,
 }  # fmt: skip
 
 
