@@ -56,7 +56,7 @@ class Batch:
         """What a model of Transformers is called with."""
         if self.position_ids is not None:
             return {"input_ids": self.input_ids, "position_ids": self.position_ids}
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}  # type: ignore[dict-item]
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on a device."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from dpofast.checks import shown, wrong
-from dpofast.data.records import BadRow, Messages, Record
+from dpofast.data.records import BadRow, Record
 from dpofast.data.sources import decode
 
 TRUNCATIONS = ("end", "prompt")
@@ -123,7 +123,8 @@ class Encoder:
         if end is None:
             raise ValueError("tokenizer: has no EOS token, expected one to end the answers; set tokenizer.eos_token")
         alone = list(self.tokenizer(record.prompt)["input_ids"])
-        whole = [list(self.tokenizer(record.prompt + answer)["input_ids"]) for answer in record.answers]
+        prompt: Any = record.prompt
+        whole = [list(self.tokenizer(prompt + answer)["input_ids"]) for answer in record.answers]
         whole = [ids if ids[-1:] == [end] else [*ids, end] for ids in whole]
         return alone, whole, [[True] * len(ids) for ids in whole]
 
@@ -137,7 +138,7 @@ class Encoder:
             counted.append(self._assistants(record, answer, ids))
         return alone, whole, counted
 
-    def _assistants(self, record: Record, answer: Messages, ids: list[int]) -> list[bool]:
+    def _assistants(self, record: Record, answer: Any, ids: list[int]) -> list[bool]:
         """Which of ``ids`` the assistant says: from where a turn's generation prompt ends to where the turn does.
 
         A first turn of the assistant is counted from the beginning, for where the prompt ends is known for all answers.

@@ -118,7 +118,7 @@ def _record(row: Mapping[str, Any], form: Format, where: str) -> Record:
         raise Bad(f"label: got {shown(parts.label)[:80]}, expected true or false")
     scores = _scores(row, parts, len(answers))
     if scores is not None:
-        order = sorted(range(len(answers)), key=lambda i: -scores[i])  # stable: equal scores stay as they came
+        order = sorted(range(len(answers)), key=scores.__getitem__, reverse=True)  # stable
         answers, scores = tuple(answers[i] for i in order), tuple(scores[i] for i in order)
     used = {name for name in row if name in (*form.columns, *OWN, "score_chosen", "score_rejected")}
     used |= {name for name in row if form.parts is _numbered and NUMBERED.fullmatch(name)}
@@ -295,7 +295,8 @@ def _unpaired(row: Mapping[str, Any]) -> Parts:
 
 
 def _list(row: Mapping[str, Any]) -> Parts:
-    answers, scores = row["answers"], row.get("scores")
+    answers: Any = row["answers"]
+    scores = row.get("scores")
     if not _is_list(answers):
         raise Bad(f"answers: got {shown(answers)[:80]}, expected a list of answers")
     return Parts(row["prompt"], answers, row.get("label") if len(answers) == 1 else None, scores)
@@ -368,7 +369,7 @@ def _columns(*names: str) -> Callable[[Mapping[str, Any]], bool]:
 
 
 def _conversation_after_a_text(row: Mapping[str, Any]) -> bool:
-    chosen = row.get("chosen")
+    chosen: Any = row.get("chosen")
     return isinstance(row.get("prompt"), str) and _is_list(chosen) and len(chosen) > 1 and "rejected" in row
 
 

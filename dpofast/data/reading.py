@@ -85,7 +85,7 @@ class Records:
         if not -size <= i < size:
             raise IndexError(f"index: got {i}, expected one of {size} records")
         i = i % size if self._kept is None else int(self._kept[i])
-        which = int(np.searchsorted(self._ends, i, side="right"))  # type: ignore[arg-type]
+        which = int(np.searchsorted(self._ends, i, side="right"))
         before = int(self._ends[which - 1]) if which else 0  # type: ignore[index]
         if self._format is None:
             self.format  # noqa: B018 - of the first row, whichever is picked first

@@ -10,7 +10,7 @@ import io
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,7 +54,7 @@ def decode(line: bytes | str, where: str) -> Any:
         raise BadRow(where, str(error)) from None
 
 
-def numbered_lines(file: Iterable[bytes] | Iterable[str]) -> Iterator[tuple[int, Any]]:
+def numbered_lines(file: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """Lines that are not blank and their numbers from 1, the first without a byte-order mark."""
     for number, line in enumerate(file, 1):
         if number == 1:
@@ -135,7 +135,7 @@ def _opened(path: str) -> BinaryIO:
 class Rows:
     """Rows in memory, such as a list, a `datasets.Dataset` or a JSON array; numbered from 1."""
 
-    def __init__(self, name: str, rows: Sequence[Any]) -> None:
+    def __init__(self, name: str, rows: Any) -> None:
         self.name, self._rows = name, rows
 
     def rows(self) -> Iterator[tuple[int, Any]]:
