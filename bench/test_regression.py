@@ -3,8 +3,8 @@
     pytest bench --benchmark-only                                 fails where a ratio is well above the stored one
     DPOFAST_RENEW_BASELINE=1 pytest bench --benchmark-only        stores this machine's ratios instead
 
-Needs pytest-benchmark (``pip install dpofast[bench]``). bench/baseline.json has the ratios by instruction set, with the
-machine and the date: the bare products are PyTorch's, and so a ratio is good for CPUs of a kind. Renew on an idle
+Needs pytest-benchmark (``pip install dpofast[bench]``). baseline.json beside it has the ratios by instruction set, with
+the machine and the date: the bare products are PyTorch's, and so a ratio is good for CPUs of a kind. Renew on an idle
 machine, when a change of speed is meant or for an instruction set that has none yet, and commit the file.
 """
 
