@@ -32,16 +32,16 @@ RENEW = "DPOFAST_RENEW_BASELINE"
 SHAPE = 512, 256, 8192
 ROUNDS, WARM = 40, 5
 TOLERANCE = 1.3
-"""Times the stored ratio."""
+"""Times the stored ratio. Of two runs in turn on two Zen 4 cores (2026-11-27) the second was up to 1.18 times the first."""
 CASES = {"trained": 3, "frozen": 2, "filter": 3, "score": 1}  # and the bare products of its gradients
 
 
 def work_of(case: str, dtype: str) -> tuple[Callable[[], object], Callable[[], None]]:
-    """A head's work and its bare products. Its softmaxes are peaked as a trained model's, for the filter to filter."""
+    """A head's work and its bare products. A cut of 2**-14 keeps 1 % of the entries, as of a trained model's."""
     n, h, v = SHAPE
     g = torch.Generator().manual_seed(0)
     weight, labels = torch.randn(v, h, generator=g), torch.randint(v, (n,), generator=g)
-    hidden = 0.05 * weight[labels] + 0.1 * torch.randn(n, h, generator=g)
+    hidden = 0.05 * weight[labels] + 0.4 * torch.randn(n, h, generator=g)
     hidden, weight = hidden.to(DTYPES[dtype]), weight.to(DTYPES[dtype])
     products = Products(hidden, weight).first(CASES[case])
     provider = ours(memory_budget="1GiB", grad_filter=FILTERS[dtype][1] if case == "filter" else None)
