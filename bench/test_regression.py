@@ -32,7 +32,7 @@ RENEW = "DPOFAST_RENEW_BASELINE"
 SHAPE = 512, 256, 8192
 ROUNDS, WARM = 40, 5
 TOLERANCE = 1.3
-"""Times the stored ratio. Of two runs in turn on two Zen 4 cores (2026-11-27) the second was up to 1.18 times the first."""
+"""Times the stored ratio. Two runs one after the other on two Zen 4 cores (2026-11-27) were up to 1.18 apart."""
 CASES = {"trained": 3, "frozen": 2, "filter": 3, "score": 1}  # and the bare products of its gradients
 
 
