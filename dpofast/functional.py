@@ -12,7 +12,7 @@ from torch import Tensor
 from dpofast import _ops, checks, distributed, losses
 from dpofast.backends import registry
 from dpofast.backends.base import PAIR_OPTIONS, PairsProblem
-from dpofast.options import LinearLossOptions, LogitsLossOptions, LossOptions
+from dpofast.options import HeadOptions, LinearLossOptions, LogitsLossOptions, LossOptions
 from dpofast.pairs import Evaluate, PairsCall
 from dpofast.plan import cost
 from dpofast.plan.pairs import pairs_schedule
@@ -93,12 +93,12 @@ class Objective:
     @property
     def outputs(self) -> tuple[str, ...]:
         """The statistics that the primitive has to compute: none that nobody asked for."""
-        return (("log_sum_sq_probs",) if self.use_weighting else ()) + (_STATISTICS if self.metrics else ())
+        return (("log_sum_sq_probs",) if self.use_weighting else ()) + (STATISTICS if self.metrics else ())
 
 
 _SIDES = ("chosen_logps", "rejected_logps")
 _REFERENCE_SIDES = ("ref_chosen_logps", "ref_rejected_logps")
-_STATISTICS = ("entropy", "mean_logits", "is_top1")
+STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
 def make_objective(
@@ -130,6 +130,52 @@ def make_objective(
         if pair_weight is not None:
             losses.check_value("pair_weight", pair_weight, term.loss, losses.OPTIONS["weight"])
     return Objective(terms, reduction, pair_weight, token_weights, use_weighting, ld_alpha, metrics)
+
+
+class Operands(NamedTuple):
+    """The tensors that a ``linear_`` loss scores, as they came."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def scorers(
+        self,
+        group: Any,
+        sequence_group: Any,
+        how: Mapping[str, Any],
+        objective: Callable[..., Any],
+        what: Mapping[str, Any],
+    ) -> tuple[HeadScorer, HeadScorer | None, Sequences, Any]:
+        """The policy, the reference, their sequences and ``objective(**what)``, checked together with the other ranks.
+
+        ``how``: the options of scoring.
+        """
+        ranks = sequence_group_name(sequence_group)
+        with distributed.refusing_together(ranks):
+            hidden, weight, labels, bias, name = distributed.plain_head(*self[:4], group)
+        with distributed.refusing_together(ranks), distributed.refusing_together(name):
+            if self.ref_hidden is None and (self.ref_weight is not None or self.ref_bias is not None):
+                raise ValueError("ref_weight: goes with ref_hidden, which is None, and so does ref_bias")
+            if self.ref_hidden is not None and self.ref_weight is None:
+                raise ValueError(
+                    "ref_weight: is None; pass the reference's head beside ref_hidden (weight, if they share it)"
+                )
+            sequences = Sequences(labels, self.cu_seqlens, how["ignore_index"], ranks)
+            options = score_options(**how)
+            made = objective(**what)
+            policy, reference = HeadScorer(hidden, weight, bias, sequences.labels, name, options), None
+            if self.ref_hidden is not None:
+                h, w, _, b, ref_name = distributed.plain_head(
+                    self.ref_hidden, self.ref_weight, labels, self.ref_bias, group
+                )
+                reference = HeadScorer(h, w, b, sequences.labels, ref_name, options, prefix="ref_")
+        return policy, reference, sequences, made
 
 
 def linear_dpo_loss(
@@ -200,26 +246,11 @@ def linear_dpo_loss(
     >>> linear_dpo_loss(hidden, weight, labels, ref_hidden=hidden, ref_weight=weight).loss  # log 2
     tensor(0.6931)
     """
-    ranks = sequence_group_name(sequence_group)
-    with distributed.refusing_together(ranks):
-        hidden, weight, labels, bias, name = distributed.plain_head(hidden, weight, labels, bias, group)
-    with distributed.refusing_together(ranks), distributed.refusing_together(name):
-        if ref_hidden is None and (ref_weight is not None or ref_bias is not None):
-            raise ValueError("ref_weight: goes with ref_hidden, which is None, and so does ref_bias")
-        if ref_hidden is not None and ref_weight is None:
-            raise ValueError(
-                "ref_weight: is None; pass the reference's head beside ref_hidden (weight, if they share it)"
-            )
-        sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
-        of_head, of_loss = _split(options, _OF_HEAD)
-        how = score_options(ignore_index=ignore_index, memory_budget=memory_budget, backend=backend, **of_head)
-        objective = make_objective(
-            loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
-        )
-        policy, reference = HeadScorer(hidden, weight, bias, sequences.labels, name, how), None
-        if ref_hidden is not None:
-            h, w, _, b, ref_name = distributed.plain_head(ref_hidden, ref_weight, labels, ref_bias, group)
-            reference = HeadScorer(h, w, b, sequences.labels, ref_name, how, prefix="ref_")
+    operands = Operands(hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens)
+    of_head, of_loss = split(options, OF_HEAD)
+    how = {"ignore_index": ignore_index, "memory_budget": memory_budget, "backend": backend, **of_head}
+    what = {"loss_type": loss_type, "beta": beta, "label_smoothing": label_smoothing, "reduction": reduction, **of_loss}
+    policy, reference, sequences, objective = operands.scorers(group, sequence_group, how, make_objective, what)
     return _preference(policy, reference, ref_logps, sequences, objective)
 
 
@@ -269,7 +300,7 @@ def dpo_loss(
     ranks = sequence_group_name(sequence_group)
     with distributed.refusing_together(ranks):
         sequences = Sequences(labels, cu_seqlens, ignore_index, ranks)
-        of_logits, of_loss = _split(options, _OF_LOGITS)
+        of_logits, of_loss = split(options, _OF_LOGITS)
         how = score_options(ignore_index=ignore_index, backend=backend, **of_logits)
         objective = make_objective(
             loss_type=loss_type, beta=beta, label_smoothing=label_smoothing, reduction=reduction, **of_loss
@@ -280,14 +311,14 @@ def dpo_loss(
     return _preference(policy, reference, ref_logps, sequences, objective)
 
 
-_OF_HEAD = LinearLossOptions.__optional_keys__ - LossOptions.__optional_keys__
+OF_HEAD = HeadOptions.__optional_keys__
 _OF_LOGITS = LogitsLossOptions.__optional_keys__ - LossOptions.__optional_keys__
 """The options of the losses that go to the head, or to the logits."""
 _ELSEWHERE = frozenset(("ignore_index", "memory_budget", "backend", "group", "sequence_group"))
 """The named arguments that say nothing of the loss."""
 
 
-def _split(options: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(options: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options among ``names``, and the others."""
     chosen = {name: value for name, value in options.items() if name in names}
     return chosen, {name: value for name, value in options.items() if name not in names}
@@ -295,19 +326,19 @@ def _split(options: Mapping[str, Any], names: frozenset[str]) -> tuple[dict[str,
 
 def objective_of(options: Mapping[str, Any]) -> Objective:
     """The objective among the keywords of `linear_dpo_loss` or `dpo_loss`, checked."""
-    return make_objective(**_split(options, _OF_HEAD | _OF_LOGITS | _ELSEWHERE)[1])
+    return make_objective(**split(options, OF_HEAD | _OF_LOGITS | _ELSEWHERE)[1])
 
 
 def scoring_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """The keywords of `linear_dpo_loss` by which it scores, which `linear_logprob` takes, too."""
-    return _split(options, _OF_HEAD | {"memory_budget", "backend", "group"})[0]
+    return split(options, OF_HEAD | {"memory_budget", "backend", "group"})[0]
 
 
 def check_options(function: Callable[..., DPOLossOutput], options: Mapping[str, Any]) -> None:
     """What the module of `linear_dpo_loss` or `dpo_loss` checks before it has data; ranks are judged when it has."""
-    names = _OF_HEAD | {"memory_budget"} if function is linear_dpo_loss else _OF_LOGITS
+    names = OF_HEAD | {"memory_budget"} if function is linear_dpo_loss else _OF_LOGITS
     given = {name: x for name, x in options.items() if name not in ("group", "sequence_group")}
-    of_score, of_loss = _split(given, names | {"ignore_index", "backend"})
+    of_score, of_loss = split(given, names | {"ignore_index", "backend"})
     make_objective(**of_loss)
     score_options(**of_score)
 
@@ -325,10 +356,7 @@ def _preference(
         if ref_logps is not None and reference is not None:
             raise ValueError("ref_logps: given beside a reference to score; pass one of them")
         _check_pairs(objective, sequences, ref_logps, has_reference)
-        ref = None if ref_logps is None else ref_logps.detach()
-        if reference is not None:
-            with torch.no_grad():
-                ref = reference.score(()).logps
+        ref = reference_logps(reference, ref_logps)
         call = policy.ask(objective.outputs) if isinstance(policy, HeadScorer) else policy
         by_pairs = _by_pairs(call, sequences, objective)
         if by_pairs is None:
@@ -350,6 +378,14 @@ def _preference(
         loss = evaluate(scored, objective.reduction)
     _, given, beside = _loss_inputs(scored, ref, sequences, objective)
     return _result(loss, given, losses.implicit_rewards(objective.terms, given | beside), scored, sequences, objective)
+
+
+def reference_logps(reference: HeadScorer | LogitsScorer | None, ref_logps: Tensor | None) -> Tensor | None:
+    """Of the reference, as they came or scored now, without gradient."""
+    if reference is None:
+        return None if ref_logps is None else ref_logps.detach()
+    with torch.no_grad():
+        return reference.score(()).logps
 
 
 def _by_pairs(
@@ -487,11 +523,7 @@ def _check_pairs(objective: Objective, sequences: Sequences, ref_logps: Tensor |
     labels, n = sequences.labels, len(sequences)
     if n % 2:
         raise checks.wrong("labels", f"{n} sequences", "[chosen; rejected], an even number, for a loss of pairs")
-    if ref_logps is not None:
-        checks.dense("ref_logps", ref_logps, labels=labels)
-        checks.floating("ref_logps", ref_logps)
-        per_token = tuple(labels.shape)
-        checks.shape("ref_logps", ref_logps, per_token, (n,), what=f"one per token {per_token} or per sequence ({n},)")
+    check_ref_logps(ref_logps, sequences)
     losses.check_reference(objective.terms, has_reference, "ref_logps, ref_hidden with ref_weight, or ref_logits")
     losses.check_per_pair(objective.terms, n // 2, labels=labels)
     if objective.pair_weight is not None:
@@ -499,6 +531,15 @@ def _check_pairs(objective: Objective, sequences: Sequences, ref_logps: Tensor |
         checks.shape("pair_weight", objective.pair_weight, (n // 2,), what=f"({n // 2},), one for each pair")
     if objective.token_weights is not None:
         checks.like_labels("token_weights", objective.token_weights, labels)
+
+
+def check_ref_logps(ref_logps: Tensor | None, sequences: Sequences) -> None:
+    if ref_logps is not None:
+        labels, n = sequences.labels, len(sequences)
+        checks.dense("ref_logps", ref_logps, labels=labels)
+        checks.floating("ref_logps", ref_logps)
+        per_token = tuple(labels.shape)
+        checks.shape("ref_logps", ref_logps, per_token, (n,), what=f"one per token {per_token} or per sequence ({n},)")
 
 
 def _agree(
@@ -516,7 +557,7 @@ def _agree(
 def _statistics(policy: LogprobOutput, sequences: Sequences) -> dict[str, Tensor]:
     """Token means of the primitive's statistics, which are 0 where a token does not count."""
     dtype, lengths = policy.logps.dtype, sequences.lengths()
-    sums = {name: sequences.sum(getattr(policy, name).detach().to(dtype)).chunk(2) for name in _STATISTICS}
+    sums = {name: sequences.sum(getattr(policy, name).detach().to(dtype)).chunk(2) for name in STATISTICS}
     chosen, rejected = (half.sum().clamp(min=1) for half in lengths.chunk(2))
     return {
         "entropy": sum(half.sum() for half in sums["entropy"]) / lengths.sum().clamp(min=1),

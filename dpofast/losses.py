@@ -1,9 +1,9 @@
 """The table of preference losses: each a short function of log-probabilities, with its paper and equation.
 
 A function's signature is its declaration. Its positional parameters name the tensors it needs, its keyword
-parameters the options it defines and their defaults. `LOSSES` and `UNPAIRED_LOSSES` are read off these
-signatures and drive every check, here, in `dpofast.functional` and in `dpofast.modules`: an option that a
-loss does not define raises, and so does a tensor that it needs and does not get.
+parameters the options it defines and their defaults. `LOSSES`, `UNPAIRED_LOSSES` and `dpofast.lists.LIST_LOSSES`
+are read off these signatures and drive every check, here, in `dpofast.functional` and in `dpofast.modules`: an option
+that a loss does not define raises, and so does a tensor that it needs and does not get.
 
 Tensors a paired loss may name, all ``[B]``, ``w`` the chosen and ``l`` the rejected completion:
 
@@ -50,7 +50,10 @@ _MAX_EXPONENT = 80.0
 
 @dataclass(frozen=True)
 class Option:
-    """What an option takes: a number, or ``text``, that is ``valid``; and, ``per_pair``, a tensor ``[B]``."""
+    """What an option takes: a number, or ``text``, that is ``valid``; and, ``per_pair``, a tensor ``[B]``.
+
+    For losses of lists and of single completions, what is said of a pair is meant of a list or of a completion.
+    """
 
     expected: str
     valid: Callable[[Any], bool] | None
@@ -87,7 +90,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     **{f"{side}_{what}": (f"{side}_lengths",) for side in _BOTH for what in ("averages", "rewards")},
 }
 """Derived tensors and the tensors a caller has to pass for them, beside the policy's log-probabilities."""
-_ALWAYS = ("chosen_logps", "rejected_logps", "logratios", "sign")
+_ALWAYS = ("chosen_logps", "rejected_logps", "logratios", "sign", "worse", "layout")
 REQUIRED = inspect.Parameter.empty
 
 
@@ -139,7 +142,7 @@ def register(paper: str, equation: str, *, table: dict[str, Loss] = LOSSES, sort
 
     Args:
         paper, equation: where the loss is from, and what it is.
-        table: `LOSSES`, or `UNPAIRED_LOSSES`.
+        table: `LOSSES`, `UNPAIRED_LOSSES` or `dpofast.lists.LIST_LOSSES`, whose tensors its own file lists.
         sorts: it sorts its batch, and so has no options for single pairs.
         fields: ``compares`` and ``reward``, as in `Loss`.
 
@@ -401,7 +404,7 @@ def resolve(
             raise TypeError(f"{option}: not an option; those of loss_type={names} are {', '.join(known)}")
         if _is_unset(option, value):
             continue
-        for target, loss_value in _targets(option, value, losses).items():
+        for target, loss_value in _targets(option, value, losses, table).items():
             if not _is_unset(option, loss_value):
                 check_value(option, loss_value, losses[target])
                 given[target][option] = loss_value
@@ -424,7 +427,7 @@ def _is_unset(option: str, value: Any) -> bool:
     return value is None or (option == "label_smoothing" and is_number(value) and value == 0)
 
 
-def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
+def _targets(option: str, value: Any, losses: Sequence[Loss], table: Mapping[str, Loss]) -> dict[int, Any]:
     """The positions in ``losses`` that an option's value is for; raises where it would mean nothing."""
     if isinstance(value, Mapping):
         strangers = sorted(set(value) - {loss.name for loss in losses})
@@ -437,12 +440,10 @@ def _targets(option: str, value: Any, losses: Sequence[Loss]) -> dict[int, Any]:
         targets = {i: value for i, loss in enumerate(losses) if option in loss.options}
         undefined = [loss for loss in losses if option not in loss.options and (loss.compares or not targets)]
     if undefined:
-        table = LOSSES if undefined[0].name in LOSSES else UNPAIRED_LOSSES
         hint = f"; in a list, name its losses: {option}={{name: value}}" if len(losses) > 1 else ""
-        raise ValueError(
-            f"{option}: not defined for loss_type={undefined[0].name!r}; it is for "
-            f"{', '.join(sorted(name for name, loss in table.items() if option in loss.options))}{hint}"
-        )
+        others = ", ".join(sorted(name for name, loss in table.items() if option in loss.options))
+        where = f"; it is for {others}" if others else ", nor for another of its kind"
+        raise ValueError(f"{option}: not defined for loss_type={undefined[0].name!r}{where}{hint}")
     return targets
 
 
@@ -478,7 +479,7 @@ def check_reference(terms: Sequence[Term], given: bool, how: str) -> None:
         raise ValueError(f"loss_type: {names} uses no reference model, and one was given; drop {how}")
 
 
-def _check_tensors(tensors: Mapping[str, Tensor | None], like: str, required: Sequence[str]) -> None:
+def check_vectors(tensors: Mapping[str, Tensor | None], like: str, required: Sequence[str]) -> None:
     """Every tensor there is must be a vector as long as ``tensors[like]``, and on its device."""
     for name in required:
         checks.dense(name, tensors[name])
@@ -538,7 +539,7 @@ def _derive(term: Term, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return values
 
 
-def _evaluate(terms: Sequence[Term], values: Sequence[Mapping[str, Tensor]], reduction: str) -> Tensor:
+def evaluate_terms(terms: Sequence[Term], values: Sequence[Mapping[str, Tensor]], reduction: str) -> Tensor:
     total: Any = 0.0
     for term, tensors in zip(terms, values, strict=True):
         loss = term.loss.fn(
@@ -575,7 +576,7 @@ def implicit_rewards(terms: Sequence[Term], given: Mapping[str, Tensor | None]) 
     return beta * chosen, beta * rejected
 
 
-def _upcast(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def upcast(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """All in one dtype, the widest there is and at least fp32; tensors that are None are left out."""
     present = {name: value for name, value in tensors.items() if value is not None}
     dtype = torch.float32
@@ -653,15 +654,15 @@ def preference_loss(
     for name in sorted(needed(terms)):
         if given[name] is None:
             raise ValueError(f"{name}: is None, and loss_type={[term.loss.name for term in terms]} needs it")
-    _check_tensors(given, like="chosen_logps", required=("chosen_logps", "rejected_logps"))
+    check_vectors(given, like="chosen_logps", required=("chosen_logps", "rejected_logps"))
     check_per_pair(terms, chosen_logps.shape[0], chosen_logps=chosen_logps)
     return evaluate(terms, given, reduction)
 
 
 def evaluate(terms: Sequence[Term], given: Mapping[str, Tensor | None], reduction: str) -> Tensor:
     """`preference_loss` of terms and tensors that were checked."""
-    tensors = _upcast(given)
-    return _evaluate(terms, [_derive(term, tensors) for term in terms], reduction)
+    tensors = upcast(given)
+    return evaluate_terms(terms, [_derive(term, tensors) for term in terms], reduction)
 
 
 def weighted(terms: Sequence[Term], weight: Tensor | None) -> Sequence[Term]:
@@ -752,31 +753,48 @@ def unpaired_preference_loss(
     tensor(0.5000)
     """
     check_reduction(reduction)
+    term = resolve_unpaired(loss_type, {"kl": kl, "reward_shift": reward_shift}, beta=beta, **options)
+    tensors = {"logps": logps, "ref_logps": ref_logps, "is_chosen": is_chosen}
+    check_vectors(tensors, like="logps", required=tuple(tensors))
+    check_unpaired(is_chosen, reward_shift)
+    check_per_pair([term], logps.shape[0], logps=logps)
+    return evaluate_unpaired(term, tensors, {"kl": kl, "reward_shift": reward_shift}, reduction)
+
+
+def resolve_unpaired(loss_type: Any, state: Mapping[str, Any] | None, **options: Any) -> Term:
+    """The one loss of single completions; ``state`` has kl and reward_shift, None before there are any to check."""
     if not isinstance(loss_type, str):
         raise wrong("loss_type", shown(loss_type), "one name", TypeError)
-    terms = resolve(loss_type, table=UNPAIRED_LOSSES, beta=beta, **options)
-    (term,) = terms
-    for name, value in {"kl": kl, "reward_shift": reward_shift}.items():
+    (term,) = resolve(loss_type, table=UNPAIRED_LOSSES, **options)
+    for name, value in (state or {}).items():
         if (value is None) == (name in term.loss.needs):
             verb = "needs" if value is None else "does not take"
             raise ValueError(f"{name}: loss_type={loss_type!r} {verb} it")
-    tensors = {"logps": logps, "ref_logps": ref_logps, "is_chosen": is_chosen}
-    _check_tensors(tensors, like="logps", required=tuple(tensors))
+    return term
+
+
+def check_unpaired(is_chosen: Tensor, reward_shift: Any) -> None:
     if is_chosen.dtype != torch.bool:
         raise wrong("is_chosen", f"dtype {is_chosen.dtype}", "torch.bool", TypeError)
-    check_per_pair(terms, logps.shape[0], logps=logps)
-    given = _upcast({"logps": logps, "ref_logps": ref_logps, "sign": is_chosen})
-    values = {"logratios": given["logps"] - given["ref_logps"], "sign": 2 * given["sign"] - 1}
-    if isinstance(reward_shift, RunningMean):
-        reward_shift = reward_shift.update(term.options["beta"] * values["logratios"].detach())
-    for name, value in {"kl": kl, "reward_shift": reward_shift}.items():
+    if reward_shift is None or isinstance(reward_shift, RunningMean):
+        return
+    shape = torch.as_tensor(reward_shift).shape
+    if shape not in ((), (1,), is_chosen.shape):  # else it would be broadcast, to no loss or to one for each two
+        raise wrong("reward_shift", f"shape {tuple(shape)}", f"one value, or ({is_chosen.shape[0]},)")
+
+
+def evaluate_unpaired(
+    term: Term, tensors: Mapping[str, Tensor | None], state: Mapping[str, Any], reduction: str
+) -> Tensor:
+    """`unpaired_preference_loss` of logps, ref_logps and is_chosen, and of kl and reward_shift, that were checked."""
+    given = upcast(tensors)
+    ratios = given["logps"] - given["ref_logps"]
+    values = {"logratios": ratios, "sign": 2 * given["is_chosen"] - 1}
+    for name, value in state.items():
+        if isinstance(value, RunningMean):
+            value = value.update(term.options["beta"] * ratios.detach())
         if value is not None:
-            ratios = values["logratios"]
             values[name] = torch.as_tensor(value, dtype=ratios.dtype, device=ratios.device).detach()
-    if kl is not None:
+    if "kl" in values:
         values["kl"] = (values["kl"].sum() / max(values["kl"].numel(), 1)).clamp(min=0)
-    if reward_shift is not None:
-        shape = values["reward_shift"].shape
-        if shape not in ((), (1,), logps.shape):  # else it would be broadcast, to no loss or to one for each two
-            raise wrong("reward_shift", f"shape {tuple(shape)}", f"one value, or ({logps.shape[0]},)")
-    return _evaluate(terms, [values], reduction)
+    return evaluate_terms([term], [values], reduction)

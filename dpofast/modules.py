@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dpofast import functional, primitive
+from dpofast import functional, primitive, sequence_losses
 from dpofast.functional import DPOLossOutput, dpo_loss, linear_dpo_loss
-from dpofast.losses import RunningMean
+from dpofast.losses import UNPAIRED_LOSSES, RunningMean
 from dpofast.primitive import LogprobOutput, linear_logprob
+from dpofast.sequence_losses import SequenceLossOutput, linear_list_loss, linear_unpaired_loss
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from dpofast.options import LinearLossOptions, LogitsLossOptions
+    from dpofast.options import LinearListOptions, LinearLossOptions, LinearUnpairedOptions, LogitsLossOptions
 
-__all__ = ["DPOLoss", "LinearDPOLoss", "LinearLogprob", "RunningMean"]
+__all__ = ["DPOLoss", "LinearDPOLoss", "LinearListLoss", "LinearLogprob", "LinearUnpairedLoss", "RunningMean"]
 
 
 class _Options(nn.Module):
@@ -149,3 +150,86 @@ class DPOLoss(_Options):
     def forward(self, logits: Tensor, labels: Tensor, **tensors: Any) -> DPOLossOutput:
         """``tensors``: ref_logps or ref_logits, cu_seqlens, token_weights, and per-pair beta, margin, pair_weight."""
         return dpo_loss(logits, labels, **{**self.options, **tensors})
+
+
+class LinearListLoss(_Options):
+    """`linear_list_loss` as a module. Equivalent to ``linear_list_loss(..., **options, **tensors)``.
+
+    Args:
+        options: the options of `linear_list_loss`, of the loss and of the head.
+
+    Raises:
+        ValueError, TypeError: as `linear_list_loss` does for its options; a tensor.
+
+    >>> LinearListLoss(loss_type="plackett_luce", beta=0.2)
+    LinearListLoss(loss_type='plackett_luce', beta=0.2)
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str | Sequence[str] = "softmax_dpo",
+        beta: float | Mapping[str, Any] = 0.1,
+        reduction: str = "mean",
+        memory_budget: int | str | None = None,
+        backend: str = "auto",
+        group: Any = None,
+        sequence_group: Any = None,
+        ignore_index: int = -100,
+        **options: Unpack[LinearListOptions],
+    ) -> None:
+        given = {
+            "loss_type": loss_type, "beta": beta, "reduction": reduction, "memory_budget": memory_budget,
+            "backend": backend, "group": group, "sequence_group": sequence_group, "ignore_index": ignore_index,
+        }  # fmt: skip
+        super().__init__(_not_defaults(linear_list_loss, given) | options)
+        sequence_losses.check_options(sequence_losses.list_objective, self.options)
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> SequenceLossOutput:
+        """``tensors``: sizes, interleaved, scores, ref_logps, ref_hidden, ref_weight, bias, cu_seqlens, token_weights,
+        and per-list beta, margin, list_weight."""
+        return linear_list_loss(hidden, weight, labels, **{**self.options, **tensors})
+
+
+class LinearUnpairedLoss(_Options):
+    """`linear_unpaired_loss` as a module. Equivalent to ``linear_unpaired_loss(..., **options, **tensors)``.
+
+    BCO's reward shift, if none is passed at the call, is a `RunningMean` that the module keeps, ``reward_mean``; it is
+    in the module's state.
+
+    Args:
+        options: the options of `linear_unpaired_loss`, of the loss and of the head.
+
+    Raises:
+        ValueError, TypeError: as `linear_unpaired_loss` does for its options; a tensor.
+
+    >>> LinearUnpairedLoss(beta=0.2, desirable_weight=1.5)
+    LinearUnpairedLoss(beta=0.2, desirable_weight=1.5)
+    """
+
+    def __init__(
+        self,
+        *,
+        loss_type: str = "kto",
+        beta: float = 0.1,
+        reduction: str = "mean",
+        memory_budget: int | str | None = None,
+        backend: str = "auto",
+        group: Any = None,
+        sequence_group: Any = None,
+        ignore_index: int = -100,
+        **options: Unpack[LinearUnpairedOptions],
+    ) -> None:
+        given = {
+            "loss_type": loss_type, "beta": beta, "reduction": reduction, "memory_budget": memory_budget,
+            "backend": backend, "group": group, "sequence_group": sequence_group, "ignore_index": ignore_index,
+        }  # fmt: skip
+        super().__init__(_not_defaults(linear_unpaired_loss, given) | options)
+        sequence_losses.check_options(sequence_losses.unpaired_objective, self.options)
+        self.reward_mean = RunningMean() if "reward_shift" in UNPAIRED_LOSSES[loss_type].needs else None
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, **tensors: Any) -> SequenceLossOutput:
+        """``tensors``: is_chosen, kl, reward_shift, ref_logps, ref_hidden, ref_weight, bias, cu_seqlens, token_weights,
+        and per-completion beta, sequence_weight."""
+        kept = {} if self.reward_mean is None else {"reward_shift": self.reward_mean}
+        return linear_unpaired_loss(hidden, weight, labels, **{**self.options, **kept, **tensors})

@@ -46,10 +46,34 @@ class LogitsLossOptions(LossOptions, total=False):
     inplace_grad: bool
 
 
-class LinearLossOptions(LossOptions, total=False):
-    """What `linear_dpo_loss` passes on to `linear_logprob`, too."""
+class HeadOptions(TypedDict, total=False):
+    """What a ``linear_`` loss passes on to `linear_logprob`."""
 
     temperature: float
     logit_scale: float
     softcap: float | None
     grad_filter: float | str | None
+
+
+class LinearLossOptions(LossOptions, HeadOptions, total=False):
+    """What `linear_dpo_loss` takes beside its named arguments."""
+
+
+class LinearListOptions(HeadOptions, total=False):
+    """What `linear_list_loss` takes beside its named arguments."""
+
+    margin: float | Tensor | Mapping[str, Any]
+    loss_weights: list[float] | None
+    list_weight: Tensor | None
+    token_weights: Tensor | None
+    metrics: bool
+
+
+class LinearUnpairedOptions(HeadOptions, total=False):
+    """What `linear_unpaired_loss` takes beside its named arguments."""
+
+    desirable_weight: float
+    undesirable_weight: float
+    sequence_weight: Tensor | None
+    token_weights: Tensor | None
+    metrics: bool

@@ -93,6 +93,38 @@ FUNCTIONS = {
         {"logps": SUMS, "ref_logps": SUMS, "is_chosen": torch.tensor([True, False] * 2), "kl": 0.0},
         alone("logps", "ref_logps", "is_chosen"),
     ),
+    "list_preference_loss": (
+        dpofast.list_preference_loss,
+        {"logps": SUMS, "sizes": [3, 1], "ref_logps": SUMS, "scores": SUMS, "loss_type": "listnet"},
+        {**alone("logps", "ref_logps"), "beta": {"beta": torch.ones(2)}, "weight": {"weight": torch.ones(2)}},
+    ),
+    "list_score_loss": (dpofast.list_score_loss, {"outputs": SUMS, "sizes": 2}, alone("outputs")),
+    "linear_list_loss": (
+        dpofast.linear_list_loss,
+        {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, "bias": BIAS, "ref_logps": SUMS, "sizes": [3, 1]},
+        {
+            **alone("hidden", "weight", "labels", "bias", "ref_logps"),
+            "ref_hidden": REFERENCE,
+            "ref_weight": {**REFERENCE, "ref_bias": BIAS},
+            "cu_seqlens": {**PACKED, "hidden": HIDDEN.flatten(0, 1)},
+            "list_weight": {"list_weight": torch.ones(2)},
+            "token_weights": {"token_weights": torch.ones(4, T)},
+            "margin": {"margin": torch.ones(2)},
+        },
+    ),
+    "linear_unpaired_loss": (
+        dpofast.linear_unpaired_loss,
+        {
+            **{"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, "bias": BIAS, "ref_logps": SUMS},
+            **{"is_chosen": torch.tensor([True, False] * 2), "loss_type": "apo_zero_unpaired"},
+        },
+        {
+            **alone("hidden", "weight", "labels", "bias", "ref_logps", "is_chosen"),
+            "cu_seqlens": {**PACKED, "hidden": HIDDEN.flatten(0, 1)},
+            "sequence_weight": {"sequence_weight": torch.ones(4)},
+            "token_weights": {"token_weights": torch.ones(4, T)},
+        },
+    ),
 }
 ARGUMENTS = [(name, argument) for name, (_, _, arguments) in FUNCTIONS.items() for argument in arguments]
 

@@ -22,6 +22,7 @@ WIDE = {
     "plan/report.py": {"plan"},
     "primitive.py": {"linear_logprob", "logprob"},
     "reference.py": {"linear_logprob"},
+    "sequence_losses.py": {"linear_list_loss", "linear_unpaired_loss"},
 }
 OPS, OP_PARAMETERS = "_ops.py", 13
 SCHEDULES = ("score", "jacobian", "cached", "mixed", "recompute", "recompute-split")
