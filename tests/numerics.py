@@ -225,7 +225,7 @@ def forced(schedule: str, p: Problem, backend: str, outputs=STATISTICS) -> dict:
         schedule, int((p.labels != -100).sum()), backend, n_hidden=p.weight.shape[1], n_vocab=p.weight.shape[0],
         hidden_dtype=p.hidden.dtype, weight_dtype=p.weight.dtype, to_hidden="hidden" in train,
         to_weight="weight" in train,
-        as_is=p.weight.stride(1) == 1, outputs=len(outputs),
+        as_is=p.weight.stride(1) == 1, outputs=len(outputs) + ("is_top1" in outputs),  # it has two running numbers
         entropy="entropy" in outputs,
     )  # fmt: skip
     return {"train": train, "memory_budget": budget}

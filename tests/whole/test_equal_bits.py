@@ -58,7 +58,7 @@ def test_for_every_schedule_budget_and_number_of_threads(head, cpu_backend, want
     train, _ = numerics.SCHEDULES[schedule]
     seen = set()
     with numerics.threads(threads):
-        for exponent in range(34, 56):  # 360 KB to 12 MB, four to an octave
+        for exponent in range(32, 56):  # 64 KB to 180 MB, two to an octave
             with numerics.recorded_choices() as choices:
                 try:
                     got = logps(head, cpu_backend, train, memory_budget=int(2 ** (exponent / 2))).logps
