@@ -73,16 +73,19 @@ class Lists:
 
     def __init__(self, sizes: Sequence[int], interleaved: bool = False) -> None:
         self.sizes, self.interleaved = tuple(sizes), interleaved
+        self._layouts: dict[torch.device, Layout] = {}
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def layout(self, device: torch.device) -> Layout:
-        sizes = torch.tensor(self.sizes, dtype=torch.long)
-        ends, list_of = _ends(sizes), self._list_of(sizes)
-        first = ends[list_of]
-        sizes, list_of, first, ends = (x.to(device, non_blocking=True) for x in (sizes, list_of, first, ends))
-        return Layout(sizes, list_of, first, ends, sum(n * n for n in self.sizes))
+        if device not in self._layouts:
+            sizes = torch.tensor(self.sizes, dtype=torch.long)
+            ends, list_of = _ends(sizes), self._list_of(sizes)
+            first = ends[list_of]
+            sizes, list_of, first, ends = (x.to(device, non_blocking=True) for x in (sizes, list_of, first, ends))
+            self._layouts[device] = Layout(sizes, list_of, first, ends, sum(n * n for n in self.sizes))
+        return self._layouts[device]
 
     def together(self, x: Tensor) -> Tensor:
         """A number for each answer, with those of a list together."""
