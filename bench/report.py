@@ -19,9 +19,10 @@ from typing import Any
 
 from dpofast.bench.goals import goal_of
 from dpofast.bench.record import RESULTS, Record, Results, read
+from dpofast.bench.slopes import plain_facts, slopes
 from dpofast.bench.workloads import MODELS
 
-PAGES = (Path("README.md"), Path("docs", "design.md"), Path("docs", "shared_prompt.md"), Path("docs", "filter.md"))
+PAGES = (Path("README.md"), *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train")))
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
@@ -193,9 +194,59 @@ def pairs_table(results: Results) -> str:
     return table(("dtype, budget", "the ordinary way", "by whole pairs", "ratio"), rows)
 
 
+def trainer_table(results: Results) -> str:
+    """A row for each model and trainer."""
+    rows = []
+    for r in results.where(suite="trainer", metric="time"):
+        facts = {"workload": r.workload, "provider": r.provider}
+        ratio, apart = (results.value(metric=name, **facts) for name in ("time / TRL", "loss, apart from TRL"))
+        rows.append((r.workload, r.provider, f"{r.value:.3g} s", f"{ratio:.2f}", f"{apart:.0e}"))
+    return table(("model and pairs", "a step of", "time", "time / TRL", "losses apart from TRL's, at most"), rows)
+
+
+def cost_table(results: Results) -> str:
+    """A row for each dtype, head and peer: how many cases there are, and how far off predictions are."""
+    found: dict[str, list[float]] = {}
+    for r in results.where(metric="predicted / measured"):
+        what = f"{r.dtype}, head {r.head}{', filtered' * bool(r.workload)}" if r.provider == "dpofast" else r.provider
+        if r.value:
+            found.setdefault(what, []).append(r.value)
+    rows = (
+        (what, str(len(of)), *(f"{sum(abs(x - 1) <= off for x in of)}" for off in (0.1, 0.25)),
+         f"{min(of):.2f} to {max(of):.2f}")
+        for what, of in sorted(found.items())
+    )  # fmt: skip
+    return table(("predicted / measured", "cases", "within 10 %", "within 25 %", "all"), rows)
+
+
+def sweep_table(results: Results) -> str:
+    """A row for each provider and dtype: the ratios by size, and the lines through times and peaks."""
+    sizes = sorted({r.shape[0] for r in results.where(suite="sweep")})
+    times, peaks = (slopes(results, metric) for metric in ("time", "peak memory"))
+    rows = []
+    for facts in dict.fromkeys(plain_facts(r) for r in results.where(suite="sweep")):
+        same = {name: getattr(facts, name) for name in ("provider", "dtype", "case")}
+        of = {n: results.where(shape=(n, *facts.shape), **same) for n in sizes}
+        ratios = ({r.metric: r for r in of[n]} for n in sizes)
+        cells = (f"{r['time / products'].value:.2f}" if "time / products" in r else "-" for r in ratios)
+        t, m = (found.get(facts._replace(metric=name, unit=unit)) for found, name, unit in (
+            (times, "time", "s"), (peaks, "peak memory", "B")
+        ))  # fmt: skip
+        lines = (
+            f"{t.fixed * 1e3:.1f} + {t.each * 1e6:.1f} N/1000 (within {t.off:.0%})" if t else "-",
+            f"{m.fixed / 2**20:.0f} + {m.each * 1000 / 2**20:.1f} N/1000" if m else "-",
+        )
+        why = "; ".join(dict.fromkeys(f"{n:,}: {r.failed}" for n in sizes for r in of[n] if r.failed)) or "-"
+        v = f"V {facts.shape[-1]}"
+        rows.append((", ".join(filter(None, (facts.provider, facts.dtype, v, facts.case))), *cells, *lines, why))
+    columns = (f"N {n:,}" for n in sizes)
+    return table(("time / products", *columns, "time, ms", "peak memory, MiB", "not measured"), rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
+    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The `dpofast` command: `env`, `plan`, `demo` and `bench`. Each subcommand imports what it needs itself."""
+"""The `dpofast` command: `env`, `plan`, `train`, `score`, `demo`, `bench`. Each imports what it needs itself."""
 
 import argparse
 import importlib
@@ -12,10 +12,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: `sys.argv[1:]`) and return the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        if argv[:1] == ["demo"]:  # its options are its own, `--help` included
-            return _demo(argv[1:])
-        if argv[:1] == ["bench"]:  # so are each benchmark's
-            return _bench(argv[1:])
+        own = {"demo": _demo, "bench": _bench, "train": _train, "score": _score}  # their options too, `--help` included
+        if argv[:1] and argv[0] in own:
+            return own[argv[0]](argv[1:])
         args = _parser().parse_args(argv)
         return args.run(args)
     except ImportError as error:
@@ -45,12 +44,25 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--backend", default="auto", help="auto (default), or a name that `dpofast env` lists")
     plan.add_argument("--device", help="predict for a GPU that need not be here, such as h100")
     plan.add_argument("--longest-pair", type=int, help="tokens of a preference loss's longest pair: how that would run")
+    plan.add_argument(
+        "--grad-filter", type=_cut, help='gradients from the entries that matter: "auto", or a cut such as 6e-5'
+    )
+    plan.add_argument("--kept", type=float, default=0.01, help="share of entries that such a filter keeps (0.01)")
+    plan.add_argument("--peers", action="store_true", help="what other libraries' algorithms would take, too")
+    plan.add_argument("--positions", type=int, help="tokens with prompts and padding, which some of them work on")
     plan.add_argument("--json", action="store_true", help="as JSON")
     plan.set_defaults(run=_plan, parser=plan)
 
+    commands.add_parser("train", help="tune a model on preferences; `dpofast train --help` has the options")
+    commands.add_parser("score", help="a model's log-probs, rewards and accuracy on preferences")
     commands.add_parser("demo", help="train and score real preference pairs; `dpofast demo --help` has more")
     commands.add_parser("bench", help="measure: `dpofast bench --help` has the names of the benchmarks")
     return parser
+
+
+def _cut(text: str) -> float | str:
+    """What `grad_filter` takes; argparse names what is neither."""
+    return text if text == "auto" else float(text)
 
 
 def _env(args: argparse.Namespace) -> int:
@@ -76,10 +88,14 @@ def _plan(args: argparse.Namespace) -> int:
             backend=args.backend,
             device=args.device,
             longest_pair=args.longest_pair,
+            grad_filter=args.grad_filter,
+            kept=args.kept,
+            with_peers=args.peers,
+            positions=args.positions,
         )
     except ValueError as error:
         args.parser.error(str(error))
-    print(json.dumps(plan._asdict(), indent=2) if args.json else plan)
+    print(json.dumps(plan.as_dict(), indent=2) if args.json else plan)
     return 0
 
 
@@ -87,6 +103,18 @@ def _demo(argv: list[str]) -> int:
     from dpofast.demo import main as demo_main
 
     return demo_main(argv) or 0
+
+
+def _train(argv: list[str]) -> int:
+    from dpofast.train import main as train_main
+
+    return train_main(argv)
+
+
+def _score(argv: list[str]) -> int:
+    from dpofast.train.score import main as score_main
+
+    return score_main(argv)
 
 
 def _bench(argv: list[str]) -> int:

@@ -48,6 +48,10 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         "backend": "auto",
         "device": None,
         "longest_pair": None,
+        "grad_filter": None,
+        "kept": 0.01,
+        "with_peers": False,
+        "positions": None,
     }
     assert capsys.readouterr().out == "a table\n"
 
@@ -59,6 +63,9 @@ def test_plan_hands_on_shapes_and_defaults(recorded, capsys):
         (["--score"], {"train_head": False, "train_hidden": False}),
         (["--memory-budget", "512MiB"], {"memory_budget": "512MiB"}),
         (["--longest-pair", "300"], {"longest_pair": 300}),
+        (["--grad-filter", "auto"], {"grad_filter": "auto"}),
+        (["--grad-filter", "1e-4", "--kept", "0.03"], {"grad_filter": 1e-4, "kept": 0.03}),
+        (["--peers", "--positions", "5000"], {"with_peers": True, "positions": 5000}),
         (["--device", "h100"], {"device": "h100", "backend": "auto"}),
         (["--dtype", "fp32", "--backend", "cpu"], {"dtype": "fp32", "backend": "cpu"}),
     ],
@@ -72,7 +79,9 @@ def test_real_plan_prints_a_table_and_json(capsys):
     assert main(["plan", *SHAPE]) == 0
     assert capsys.readouterr().out.strip() == str(dpofast.plan(4096, 576, 49152)).strip()
     assert main(["plan", *SHAPE, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)
+    assert json.loads(capsys.readouterr().out)["considered"][0]["schedule"]
+    assert main(["plan", *SHAPE, "--peers", "--json"]) == 0
+    assert {"name", "products", "seconds"} <= json.loads(capsys.readouterr().out)["peers"][0].keys()
 
 
 def test_memory_budget_is_bytes_or_a_size(capsys):
@@ -83,7 +92,15 @@ def test_memory_budget_is_bytes_or_a_size(capsys):
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--dtype", "int8"), ("--backend", "abacus"), ("--memory-budget", "a lot"), ("--tokens", "-1")],
+    [
+        ("--dtype", "int8"),
+        ("--backend", "abacus"),
+        ("--memory-budget", "a lot"),
+        ("--tokens", "-1"),
+        ("--grad-filter", "most"),
+        ("--kept", "1.5"),
+        ("--positions", "-2"),
+    ],
 )
 def test_plan_refuses_nonsense_with_a_message_and_no_traceback(flag, value, capsys):
     with pytest.raises(SystemExit) as exit_info:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from dpofast.plan import cpu, tiled
+from dpofast.plan import cpu, cpu_cost, tiled
 from dpofast.plan.cost import HOST, DataSheet
 from dpofast.plan.schedule import Request, Schedule
 
@@ -20,13 +20,13 @@ def choose(request: Request, backend: str, threads: int = 0, device: DataSheet =
         ValueError: if no schedule fits the budget.
     """
     name, _, isa = backend.partition(":")
-    return cpu.choose(request, isa, threads) if name == "cpu" else tiled.choose(request, backend, device)
+    return cpu_cost.choose(request, isa, threads) if name == "cpu" else tiled.choose(request, backend, device)
 
 
 def traced(request: Request, backend: str, threads: int = 0, device: DataSheet = HOST) -> Schedule:
     """`choose` in a graph that `torch.compile` follows, where ``request`` may have symbols for numbers."""
     if backend.startswith("cpu"):
-        return choose(request, backend, threads)
+        return cpu.first_fit(request, backend.partition(":")[2], threads)
     return tiled.first_fit(request, backend, device)
 
 

@@ -5,7 +5,7 @@ A test holds the two layouts equal, byte for byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class Layout:
         return self.h * self.n_pad * self.t.acc
 
     def forward(self, jacobian=False):
-        t, started = self.t, self._started(1 + jacobian)
+        t, started = self.t, self.started(1 + jacobian)
         pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
         stats = (2 + self.outputs) * self._bytes(pieces * self.n_pad * t.acc) + self._bytes(self.n_pad * t.acc)
         tile = self._panels_together(started) * (self.tile_rows + 2) * t.panel
@@ -106,7 +106,7 @@ class Layout:
         return max(self._forward_with_filter(), own + first._forward_with_filter())
 
     def _forward_with_filter(self):
-        t, started = self.t, self._started(1)
+        t, started = self.t, self.started(1)
         pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
         running = 2 * self._bytes(2 * pieces * self.n_pad * t.acc)
         found = started * self.tile_rows * t.panel
@@ -114,7 +114,7 @@ class Layout:
 
     def filtered_backward(self, to_hidden):
         """That of csrc/cpu/head_sparse.h."""
-        t, started, n, b = self.t, self._started(2), self.n, self._bytes
+        t, started, n, b = self.t, self.started(2), self.n, self._bytes
         chunk = 8 * t.vector
         ld = up(self.h, chunk)
         total = 2 * b(self.n_pad * t.acc) + (1 + to_hidden) * b(n * ld * t.acc) + 2 * b(ld * t.acc)
@@ -126,7 +126,7 @@ class Layout:
 
     def backward(self, to_hidden, to_weight, recomputes, entropy, chunk=0):
         """``chunk``: tokens packed at a time, 0: all."""
-        t, started = self.t, self._started(recomputes + to_weight + to_hidden)
+        t, started = self.t, self.started(recomputes + to_weight + to_hidden)
         window = up(chunk, t.panel) if 0 < chunk < self.n_pad else self.n_pad
         windows = ceil_div(self.n, window)
         tile, row = (self.tile_rows + 1) * t.panel, max(self.h_pad, t.panel)
@@ -151,7 +151,7 @@ class Layout:
         converted = BUFFERS * self._bytes(self.block * self.h_pad * t.elem) if rows and not self.as_is else 0
         return converted + (BUFFERS * self._bytes(self.block * self.h * t.elem) if columns else 0)
 
-    def _started(self, products: int) -> int:
+    def started(self, products: int) -> int:
         """Threads that so many products are worth."""
         if not self.threads:
             return 0
@@ -218,35 +218,59 @@ class _Sizes:
         need = self._split_need if self.request.to_weight else self._chunk_need
         return need(min(self.request.n_tokens, self.traits.panel))
 
-    def with_frozen_head(self) -> Schedule | None:
+    def frozen_ways(self) -> tuple[Callable[[], Schedule | None], ...]:
+        """Ways to run with a frozen head, the preferred first."""
+        return self._jacobian, self._without_keeping
+
+    def ways(self) -> tuple[Callable[[], Schedule | None], ...]:
+        """Ways to run with a head that is trained, the preferred first. Wide blocks are for problems that fit whole."""
+        return (self._cached,) if self._is_wide else (self._cached, self._partly_cached, self._by_windows, self._split)
+
+    def _jacobian(self) -> Schedule | None:
         r, whole = self.request, self.whole
-        if r.to_hidden and r.keeps:
-            workspace = max(whole.forward(True), whole.backward(True, False, True, True) if r.entropy else 0)
-            if workspace + whole.jacobian() <= r.budget:
-                return self._schedule("jacobian", workspace, cache=whole.jacobian())
+        if not (r.to_hidden and r.keeps):
+            return None
+        workspace = max(whole.forward(True), whole.backward(True, False, True, True) if r.entropy else 0)
+        if workspace + whole.jacobian() > r.budget:
+            return None
+        return self._schedule("jacobian", workspace, cache=whole.jacobian())
+
+    def _without_keeping(self) -> Schedule | None:
+        r = self.request
         name = "recompute" if r.to_hidden else "score"
         if self._chunk_need(r.n_tokens) <= r.budget:
             return self._schedule(name, self._chunk_need(r.n_tokens))
         chunk = self._fitting_chunk(self._chunk_need)
         return self._schedule(name, self._chunk_need(chunk), chunk) if chunk else None
 
-    def with_head(self) -> Schedule | None:
+    def _cached(self) -> Schedule | None:
         r, whole = self.request, self.whole
-        all_cached = max(whole.forward(), whole.backward(r.to_hidden, True, r.entropy, r.entropy))
-        per_block = whole.cache_per_block()
-        if r.keeps and all_cached + per_block * whole.blocks <= r.budget:
-            return self._schedule("cached", all_cached, cache=per_block * whole.blocks, share=1.0)
-        if self._is_wide:
+        workspace = max(whole.forward(), whole.backward(r.to_hidden, True, r.entropy, r.entropy))
+        cache = whole.cache_per_block() * whole.blocks
+        if not r.keeps or workspace + cache > r.budget:
             return None
-        partly = max(whole.forward(), whole.backward(r.to_hidden, True, True, r.entropy))
-        if partly <= r.budget:
-            cached = (r.budget - partly) // per_block if r.keeps else 0
-            name, share = "mixed" if cached else "recompute", cached / whole.blocks
-            return self._schedule(name, partly, cache=cached * per_block, share=share)
+        return self._schedule("cached", workspace, cache=cache, share=1.0)
+
+    def _partly_cached(self) -> Schedule | None:
+        """The exponentials of some blocks kept, or of none where not even one has room."""
+        r, whole = self.request, self.whole
+        workspace = max(whole.forward(), whole.backward(r.to_hidden, True, True, r.entropy))
+        if workspace > r.budget:
+            return None
+        per_block = whole.cache_per_block()
+        blocks = (r.budget - workspace) // per_block if r.keeps else 0
+        if not blocks:
+            return self._schedule("recompute", workspace)
+        if blocks >= whole.blocks:
+            return None  # `_cached` fits
+        return self._schedule("mixed", workspace, cache=blocks * per_block, share=blocks / whole.blocks)
+
+    def _by_windows(self) -> Schedule | None:
         chunk = self._fitting_chunk(self._window_need)
-        if chunk:
-            return self._schedule("recompute", self._window_need(chunk), chunk)
-        chunk = self._fitting_chunk(self._split_need) if r.to_hidden else 0
+        return self._schedule("recompute", self._window_need(chunk), chunk) if chunk else None
+
+    def _split(self) -> Schedule | None:
+        chunk = self._fitting_chunk(self._split_need) if self.request.to_hidden else 0
         return self._schedule("recompute-split", self._split_need(chunk), chunk) if chunk else None
 
     def with_filter(self) -> Schedule | None:
@@ -280,18 +304,43 @@ class _Sizes:
         return 0
 
 
-def choose(request: Request, isa: str, threads: int) -> Schedule:
-    """The schedule on an instruction set; see `dpofast.plan.choice.choose`."""
-    traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
+class Candidate(NamedTuple):
+    """A schedule that fits the budget."""
+
+    schedule: Schedule
+    filters: bool  # its cache has room for what a filter of gradients keeps
+
+
+def first_fit(request: Request, isa: str, threads: int) -> Schedule:
+    """The first schedule that fits, in as few steps as `torch.compile` can follow; see `dpofast.plan.choice.choose`."""
     needed = 0
-    for block in _block_sizes(request.n_tokens, request.n_hidden, request.n_vocab, traits.elem):
-        if request.filters and block > GROUP_ROWS:
-            continue
-        sizes = _Sizes(request, traits, block, threads)
+    for sizes in _all_sizes(request, isa, threads, wide=not request.filters):
         found = sizes.with_filter() if request.filters else None
-        if found is None:
-            found = sizes.with_head() if request.to_weight else sizes.with_frozen_head()
+        for way in sizes.ways() if request.to_weight else sizes.frozen_ways():
+            if found is None:
+                found = way()
         if found is not None:
             return found
         needed = sizes.least()
     raise too_little(request, needed)
+
+
+def candidates(request: Request, isa: str, threads: int) -> Iterator[Candidate]:
+    """All schedules that fit the budget, the preferred first: one that keeps all it can in the widest blocks."""
+    # What a filter may be handed has no wide blocks; a frozen head that keeps d logps / d hidden hands it nothing.
+    for sizes in _all_sizes(request, isa, threads, wide=not (request.filters and request.to_weight)):
+        ways = sizes.ways() if request.to_weight else sizes.frozen_ways()
+        filtered = sizes.with_filter() if request.filters else None
+        if filtered is not None:
+            yield Candidate(filtered, True)
+        for way in ways:
+            schedule = way()
+            if schedule is not None:
+                yield Candidate(schedule, False)
+
+
+def _all_sizes(request: Request, isa: str, threads: int, wide: bool) -> list[_Sizes]:
+    """Those of the blocks to consider, the preferred first; ``wide``: those of small problems, too."""
+    traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
+    blocks = _block_sizes(request.n_tokens, request.n_hidden, request.n_vocab, traits.elem)
+    return [_Sizes(request, traits, b, threads) for b in blocks if wide or b <= GROUP_ROWS]

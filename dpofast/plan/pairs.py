@@ -14,17 +14,15 @@ from typing import NamedTuple
 import torch
 
 from dpofast.backends._tensors import wide_dtype
-from dpofast.plan import cost
+from dpofast.plan import cost, cpu_cost
 from dpofast.plan.choice import chosen
 from dpofast.plan.cost import DataSheet
+from dpofast.plan.cpu import Candidate
 from dpofast.plan.schedule import Request, Schedule, ceil_div
 from dpofast.plan.tiled import cached_columns, tiled_traits
 
 WORTHWHILE = 0.95
 """The share of the ordinary schedule's predicted time that the pairs' must stay below: about the error of the two."""
-MADE_AGAIN = 0.4
-"""What a product that is made again costs on a CPU, in products, beyond the exponentials that are not read. With 0.89
-of a fourth product SmolLM2's head took 0.91 of three bare ones, and 0.80 without (fp32; bench/results/pairs-*)."""
 
 
 class Pairs(NamedTuple):
@@ -83,9 +81,9 @@ def _cached(request: Request, backend: str, tokens: int, kept: int, device: Data
 
 def _seconds(request: Request, backend: str, schedule: Schedule, device: DataSheet) -> float:
     if backend.startswith("cpu:"):
-        least = 1 + request.n_grads
-        products = least + MADE_AGAIN * (schedule.products(request.n_grads) - least)
-        return products * request.flops / device.flops(4)
+        isa = backend.partition(":")[2]
+        exact = Candidate(schedule, filters=False)
+        return cpu_cost.cost(request, exact, isa, cpu_cost.nominal(request, isa)).seconds
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     columns, _ = cached_columns(schedule, request.n_tokens, request.n_vocab, traits.elem)
     return sum(cost.seconds(device, schedule, columns, request, traits))
@@ -96,4 +94,5 @@ def _seconds_by_pairs(request: Request, backend: str, pairs: Pairs, device: Data
     one = _seconds(request._replace(n_tokens=pairs.tokens), backend, pairs.schedule, device)
     acc = wide_dtype(request.hidden_dtype, request.weight_dtype).itemsize
     moved = request.n_vocab * request.n_hidden * (2 * acc * parts + acc + request.weight_dtype.itemsize)
-    return parts * one + moved / device.bandwidth
+    on_cpu = backend.startswith("cpu:")
+    return parts * one + moved / (cpu_cost.NOMINAL.bandwidth if on_cpu else device.bandwidth)

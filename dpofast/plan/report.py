@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from dpofast import native
+from dpofast import grad_filter as filters
 from dpofast.backends import registry
 from dpofast.contract import DTYPE_CODES
 from dpofast.env_info import amx_note
-from dpofast.plan import cost, tiled
+from dpofast.plan import cost, peers, predict, tiled
 from dpofast.plan.choice import choose
+from dpofast.plan.cpu_cost import KEPT
 from dpofast.plan.pairs import pairs_schedule
+from dpofast.plan.peers import LONGEST_PAIR, Peer
+from dpofast.plan.predict import Considered, Prediction
 from dpofast.plan.schedule import Request, Schedule, parse_bytes
-from dpofast.plan.tiled import Candidate, cached_columns, tiled_traits
 
 _DTYPE_NAMES = {
     "fp32": torch.float32, "float32": torch.float32, "fp64": torch.float64, "float64": torch.float64,
@@ -48,6 +49,10 @@ class Plan(NamedTuple):
     kernel_flops: float | None  # of the micro-kernel on it
     otherwise: str | None = None  # on a GPU: the best schedule of the other kind, and why it was not taken
     pairs: str | None = None  # of a loss: whether it runs by whole pairs instead
+    considered: tuple[Considered, ...] = ()  # schedules that fit the budget
+    peers: tuple[Peer, ...] = ()  # other libraries' ways, if they were asked for
+    gradient_bytes: int = 0
+    kept: float | None = None  # the share of entries that a filter is assumed to keep
 
     @property
     def on_gpu(self) -> bool:
@@ -72,6 +77,11 @@ class Plan(NamedTuple):
                 ("predicted", f"{self.predicted_seconds * 1e3:.1f} ms, floor {self.floor_seconds * 1e3:.1f} ms "
                  f"(products alone, {source})")
             )  # fmt: skip
+        if self.kept is not None:
+            lines.append(("filter", f"keeps {self.kept:.2%} of the entries: assumed, since only the data can tell"))
+        if len(self.considered) > 1:
+            found = zip(("considered", *[""] * len(self.considered)), predict.lines(self.considered), strict=False)
+            lines.extend(found)
         if self.otherwise:
             lines.append(("otherwise", self.otherwise))
         if self.pairs:
@@ -85,13 +95,30 @@ class Plan(NamedTuple):
         amx = amx_note() if self.backend.startswith("cpu") and self.dtype == "bfloat16" else None
         if amx:
             lines.append(("amx", amx))
-        return "\n".join(f"{name:<12} {text}" for name, text in lines)
+        table = "\n".join(f"{name:<12} {text}" for name, text in lines)
+        return f"{table}\n\n{self.peers_table()}" if self.peers else table
 
+    def peers_table(self) -> str:
+        """Other libraries' ways, beside this one: the peak is above the inputs, with the gradients."""
+        peak = self.cache_bytes + self.workspace_bytes + self.gradient_bytes
+        own = f"dpofast, {self.schedule}", self.n_tokens, self.products, self.bytes_moved, peak, self.predicted_seconds
+        titles, mib = ("tokens", "products", "moved, MiB", "peak, MiB", "ms"), 1 << 20
+        lines = [f"{'by their algorithms':<26} " + " ".join(f"{title:>10}" for title in titles)]
+        for name, tokens, products, moved, most, took in (own, *self.peers):
+            cells = (
+                str(tokens),
+                f"{products:.2f}",
+                f"{moved / mib:.0f}",
+                f"{most / mib:.0f}",
+                f"{1e3 * (took or 0):.1f}",
+            )
+            lines.append(f"{name:<26} " + " ".join(f"{cell:>10}" for cell in cells))
+        return "\n".join(lines)
 
-@functools.lru_cache(maxsize=64)
-def _peak(isa: str, hidden_dtype: torch.dtype, weight_dtype: torch.dtype) -> tuple[float, float]:
-    """Flop/s of one core and of the micro-kernel on it, measured here and now (about 30 ms)."""
-    return native.C.peak(isa, DTYPE_CODES[hidden_dtype], DTYPE_CODES[weight_dtype])
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, for JSON."""
+        nested = {name: [row._asdict() for row in getattr(self, name)] for name in ("considered", "peers")}
+        return self._asdict() | nested
 
 
 def plan(
@@ -108,6 +135,10 @@ def plan(
     device: str | None = None,
     fused: bool = True,
     longest_pair: int | None = None,
+    grad_filter: float | str | None = None,
+    kept: float = KEPT,
+    with_peers: bool = False,
+    positions: int | None = None,
 ) -> Plan:
     """What `linear_logprob` will do for a problem of these sizes, without doing it.
 
@@ -125,63 +156,92 @@ def plan(
         fused: whether the call has neither bias nor softcap nor outputs, which leaves room for products that
             exponentiate themselves (block 0).
         longest_pair: completion tokens of the longest pair of a preference loss, which then may run by whole pairs.
+        grad_filter: as for `linear_logprob`.
+        kept: the share of entries that such a filter keeps, in [0, 1]: it depends on the data.
+        with_peers: whether to say what other libraries' ways would take.
+        positions: tokens of the batch with prompts and padding, which some of them work on; default ``n_tokens``.
 
     Returns:
-        A `Plan`. Times are predicted: on the CPU from the micro-kernel's speed measured on this machine, for a
+        A `Plan`. Times are predicted: on the CPU by `dpofast.plan.cpu_cost` at rates measured on this machine, for a
         GPU by the model of `dpofast.plan.cost`, None for "torch" on a CPU.
 
     Raises:
-        ValueError: for an unknown dtype or backend, sizes below 1, or a budget that cannot be met.
+        ValueError: for an unknown dtype or backend, sizes below 1, a budget that cannot be met, a filter where there
+            is none, or peers where nothing is known of the device.
 
     Example:
         >>> import dpofast
         >>> dpofast.plan(1000, 576, 49152, "bf16", train_head=False, backend="torch").schedule
         'jacobian'
     """
-    for name, size in (("n_tokens", n_tokens), ("hidden_size", hidden_size), ("vocab_size", vocab_size)):
+    sizes = {"n_tokens": n_tokens, "hidden_size": hidden_size, "vocab_size": vocab_size, "positions": positions or 1}
+    torch_dtype = _checked(sizes, dtype, kept)
+    exact, sheet = _device(device, backend)
+    cut = filters.cut_of(grad_filter, torch_dtype, torch_dtype, 0.0)
+    if cut:
+        filters.check_backend(exact, False)
+    request = Request(
+        n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype,
+        parse_bytes(memory_budget, default=sheet.default_budget), train_hidden, train_head,
+        fuses=fused and tiled.can_fuse(sheet, exact, torch_dtype, torch_dtype, hidden_size), filters=cut > 0,
+    )  # fmt: skip
+    threads = threads or torch.get_num_threads()
+    schedule = choose(request, exact, threads, sheet)
+    found = _predicted(request, schedule, exact, threads, sheet, kept, with_peers)
+    taken = found.chosen
+    others = _peers(request, found, positions, longest_pair, exact) if with_peers else ()
+    pairs = _pairs(request, schedule, exact, longest_pair, sheet) if longest_pair else None
+    return Plan(
+        f"cuda on {device}" if device else exact, schedule.name, n_tokens, hidden_size, vocab_size,
+        str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
+        schedule.cache_bytes, schedule.workspace_bytes, taken.products, 1 + request.n_grads, taken.bytes_moved,
+        taken.seconds, found.floor_seconds, found.core_flops, found.kernel_flops, found.otherwise, pairs,
+        found.considered, others, _gradient_bytes(request), kept if taken.filters else None,
+    )  # fmt: skip
+
+
+def _checked(sizes: dict[str, int], dtype: str | torch.dtype, kept: float) -> torch.dtype:
+    for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name}: got {size}, expected at least 1")
+    if not 0 <= kept <= 1:
+        raise ValueError(f"kept: got {kept}, expected a share in [0, 1]")
     torch_dtype = _DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if torch_dtype not in DTYPE_CODES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPE_NAMES)}")
-    gpu, on_gpu = None, False
+    return torch_dtype
+
+
+def _device(device: str | None, backend: str) -> tuple[str, cost.DataSheet]:
+    """The exact backend, and the figures of what it runs on."""
     if device is not None:
         if device not in cost.DEVICES or backend not in ("auto", "cuda"):
             raise ValueError(f"device: got {device!r} with backend={backend!r}, expected one of "
                              f"{', '.join(cost.DEVICES)} with backend 'auto' or 'cuda'")  # fmt: skip
-        gpu, exact = cost.DEVICES[device], "cuda"
-    else:
-        on_gpu = _is_for_gpu(backend)
-        exact = registry.resolve(backend, "cuda" if on_gpu else "cpu")
-    sheet = gpu or cost.device_of(torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
-    budget = parse_bytes(memory_budget, default=sheet.default_budget)
-    request = Request(
-        n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype, budget, train_hidden, train_head,
-        fuses=fused and tiled.can_fuse(sheet, exact, torch_dtype, torch_dtype, hidden_size),
-    )  # fmt: skip
-    threads = threads or torch.get_num_threads()
-    schedule = choose(request, exact, threads, sheet)
-    products = schedule.products(request.n_grads)
-    predicted = floor = core = kernel = otherwise = None
-    if exact.startswith("cpu:"):
-        bytes_moved = _bytes_on_cpu(request, schedule)
-        core, kernel = _peak(exact.partition(":")[2], torch_dtype, torch_dtype)
-        predicted, floor = (x * request.flops / (threads * kernel) for x in (products, 1 + request.n_grads))
-    else:
-        traits = tiled_traits(exact, torch_dtype, torch_dtype)
-        columns, _ = cached_columns(schedule, n_tokens, vocab_size, traits.elem)
-        moved = cost.traffic(schedule, columns, request, traits)
-        bytes_moved = moved.total
-        if sheet.sms:
-            predicted = sum(cost.seconds(sheet, schedule, columns, request, traits))
-            floor = cost.floor_seconds(sheet, request, traits)
-            otherwise = _otherwise(request, traits, sheet, Candidate(schedule, predicted))
-    return Plan(
-        f"cuda on {device}" if gpu else exact, schedule.name, n_tokens, hidden_size, vocab_size,
-        str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
-        schedule.cache_bytes, schedule.workspace_bytes, products, 1 + request.n_grads, int(bytes_moved), predicted,
-        floor, core, kernel, otherwise, _pairs(request, schedule, exact, longest_pair, sheet) if longest_pair else None,
-    )  # fmt: skip
+        return "cuda", cost.DEVICES[device]
+    on_gpu = _is_for_gpu(backend)
+    exact = registry.resolve(backend, "cuda" if on_gpu else "cpu")
+    here = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return exact, cost.device_of(here)
+
+
+def _predicted(
+    request: Request, schedule: Schedule, exact: str, threads: int, sheet: cost.DataSheet, kept: float, with_peers: bool
+) -> Prediction:
+    name, _, isa = exact.partition(":")
+    if name == "cpu":
+        return predict.on_cpu(request, schedule, isa, threads, kept, with_peers)
+    return predict.on_tiles(request, schedule, exact, sheet)
+
+
+def _peers(
+    request: Request, found: Prediction, positions: int | None, longest_pair: int | None, exact: str
+) -> tuple[Peer, ...]:
+    if found.machine is None:
+        raise ValueError(f"with_peers: not available on backend {exact!r}, of whose device nothing is known: pass "
+                         "backend='cpu' or a device")  # fmt: skip
+    positions = max(positions or 0, request.n_tokens)
+    return tuple(peers.peers(request, found.machine, positions, longest_pair or LONGEST_PAIR))
 
 
 def _pairs(request: Request, ordinary: Schedule, backend: str, longest_pair: int, device: cost.DataSheet) -> str:
@@ -203,32 +263,7 @@ def _is_for_gpu(backend: str) -> bool:
     return backend in ("auto", "cuda", "triton") and torch.cuda.is_available()
 
 
-def _otherwise(request: Request, traits: cost.TiledTraits, device: cost.DataSheet, chosen: Candidate) -> str | None:
-    """The best schedule of the other kind: fused or over tiles where both exist, else one that keeps or makes again."""
-    found = list(tiled.candidates(request, traits, device, every=True))
-    of_both = {c.schedule.is_fused for c in found} == {True, False}
-
-    def is_other(schedule: Schedule) -> bool:
-        if of_both:
-            return schedule.is_fused != chosen.schedule.is_fused
-        return schedule.keeps_nothing != chosen.schedule.keeps_nothing
-
-    other = tiled.best_of(c for c in found if is_other(c.schedule))
-    if other is None:
-        return "nothing of another kind fits the budget" if request.n_grads else None
-    s, more = other.schedule, other.seconds / chosen.seconds - 1
-    tiles = f"{s.token_chunk} x {s.block or 'all'}"
-    why = f"{more:+.0%}" if more > 0 else f"{more:+.0%}, but {other.memory / max(1, chosen.memory) - 1:+.0%} memory"
-    return (
-        f"{s.name}, {tiles}, {s.products(request.n_grads):.2f} products, {other.memory / (1 << 20):.1f} MiB: "
-        f"{other.seconds * 1e3:.1f} ms ({why})"
-    )
-
-
-def _bytes_on_cpu(request: Request, schedule: Schedule) -> int:
-    weight = request.n_hidden * request.n_vocab * request.weight_dtype.itemsize
-    # W is read in the forward and again in the backward unless it has no products left to do with it; d weight is
-    # written once; the cache is written once and read once.
-    reads = 1 + (request.n_grads > 0 and not schedule.keeps_jacobian)
-    tokens = request.n_tokens * request.n_hidden * request.hidden_dtype.itemsize
-    return (reads + request.to_weight) * weight + 2 * schedule.cache_bytes + (1 + request.to_hidden) * tokens
+def _gradient_bytes(request: Request) -> int:
+    """Of the gradients of hidden and of the head."""
+    hidden = request.to_hidden * request.n_tokens * request.hidden_dtype.itemsize
+    return request.n_hidden * (hidden + request.to_weight * request.n_vocab * request.weight_dtype.itemsize)

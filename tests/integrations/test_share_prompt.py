@@ -453,6 +453,18 @@ def test_in_16_bits_the_difference_is_of_rounding(dtype):
     assert (found - wanted).abs().max() <= 2 * (plain - wanted).abs().max()
 
 
+def test_the_proof_allows_for_the_rounding_of_autocast_around_a_model_in_fp32(monkeypatch):
+    """Its last norm gives fp32 back, and thirty layers of 16 bits before it differ by more than fp32 would."""
+    errors, distance = [], share_support._distance
+    monkeypatch.setattr(share_support, "_distance", lambda *pair: errors.append(distance(*pair)) or errors[-1])
+    model, (inputs, labels) = build(num_hidden_layers=30), batch([(20, 4, 5)])
+    rows = rows_of(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        models.model_logprob(model, inputs, labels, share_prompt=True)
+    assert errors[0] > 1e-3
+    assert rows[-1][0] == 1
+
+
 # The patch
 
 

@@ -161,7 +161,9 @@ def test_a_filter_keeps_to_the_budget_and_small_budgets_have_exact_schedules(isa
         c = choose_for(budget=budget, filters=True, **here)
         assert c.workspace_bytes + c.cache_bytes <= budget
         names.append(c.name if c.keeps_exps else c == exact)
-    assert (names[0] is True or n == 10) and names[-1] == "cached"
+    # Few tokens of a frozen head: reading the rows of W for entries costs more than a product.
+    assert names[0] is True or n == 10
+    assert names[-1] == "cached" or (n == 10 and names[-1] is True and not train[1])
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
@@ -180,14 +182,16 @@ def test_the_schedules_of_design_section_2(backend):
 
 @pytest.mark.parametrize("dtype", (BF16, FP32, torch.float16))
 def test_every_instruction_set_offers_the_same_schedules(dtype):
-    """What a budget buys differs by the width of a vector at most, not by what a CPU can multiply."""
+    """What a budget buys differs by the width of a vector at most, and by what tokens are packed in."""
     for n, budget, train in itertools.product((200, 1000, 8000), (32, 64, 128, 256, 1024), (True, False)):
         choices = {
             isa: choose_for(n, budget=budget << 20, dtype=dtype, to_weight=train, backend=f"cpu:{isa}") for isa in ISAS
         }
         shares = [c.cached_share for c in choices.values()]
         assert max(shares) - min(shares) <= 0.2, (n, budget, train, choices)
-        assert len({c.name == "jacobian" for c in choices.values()}) == 1, (n, budget, train, choices)
+        for elem in {TRAITS[isa, dtype, dtype].elem for isa in ISAS}:  # tokens are packed in 16 bits, or widened
+            alike = {isa: c for isa, c in choices.items() if TRAITS[isa, dtype, dtype].elem == elem}
+            assert len({c.name == "jacobian" for c in alike.values()}) == 1, (n, budget, train, alike)
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))
@@ -289,5 +293,7 @@ schedule     mixed
 tiles        1024 vocabulary rows a block, 1000 tokens a chunk
 products     3.85 (the least for these gradients: 3)
 memory       27.3 MiB cache + 35.0 MiB workspace, budget 64.0 MiB
-bytes moved  2184 MiB""",
+bytes moved  2184 MiB
+considered   * mixed: 3.85 products, 62.4 MiB, moves 2184 MiB
+               recompute: 4.00 products, 39.0 MiB, moves 2008 MiB""",
     )

@@ -335,11 +335,11 @@ void check_linear_logprob(const Table& table, const Case& c) {
 // A filter, as its definition says, for tokens of which it says that it dropped something, and exact gradients for others.
 // `room`: bytes of the cache, from none for any entry to enough for all.
 void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_t v, int64_t block, bool has_bias, bool capped,
-                    int64_t room, int threads) {
+                    int64_t room, int threads, double cut = 1.0 / 64) {
   random_state = uint64_t(n * 1000 + h * 100 + v);
   const Traits traits = table.traits(type, type);
   const DType acc = traits.acc_size == 8 ? DType::f64 : DType::f32;
-  const double cut = 1.0 / 64, tolerance = 1.0 / 8, softcap = capped ? 12 : 0;
+  const double tolerance = 1.0 / 8, softcap = capped ? 12 : 0;
   Tensor hidden(type, n * h), weight(type, v * h), bias(acc, v), grad_logps(acc, n), logps(acc, n), lse(acc, 2 * n);
   Tensor dropped(acc, n), d_hidden(type, n * h), d_weight(type, v * h), d_bias(acc, v);
   hidden.fill(1);
@@ -416,6 +416,41 @@ void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_
   compare("d hidden", values(d_hidden), want_hidden, tight + product + rounding(type), where);
   compare("d weight", values(d_weight), want_weight, tight + product + rounding(type), where);
   if (has_bias) compare("d bias", values(d_bias), want_bias, tight + product, where);
+}
+
+// A piece whose entries find no room holds less of the mass than the tolerance: its tokens keep everything all the same.
+void check_full(const Table& table) {
+  constexpr int64_t n = 16, h = 4, v = 8 * 192, kRoom = 20;
+  Tensor hidden(DType::f32, n * h), weight(DType::f32, v * h), bias(DType::f32, v), logps(DType::f32, n),
+      lse(DType::f32, 2 * n);
+  Tensor dropped(DType::f32, n);
+  hidden.fill(0), weight.fill(0);
+  for (int64_t i = 0; i < v; ++i) bias.set(i, i % 192 ? -60 : -11);  // one entry a piece, but that
+  bias.set(0, 0);                                                    // the first has nearly all of the mass,
+  for (int64_t i = 0; i < 60; ++i) bias.set(7 * 192 + i, -6.8);      // and sixty of the last have 6 % together
+  std::vector<int64_t> offsets, labels(n, 1);
+  for (int64_t t = 0; t < n; ++t) offsets.push_back(t * h);
+  const int64_t panels = ceil_div(n, table.traits(DType::f32, DType::f32).panel), regions = panels * 8;
+  const int64_t fixed = 64 + round_up(n * 4, 64) + round_up(regions * 4, 64) + round_up(8 * panels * 8, 64) + 128;
+  Buffer cache(fixed + regions * kRoom * 6);
+  ForwardArgs f{};
+  Problem& problem = f.problem;
+  problem.n = n, problem.h = h, problem.v = v, problem.block = 192, problem.threads = 1;
+  problem.hidden = hidden.data(), problem.weight = weight.data(), problem.bias = bias.data();
+  problem.hidden_dtype = problem.weight_dtype = DType::f32;
+  problem.token_offsets = offsets.data(), problem.labels = labels.data();
+  problem.hidden_col_stride = problem.weight_col_stride = 1, problem.weight_row_stride = h;
+  problem.temperature = problem.logit_scale = 1;
+  f.logps = logps.data(), f.lse = lse.data();
+  f.cache = cache.data.get(), f.cache_bytes = int64_t(cache.bytes);
+  f.grad_filter = 1.0 / 4096, f.tolerance = 1.0 / 8, f.dropped_mass = dropped.data();
+  Buffer workspace(table.forward(f));
+  f.workspace = workspace.data.get();
+  table.forward(f);
+  int64_t filters = 0;
+  std::memcpy(&filters, f.cache, sizeof filters);
+  compare("filters", {double(filters)}, {1}, 0, table.name);
+  compare("dropped mass of full regions", values(dropped), std::vector<double>(size_t(n), 0), 0, table.name);
 }
 
 // Log-probs and statistics have the same bits whatever the blocks, the schedule, the threads and the rest of the batch.
@@ -606,8 +641,10 @@ int main(int argc, char** argv) {
       for (int options = 0; options < 4; ++options) {
         check_filtered(*table, t, 1, 5, 3, 4, options & 1, options & 2, room, 1);
         check_filtered(*table, t, 33, 21, 391, 192, options & 1, options & 2, room, 1);
-        check_filtered(*table, t, 300, 9, 500, 48, options & 1, options & 2, room, 3);
+        check_filtered(*table, t, 300, 9, 500, 48, options & 1, options & 2, room, 3, 1.0 / 256);
+        check_filtered(*table, t, 100, 9, 500, 12, options & 1, options & 2, room, 3, 1.0 / 256);  // several groups of blocks
       }
+  check_full(*table);
 
   for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
     for (DType t : kTypes)

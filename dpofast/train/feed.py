@@ -1,0 +1,151 @@
+"""The data of a training: records read from files, encoded, and handed out in the order that the seed decides."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpofast import data
+from dpofast.data import Encoded, Encoder, Record, Records
+from dpofast.train import model
+from dpofast.train.config import Config
+from dpofast.train.ranks import Ranks
+from dpofast.train.references import keys_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``records`` records as ``[chosen; rejected]``, or the blocks of all first, second, ... answers, padded right.
+
+    Attributes:
+        inputs, labels: ``[N, T]``, for `dpofast.integrations.models.model_logprob`.
+        margin, weight, good: ``[records]``, or None where no record has one; good is bool.
+        keys: a hash of each sequence.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    records: int
+    margin: Tensor | None = None
+    weight: Tensor | None = None
+    good: Tensor | None = None
+    keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.inputs["attention_mask"].sum())
+
+    def to(self, device: torch.device) -> Batch:
+        def moved(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device)
+
+        inputs = {name: x.to(device) for name, x in self.inputs.items()}
+        columns = {name: moved(getattr(self, name)) for name in ("margin", "weight", "good")}
+        return replace(self, inputs=inputs, labels=self.labels.to(device), **columns)
+
+
+def collate(records: Sequence[Encoded], pad: int) -> Batch:
+    """Some records of as many answers each as a batch."""
+    batch = data.collate(records, pad_token_id=pad)
+    keys = keys_of(batch.input_ids, batch.attention_mask, batch.targets)
+    return Batch(batch.inputs, batch.targets, len(records), batch.margins, batch.weights, batch.labels, keys)
+
+
+class Feed:
+    """The micro-batches of this rank, step by step without end, and those of the held-out data.
+
+    Files are read again in each epoch, by line, and only what is at work is in memory.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, answers: int = 2, mismatches: bool = False) -> None:
+        self.config, self.ranks, self.answers = config, ranks, answers
+        self.tokenizer = model.load_tokenizer(config.model)
+        self._encode = Encoder(self.tokenizer, max_length=config.max_length, truncation=config.truncation)
+        found = [
+            data.read(paths, on_error=config.on_error) if paths else () for paths in (config.data, config.eval_data)
+        ]
+        self._train, self._held_out = (Mismatched(each) if mismatches and each else each for each in found)
+        self.records = len(found[0])
+        self.skipped = [bad for each in found if each for bad in each.skipped]
+        if config.batch_size % (config.micro_batch * ranks.world):
+            raise ValueError(
+                f"batch_size: got {config.batch_size}, expected a multiple of micro_batch times the ranks, "
+                f"{config.micro_batch} x {ranks.world}"
+            )
+        if not self.records:
+            raise ValueError(f"data: got no record in {', '.join(config.data)}, expected at least one")
+        self._order = data.shuffle(self._train, seed=config.seed)
+
+    def step(self) -> list[Batch]:
+        """This rank's share of the next step; a step may reach into the next epoch."""
+        epochs = itertools.chain.from_iterable(itertools.repeat(self._order))
+        records = list(itertools.islice(epochs, self.config.batch_size))
+        size = self.config.micro_batch
+        parts = [records[i : i + size] for i in range(0, len(records), size)]
+        return [self._batch(part) for part in parts[self.ranks.rank :: self.ranks.world]]
+
+    def held_out(self) -> Iterator[Batch]:
+        """The held-out data in its order, on all ranks."""
+        return self._batches(self._held_out)
+
+    def everything(self) -> Iterator[Batch]:
+        """All data in its order, on all ranks."""
+        yield from self._batches(self._train)
+        yield from self._batches(self._held_out)
+
+    @property
+    def held_out_batches(self) -> int:
+        return -(-len(self._held_out) // self.config.micro_batch)
+
+    @property
+    def all_batches(self) -> int:
+        return -(-self.records // self.config.micro_batch) + self.held_out_batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Where in which epoch the next step begins."""
+        return self._order.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self._order.load_state_dict(state)
+
+    def _batches(self, records: Iterable[Record]) -> Iterator[Batch]:
+        records = iter(records)
+        while part := list(itertools.islice(records, self.config.micro_batch)):
+            yield self._batch(part)
+
+    def _batch(self, records: Sequence[Record]) -> Batch:
+        for record in records:
+            single = record.label is not None
+            if (self.answers == 1) != single or (not single and len(record.answers) != self.answers):
+                expected = "chosen and rejected" if self.answers == 2 else "a completion with a label"
+                got = "a label" if single else f"{len(record.answers)} answers"
+                raise ValueError(f"data: {record.where}: got {got}, expected {expected}, which the loss needs")
+        return collate([self._encode(record) for record in records], padding_of(self.tokenizer))
+
+
+class Mismatched:
+    """Single answers, each with the next one's answer as a second one to its prompt: what `kto` measures its KL on."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        if len(records) == 1:
+            raise ValueError(f"data: {records[0].where} is the only record, and the KL needs another one's answer")
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Record:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        record, other = self._records[i], self._records[(i + 1) % len(self)]
+        return replace(record, answers=(record.answers[0], other.answers[0]))
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills rows up."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
