@@ -154,7 +154,7 @@ def boundaries(cu_seqlens: Any, labels: Tensor) -> None:
 
 
 def sizes(sizes: Any, total: int, of: str) -> tuple[int, ...]:
-    """How many there are in each list, ``total`` in all, as ``of`` has them. Shapes depend on it: it is on the host."""
+    """How many there are in each list, ``total`` in all, as ``of`` has them: on the host, as shapes depend on it."""
     if isinstance(sizes, int) and not isinstance(sizes, bool):
         if sizes < 1 or total % sizes:
             raise wrong("sizes", f"{sizes}", f"a number >= 1 that divides the {total} in {of}")
@@ -163,8 +163,6 @@ def sizes(sizes: Any, total: int, of: str) -> tuple[int, ...]:
         dense("sizes", sizes)
         if sizes.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8) or sizes.dim() != 1:
             raise wrong("sizes", f"shape {tuple(sizes.shape)} of {sizes.dtype}", "integers [L]", TypeError)
-        if sizes.device.type != "cpu":
-            raise wrong("sizes", f"device {sizes.device}", "a tensor on the CPU, or a list: shapes depend on them")
         sizes = sizes.tolist()
     if not isinstance(sizes, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise wrong("sizes", shown(sizes), "an int, or a list of them, one for each list", TypeError)

@@ -73,16 +73,19 @@ class Lists:
 
     def __init__(self, sizes: Sequence[int], interleaved: bool = False) -> None:
         self.sizes, self.interleaved = tuple(sizes), interleaved
+        self._layouts: dict[torch.device, Layout] = {}
 
     def __len__(self) -> int:
         return len(self.sizes)
 
     def layout(self, device: torch.device) -> Layout:
-        sizes = torch.tensor(self.sizes, dtype=torch.long)
-        ends, list_of = _ends(sizes), self._list_of(sizes)
-        first = ends[list_of]
-        sizes, list_of, first, ends = (x.to(device, non_blocking=True) for x in (sizes, list_of, first, ends))
-        return Layout(sizes, list_of, first, ends, sum(n * n for n in self.sizes))
+        if device not in self._layouts:
+            sizes = torch.tensor(self.sizes, dtype=torch.long)
+            ends, list_of = _ends(sizes), self._list_of(sizes)
+            first = ends[list_of]
+            sizes, list_of, first, ends = (x.to(device, non_blocking=True) for x in (sizes, list_of, first, ends))
+            self._layouts[device] = Layout(sizes, list_of, first, ends, sum(n * n for n in self.sizes))
+        return self._layouts[device]
 
     def together(self, x: Tensor) -> Tensor:
         """A number for each answer, with those of a list together."""
@@ -264,8 +267,8 @@ def list_preference_loss(
 
     Args:
         logps: summed over each answer's tokens ``[N]``, floating point; the loss is computed in fp32, or fp64 for fp64.
-        sizes: the number of answers in each list ``[L]``, each >= 1, N in all: a list, or a tensor on the CPU; or an
-            int, of lists of one size. A list of one answer has the loss 0.
+        sizes: the number of answers in each list ``[L]``, each >= 1, N in all: a list or a tensor; or an int, of lists
+            of one size. Shapes depend on it, so a GPU that has it is waited for. A list of one answer has the loss 0.
         ref_logps: the logps under the reference model ``[N]``.
         scores: how good each answer is, as the data have it ``[N]``, more for a better one. "lipo_lambda" and "listnet"
             need them; "plackett_luce" takes answers from the best to the worst if they are None, and those of equal
@@ -274,7 +277,8 @@ def list_preference_loss(
         loss_type: a key of `LIST_LOSSES`, or a list of them.
         beta: > 0, a number or one per list ``[L]``.
         interleaved: False: one list lies after the other. True: the first answers of all lists, then the second answers
-            of those that have one, and so on: as ``[chosen; rejected]`` and as `share_prompt` has them.
+            of those that have one, and so on: as in ``[chosen; rejected]``, in the batches of `dpofast.data`, and as
+            `share_prompt` takes them.
         reduction: "mean" over lists, "sum", or "none" for ``[L]``.
         options: weight, one per list ``[L]``; margin, for "softmax_dpo", by which the chosen answer has to be ahead, a
             number or ``[L]``; loss_weights, a factor for each entry of a list of losses, in which

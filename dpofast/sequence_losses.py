@@ -217,7 +217,7 @@ def linear_list_loss(
         made_of = Lists(checks.sizes(sizes, len(run.sequences), "labels"), interleaved)
         lists.check_scores(run.objective.terms, scores, {"labels": run.one_each()})
         run.check("list_weight", len(made_of))
-    logps, ref, scored = run.sums()
+    logps, ref, scored = run.sums((made_of.sizes, interleaved))
     ratios = logps - ref
     loss = lists.evaluate(run.objective.terms, ratios, scores, made_of, run.objective.reduction)
     rewards = lists.implicit_rewards(run.objective.terms, ratios, made_of)
@@ -336,8 +336,11 @@ class _Run(NamedTuple):
         if self.ref_logps is not None and self.reference is not None:
             raise ValueError("ref_logps: given beside a reference to score; pass one of them")
 
-    def sums(self) -> tuple[Tensor, Tensor, LogprobOutput]:
-        """Log-probabilities of the sequences under policy and reference, and what the policy's scores have beside."""
+    def sums(self, of: object = None) -> tuple[Tensor, Tensor, LogprobOutput]:
+        """Log-probabilities of the sequences under policy and reference, and what the policy's scores have beside.
+
+        ``of``: what the ranks that hold the sequences together have to agree on, beside the options.
+        """
         sequences, objective = self.sequences, self.objective
         with distributed.refusing_together(sequences.group):
             ref: Any = reference_logps(self.reference, self.ref_logps)
@@ -346,7 +349,7 @@ class _Run(NamedTuple):
             weights = objective.token_weights
             same = (
                 objective.outputs, [term.loss.name for term in objective.terms], ref.ndim,
-                None if weights is None else weights.dtype,
+                None if weights is None else weights.dtype, of,
             )  # fmt: skip
             distributed.agree_on_sequences(sequences.group, len(sequences), str(same))
         if ref.shape == sequences.labels.shape:

@@ -11,6 +11,7 @@ import torch
 
 import dpofast
 from dpofast import LinearListLoss, LinearUnpairedLoss, RunningMean, reference
+from dpofast.data import Answer, Encoded, collate
 from dpofast.lists import LIST_LOSSES
 
 S, T, H, V = 7, 6, 8, 40
@@ -150,7 +151,9 @@ def test_token_weights_have_exact_gradients_of_their_own(loss):
             hidden, weight, batch.labels, **batch.reference(), **data, token_weights=token_weights, backend="torch"
         ).loss
 
-    assert torch.autograd.gradcheck(call, (*batch.operands(), batch.token_weights.clone().requires_grad_()))
+    weights = batch.token_weights.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: call(batch.hidden, batch.weight, x), weights)
+    assert torch.autograd.gradcheck(call, (*batch.operands(), weights), fast_mode=True)
 
 
 def test_packed_answers_equal_padded_ones():
@@ -209,14 +212,63 @@ def test_metrics_are_those_of_the_best_answers_and_of_the_others():
 @pytest.mark.parametrize("name", LIST_LOSSES)
 def test_an_empty_batch_is_a_differentiable_zero(name):
     hidden, weight = torch.zeros(0, T, H, requires_grad=True), torch.randn(V, H)
-    data = {} if name == "softmax_dpo" else {"scores": torch.zeros(0)}
+    more = {} if name == "softmax_dpo" else {"scores": torch.zeros(0)}
     labels = torch.zeros(0, T, dtype=torch.long)
     out = dpofast.linear_list_loss(
-        hidden, weight, labels, sizes=[], ref_logps=torch.zeros(0), loss_type=name, metrics=True, **data
+        hidden, weight, labels, sizes=[], ref_logps=torch.zeros(0), loss_type=name, metrics=True, **more
     )
     assert out.loss.item() == 0 and out.loss.requires_grad
     assert all(x.isfinite() for x in out.metrics().values())
     out.loss.backward()
+
+
+def test_batches_of_dpofast_data_go_in_as_they_are():
+    """Ragged lists with scores and weights, in blocks of answers; against one list at a time."""
+    g = torch.Generator().manual_seed(0)
+    words, head = (torch.randn(V, H, generator=g, dtype=torch.float64) for _ in range(2))
+    records = []
+    for scores, weight in (((2.0, 1.0, 0.0), 0.5), ((1.0,), None), ((3.0, 0.0), 2.0), ((3.0, 1.0, 1.0, 0.0), 1.5)):
+        tokens = torch.randint(V, (len(scores), 3), generator=g).tolist()
+        answers = tuple(Answer(tuple(ids), (True,) * 3) for ids in tokens)
+        records.append(Encoded((5, 6), answers, scores=scores, weight=weight))
+    batch = collate(records, pad_token_id=0)
+    hidden = words[batch.input_ids]
+    out = dpofast.linear_list_loss(
+        hidden[:, :-1], head, batch.targets[:, 1:], sizes=batch.sizes, interleaved=True, scores=batch.scores,
+        list_weight=batch.weights, ref_logps=torch.zeros(10), loss_type="lipo_lambda", reduction="none",
+    )  # fmt: skip
+    for record, loss in zip(records, out.loss):
+        tokens = torch.tensor([record.prompt + answer.ids for answer in record.answers])
+        z = words[tokens][:, :-1] @ head.T
+        logps = z.log_softmax(-1).gather(-1, tokens[:, 1:, None])[:, 1:].sum((1, 2))
+        alone = dpofast.list_score_loss(
+            logps, len(logps), scores=torch.tensor(record.scores), loss_type="lipo_lambda", beta=0.1
+        )
+        torch.testing.assert_close(loss, alone * (1.0 if record.weight is None else record.weight))
+    assert out.is_chosen.equal(torch.arange(10) < 4)
+
+
+def test_both_compile_without_a_graph_break():
+    batch = Batch(torch.float32)
+    ref = batch.reference_sums().float()
+
+    def step(hidden, weight):
+        listed = dpofast.linear_list_loss(
+            hidden, weight, batch.labels, sizes=SIZES, scores=batch.scores, ref_logps=ref, loss_type="lipo_lambda",
+            metrics=True,
+        )  # fmt: skip
+        single = dpofast.linear_unpaired_loss(
+            hidden, weight, batch.labels, is_chosen=batch.good, ref_logps=ref, kl=0.1, token_weights=batch.token_weights
+        )
+        return listed.loss + single.loss
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaves = batch.operands()
+        loss = function(*leaves)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    for plain, compiled in zip(*results):
+        torch.testing.assert_close(compiled, plain)
 
 
 # Modules

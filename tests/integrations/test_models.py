@@ -133,6 +133,17 @@ def test_the_loss_equals_that_of_the_logits(options):
     torch.testing.assert_close(early.loss, out.loss)
 
 
+def test_margins_betas_and_weights_of_the_pairs_reach_the_loss():
+    """Tensors, as the data have them, a number for each pair."""
+    policy, (inputs, labels) = build(), batch()
+    logps = models.model_logprob(policy, inputs, labels).logps.detach().sum(-1)
+    options = {"beta": torch.tensor([0.2, 0.7]), "margin": torch.tensor([0.5, -1.0])}
+    weight, ref_logps = torch.tensor([2.0, 0.5]), logps - torch.tensor([0.3, 0.1, 0.0, 0.9])
+    out = models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps, pair_weight=weight, **options)
+    want = losses.preference_loss(*logps.chunk(2), *ref_logps.chunk(2), weight=weight, **options)
+    torch.testing.assert_close(out.loss, want)
+
+
 def test_token_weights_reach_the_loss():
     """One for each log-probability that model_logprob returns; whatever stands at prompt and padding."""
     policy, (inputs, labels) = build(), batch()

@@ -98,7 +98,11 @@ FUNCTIONS = {
         {"logps": SUMS, "sizes": [3, 1], "ref_logps": SUMS, "scores": SUMS, "loss_type": "listnet"},
         {**alone("logps", "ref_logps"), "beta": {"beta": torch.ones(2)}, "weight": {"weight": torch.ones(2)}},
     ),
-    "list_score_loss": (dpofast.list_score_loss, {"outputs": SUMS, "sizes": 2}, alone("outputs")),
+    "list_score_loss": (
+        dpofast.list_score_loss,
+        {"outputs": SUMS, "sizes": [3, 1], "scores": SUMS, "loss_type": "listnet"},
+        alone("outputs"),
+    ),
     "linear_list_loss": (
         dpofast.linear_list_loss,
         {"hidden": HIDDEN, "weight": WEIGHT, "labels": LABELS, "bias": BIAS, "ref_logps": SUMS, "sizes": [3, 1]},
