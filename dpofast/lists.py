@@ -156,7 +156,7 @@ def _plackett_luce(logratios, worse, layout, *, beta):
     return layout.sum(-F.logsigmoid(-_logsumexp(x, worse, one, ends)))
 
 
-@_register("LiPO-lambda, arXiv:2402.01878 eq. 8; LambdaLoss",
+@_register("LiPO-lambda, arXiv:2402.01878; LambdaLoss",
            "-sum_{psi_i > psi_j} |2^psi_i - 2^psi_j| |1 / D_i - 1 / D_j| log sigmoid(beta (r_i - r_j)), "
            "D = log2(1 + place among the r)")  # fmt: skip
 def _lipo_lambda(logratios, scores, worse, layout, *, beta):
