@@ -38,8 +38,8 @@ test: $(VENV)/.installed-test ## the tests, on the installed package
 # meets itself. The order is that of tests/conftest.py, which has the long files first.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-bench: $(VENV)/.installed-bench ## the head's benchmark; ARGS=--peers for the other libraries, too
-	$(BIN)/dpofast bench head $(ARGS)
+bench: $(VENV)/.installed-bench ## everybody who imports, on the same heads (half an hour); ARGS=head: dpofast alone
+	$(BIN)/dpofast bench $(ARGS)
 
 bench-step: $(VENV)/.installed-bench ## a whole training step with dpofast and without it
 	$(BIN)/dpofast bench step $(ARGS)

@@ -3,9 +3,9 @@
     dpofast bench csv RECORD.json ... > all_benchmark_data.csv
 
 Times are its metric "speed" in ms, peaks of memory its "memory" in MB; other metrics keep their names and units. x is
-the number of tokens, or the share of the prompt; records that have neither are left out, and those that failed. Where
-it has 20 % and 80 % of the runs stand the quartiles, if the record has a spread. A provider's name says all that tells
-its records apart, since the visualiser draws one line a name.
+the number of tokens or of pairs, the vocabulary, or the share of the prompt; records that have none are left out, and
+those that failed. Where it has 20 % and 80 % of the runs stand these, or quartiles, if the record has them. The name
+of a provider says all that tells its records apart, since the visualiser draws one line a name.
 """
 
 from __future__ import annotations
@@ -30,6 +30,12 @@ UNITS = {"s": ("ms", 1e3), "B": ("MB", 2**-20)}  # its MB are of 2**20 bytes, to
 
 def x_of(r: Record) -> tuple[str, str, int] | None:
     """Name, label and value of what a record is plotted against."""
+    if r.suite == "vocabulary":
+        return "V", "vocabulary", r.shape[2]
+    if r.pairs:
+        return "B", "pairs", r.pairs
+    if r.suite == "all":
+        return "prompt", "share of the prompt, %", r.prompt
     if r.shape:
         return "N", "completion tokens", r.shape[0]
     share, _, what = r.case.partition(" % ")
@@ -44,13 +50,18 @@ def row(r: Record, machine: dict[str, str]) -> dict[str, object] | None:
     unit, scale = UNITS.get(r.unit, (r.unit, 1))
     sizes = dict(zip("NHV", r.shape))
     facts = {k: v for k, v in r._asdict().items() if k in ("workload", "backend", "head", "dtype", "schedule") and v}
-    case = r.case if x[0] == "N" else ""
+    case = "" if r.suite == "prompt" else r.case
+    sizes = sizes if x[0] != "B" else sizes | {"N": r.shape[0] // r.pairs}  # of a pair
     fixed = " x ".join(f"{k} {v}" for k, v in sizes.items() if k != x[0])
-    told = (r.provider, r.workload, fixed, r.backend, r.head, r.dtype, case, r.run and f"run {r.run}")
+    told = (r.provider, r.workload, r.states, fixed, r.backend, r.head, r.dtype, case, r.run and f"run {r.run}")
     tile = r.tile and " x ".join(map(str, r.tile))
-    values = (r.value, r.value - (r.spread or 0), r.value + (r.spread or 0))
+    spread = r.spread or 0
+    values = (r.value, *(y if y is not None else r.value + d for y, d in ((r.low, -spread), (r.high, spread))))
+    forward = r.metric.startswith("forward")
+    metric = r.metric.replace("forward", "time") if forward else r.metric
     cells = (
-        r.suite, ", ".join(str(x) for x in (*told, r.schedule, tile) if x), "full", NAMES.get(r.metric, r.metric), unit,
+        r.suite, ", ".join(str(x) for x in (*told, r.schedule, tile) if x), "forward" if forward else "full",
+        NAMES.get(metric, metric), unit,
         *x, *(y * scale for y in values), json.dumps(sizes | facts | {"case": r.case}), machine["device"],
         f"{machine['date']} 00:00:00", machine.get("liger-kernel", ""),
     )  # fmt: skip

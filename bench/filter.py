@@ -20,13 +20,12 @@ from dpofast.bench import record
 from dpofast.bench.measure import DTYPES, error, exact, first_line, in_turns, machine, row_error
 from dpofast.bench.providers import PEERS, Products, ours, plain_logps, training_step
 from dpofast.bench.record import Record
-from dpofast.bench.workloads import MODELS, States, load
+from dpofast.bench.workloads import FLAT, MODELS, States, load
 
 AUTO, CUT = 'grad_filter="auto"', "grad_filter=2**-14"
 FILTERS = {"fp32": (CUT, 2.0**-14), "bf16": (AUTO, "auto")}  # in fp32 "auto" is exact
 CUTS = (12, 14, 16, 18, 24)  # 2**-12 and so on
 BUDGET = "4GiB"
-FLAT = 0.02  # times a real model's hidden states: their logits are nearly all the same
 
 
 def base(states: States, dtype: str, **facts) -> Record:

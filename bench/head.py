@@ -2,7 +2,7 @@
 
     make bench                        all of it, a few minutes
     dpofast bench head --quick        SmolLM2's head only
-    dpofast bench head --peers        what others need for the same work, too
+    dpofast bench                     everybody else, too
 
 Every time is a ratio to ``torch.mm`` of the same shapes, measured in turns in the same run: the machine may be
 shared. Prints the numbers and writes them with the machine and the date.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 import dpofast
 from dpofast.bench import record
-from dpofast.bench.measure import DTYPES, error, exact, first_line, in_turns, machine, row_error
-from dpofast.bench.providers import PEERS, Products, ours, plain_logps, training_step
+from dpofast.bench.measure import DTYPES, error, exact, in_turns, machine, row_error
+from dpofast.bench.providers import Products, ours, plain_logps, training_step
 from dpofast.bench.record import Record
 from dpofast.bench.workloads import IGNORE, MODELS, States, load
 from dpofast.plan import parse_bytes
@@ -120,29 +120,9 @@ def memory(states: States) -> Iterator[list[Record]]:
                     yield [facts.of("peak memory / (budget + 32 MiB)", share), facts.of("peak memory", used, "B")]
 
 
-def peers(states: States, rounds: int) -> Iterator[list[Record]]:
-    """Each as its users call it: on every position, or told which tokens count; bf16, head trained."""
-    weight = states.weight.bfloat16()
-    packed, packed_labels = states.completion
-    three = Products(packed.bfloat16(), weight).first(3)
-    for name, provider in PEERS.items():
-        for case, hidden, labels in (
-            ("every position", states.hidden, states.labels),
-            ("told which tokens count", packed, packed_labels),
-        ):
-            facts = Record("head", "time", workload=states.name, shape=states.shape, provider=name)
-            facts = facts._replace(head="trained", dtype="bf16", case=case)
-            run, _ = training_step(provider, hidden.bfloat16(), weight, labels)
-            try:
-                yield in_turns(run, three, max(2, rounds // 3)).records(facts)
-            except (ImportError, AttributeError, RuntimeError, TypeError) as failure:
-                yield [facts._replace(failed=first_line(failure))]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="SmolLM2's head only, fewer rounds")
-    parser.add_argument("--peers", action="store_true", help="also time the other libraries that import here")
     parser.add_argument("--tokens", type=int, default=1000, help="completion tokens (default 1000)")
     parser.add_argument("--rounds", type=int, default=15, help="runs per row, median taken (default 15)")
     record.add_out(parser)
@@ -155,8 +135,6 @@ def main() -> None:
         results.add(times(states, rounds))
         results.add(errors(states))
         results.add(memory(states))
-        if args.peers:
-            results.add(peers(states, rounds))
     results.save(out)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from dpofast.bench import report
 from dpofast.bench.record import RESULTS, Record, Results, read
+from dpofast.bench.report import STYLES, colour_of, ours
 from dpofast.bench.slopes import series
 
 PAGE = RESULTS / "index.html"
@@ -26,7 +27,8 @@ TITLES = {
     "head": "A head, forward and backward", "filter": "Filtered gradients", "cuts": "What cuts keep and drop",
     "step": "A whole training step", "prompt": "The prompt of a pair once", "pairs": "A loss by whole pairs",
     "hardware": "What the machine could do", "gpu": "A head on a GPU", "steps": "Tiles on a GPU",
-    "sweep": "Time and memory against tokens",
+    "sweep": "Time and memory against tokens", "all": "Everybody on the same heads, forward and backward",
+    "vocabulary": "Time and memory against the vocabulary", "dpo": "DPO's loss: time and memory against pairs",
 }  # fmt: skip
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
@@ -35,16 +37,6 @@ th, td { border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left;
 h2 { margin-top: 3rem; border-top: 2px solid #1b7f5c; padding-top: 1rem; } svg { max-width: 100%; height: auto; }
 .machine { color: #555; }
 """
-STYLES = ("-", "--", ":", "-.")
-COLOURS = ("#4878a8", "#d0803a", "#8f6bb0", "#a8484f", "#7f7f3f", "#4fa6a6", "#555555")
-
-
-def ours(r: Record) -> bool:
-    return r.provider.startswith("dpofast")
-
-
-def colour_of(r: Record, others: list[str]) -> str:
-    return "#1b7f5c" if ours(r) else COLOURS[others.index(r.provider) % len(COLOURS)]
 
 
 def panels(results: Results) -> dict[tuple[str, float, str, int], list[tuple[Record, list[Record]]]]:
@@ -87,26 +79,37 @@ def draw_sizes(results: Results) -> Any | None:
     return drawn
 
 
+MARKERS, FILLS = ("s", "^", "D", "v", "P", "X"), ("full", "none", "left", "bottom")
+SAME = ("workload", "states", "prompt", "provider", "backend", "head", "dtype", "case")
+
+
 def draw_errors(results: Results) -> Any | None:
     """Error of d hidden against time, of whatever has both."""
     points = []
     for r in results.where(failed=""):
         if r.metric in ("error of d hidden, mean", "error of d hidden"):
-            same = {name: getattr(r, name) for name in ("workload", "provider", "backend", "head", "dtype", "case")}
+            same = {name: getattr(r, name) for name in SAME}
             found = results.where(metric="time / products", **same, failed="")
             # A benchmark of one size may take its errors from fewer tokens than its times.
             found = [t for t in found if t.shape == r.shape] or found[:1]
             points += [(r, found[0].value, r.value)] if found else []
     if len(points) < 2:
         return None
-    drawn = report.figure(7, 4)
+    drawn = report.figure(9, 4.5)
     axes = drawn.subplots()
     others = sorted({r.provider for r, *_ in points if not ours(r)})
+    kinds = list(dict.fromkeys((r.workload, r.states, r.dtype) for r, *_ in points))
+    mine = list(dict.fromkeys((r.provider, r.case) for r, *_ in points if ours(r)))
     for r, x, y in points:
-        axes.plot(x, y, "o" if r.dtype == "fp32" else "s", color=colour_of(r, others))
-        axes.annotate(f"{r.provider}, {r.dtype}, {r.workload}", (x, y), (4, 3), textcoords="offset points", fontsize=7)
+        colour, kind = colour_of(r, others), kinds.index((r.workload, r.states, r.dtype))
+        marker = MARKERS[mine.index((r.provider, r.case)) % len(MARKERS)] if ours(r) else "o"
+        label = ", ".join(filter(None, (r.provider, r.case if ours(r) else "")))
+        axes.plot(x, y, marker, fillstyle=FILLS[kind % len(FILLS)], color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="time / the bare products", ylabel="error of d hidden")
-    axes.margins(x=0.3)
+    fills = zip(("full", "hollow", "left half", "lower half"), kinds)
+    axes.set_title("; ".join(f"{fill}: {', '.join(filter(None, kind))}" for fill, kind in fills), fontsize=8)
+    labelled = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.legend(labelled.values(), labelled, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return drawn
 
@@ -116,7 +119,7 @@ def draw_whole_step(results: Results) -> Any | None:
     return report.draw_step(results) if {"", "LoRA"} <= rows else None
 
 
-DRAWN = {"step": draw_whole_step, "prompt": report.draw_prompt}
+DRAWN = report.FIGURES | report.ON_AXES | {"step": draw_whole_step}
 """The picture of a suite that has one of its own."""
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpofast.bench import record, step
-from dpofast.bench.measure import machine, seconds
+from dpofast.bench.measure import in_a_process_of_its_own, machine, seconds
 from dpofast.bench.record import Record
 from dpofast.bench.workloads import IGNORE
 from dpofast.integrations.models import model_dpo_loss, model_logprob
@@ -85,7 +85,7 @@ def main() -> None:
     args = parser.parse_args()
     results, out = record.begin(args.out, "prompt", machine())
     with tempfile.TemporaryDirectory() as name:
-        step.in_a_process_of_its_own(step.write_smollm2, Path(name), args.length, (args.length // 2, args.length // 2))
+        in_a_process_of_its_own(step.write_smollm2, Path(name), args.length, (args.length // 2, args.length // 2))
         for share in SHARES:
             results.add(measure(Path(name), args.length, share, args.rounds))
     results.save(out)

@@ -26,7 +26,10 @@ class Record(NamedTuple):
     value: float | None = None  # None: it failed
     unit: str = ""  # "s", "ms", "B", "TFLOP/s", "B/s"; a ratio has none
     workload: str = ""  # the model, the training or the trainer
+    states: str = ""  # "flat": not as the model left them
     shape: tuple[int, ...] = ()  # of a head: tokens that count, hidden size, vocabulary
+    prompt: int = 0  # per cent of the positions, which do not count
+    pairs: int = 0  # of sequences that the tokens are in
     provider: str = ""  # whose code ran
     backend: str = ""  # dpofast's
     head: str = ""  # "trained" or "frozen"
@@ -36,6 +39,8 @@ class Record(NamedTuple):
     tile: tuple[int, ...] = ()  # tokens and columns of logits at a time
     run: int = 0  # which of several, where each is a record
     spread: float | None = None  # of a median: half the distance between the quartiles
+    low: float | None = None  # of a median: the 20th percentile
+    high: float | None = None  # and the 80th
     failed: str = ""  # why there is no value
 
     def of(self, metric: str, value: float | None, unit: str = "", **more: Any) -> Record:
@@ -75,7 +80,9 @@ class Results(NamedTuple):
         for row in rows:
             r = row[0]
             run = r.run and f"run {r.run}"
-            facts = (r.workload, r.shape, r.provider, r.backend, r.head, r.dtype, r.case, r.schedule, r.tile, run)
+            rows = (r.prompt and f"{r.prompt} % prompt", r.pairs and f"{r.pairs} pairs")
+            facts = (r.workload, r.states, r.shape, *rows, r.provider, r.backend, r.head, r.dtype, r.case, r.schedule)
+            facts = (*facts, r.tile, run)
             words = (" x ".join(map(str, fact)) if isinstance(fact, tuple) else str(fact) for fact in facts if fact)
             print(f"  {', '.join(words)}: {'; '.join(map(str, row))}", flush=True)
             self.records.extend(row)

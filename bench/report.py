@@ -14,15 +14,19 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpofast.bench.goals import goal_of
 from dpofast.bench.record import RESULTS, Record, Results, read
-from dpofast.bench.slopes import plain_facts, slopes
+from dpofast.bench.slopes import LEAST, fit, plain_facts, slopes
 from dpofast.bench.workloads import MODELS
 
-PAGES = (Path("README.md"), *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train")))
+PAGES = (
+    Path("README.md"),
+    *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train", "benchmarks")),
+)
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
 
@@ -243,10 +247,87 @@ def sweep_table(results: Results) -> str:
     return table(("time / products", *columns, "time, ms", "peak memory, MiB", "not measured"), rows)
 
 
+HALVES = ("hidden", "weight")
+Cells = dict[str, Record]
+"""Records of the same facts, by their metrics."""
+
+
+def shown(of: Cells, metric: str, form: Callable[[float], str] = "{:.2f}".format) -> str:
+    return form(of[metric].value) if metric in of and not of[metric].failed else "-"
+
+
+def not_measured(cells: dict[str, Cells]) -> str:
+    """Why numbers are missing, by the columns that they are missing in."""
+    return "; ".join(f"{name}: {r.failed}" for name, of in cells.items() for r in of.values() if r.failed) or "-"
+
+
+def all_table(results: Results) -> str:
+    """A row for each head and provider: ratios with prompts and on flat states, memory, errors."""
+    rows: dict[tuple[str, ...], dict[str, Cells]] = {}
+    columns = {}
+    for r in results.where(suite="all"):
+        n, _, v = r.shape
+        column = r.states or f"{r.prompt} % prompt"
+        columns[column] = r.states, r.prompt
+        row = rows.setdefault((f"{r.workload}, {n:,} tokens, V {v}, {r.dtype}", r.provider, r.case), {})
+        row.setdefault(column, {})[r.metric] = r
+    names = sorted(columns, key=columns.get)
+    cells = []
+    for which, of in rows.items():
+        first = of.get(names[0], {})
+        numbers = (
+            shown(first, "peak memory", mib),
+            *(shown(first, f"error of d {x}", "{:.1e}".format) for x in HALVES),
+        )
+        ratios = (shown(of.get(name, {}), "time / products") for name in names)
+        cells.append((*which, *ratios, shown(first, "forward / products"), *numbers, not_measured(of)))
+    last = ("forward alone", "peak", *(f"error of d {x}" for x in HALVES), "not measured")
+    return table(("head", "who", "what does not count", *(f"time, {name}" for name in names), *last), cells)
+
+
+def vocabulary_of(r: Record) -> int:
+    return r.shape[2]
+
+
+def pairs_of(r: Record) -> int:
+    return r.pairs
+
+
+def axis_table(suite: str, what: str, size: Callable[[Record], int], results: Results) -> str:
+    """A row for each provider: ratio and peak by size, and the lines through times and peaks."""
+    rows: dict[tuple[str, ...], dict[int, Cells]] = {}
+    for r in results.where(suite=suite):
+        rows.setdefault((r.provider, r.case, r.dtype), {}).setdefault(size(r), {})[r.metric] = r
+    sizes = sorted({x for of in rows.values() for x in of})
+    cells = []
+    for which, of in rows.items():
+        numbers = (
+            f"{shown(of.get(x, {}), 'time / products')} ({shown(of.get(x, {}), 'peak memory', mib)})" for x in sizes
+        )
+        lines = (
+            line(of, "time", 1e3, sizes[0]),
+            line(of, "peak memory", 2**-20, sizes[0]),
+        )
+        cells.append((*which, *numbers, *lines, not_measured({f"{x:,}": found for x, found in of.items()})))
+    last = (f"time, ms, x {what} / {sizes[0]:,}", f"peak, MiB, x {what} / {sizes[0]:,}", "not measured")
+    return table(("who", "what does not count", "dtype", *(f"{what} {x:,}" for x in sizes), *last), cells)
+
+
+def line(of: dict[int, Cells], metric: str, scale: float, unit: int) -> str:
+    """The line through a metric's values, a + b x, with x in ``unit``; and how far off the farthest is."""
+    values = {x: cells[metric].value * scale for x, cells in of.items() if metric in cells and not cells[metric].failed}
+    if len(values) < LEAST:
+        return "-"
+    fixed, each, off, *_ = fit(list(values), list(values.values()))
+    return f"{fixed:.0f} + {each * unit:.1f} x (within {off:.0%})"
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
-    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table,
+    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "all": all_table,
+    "vocabulary": partial(axis_table, "vocabulary", "V", vocabulary_of),
+    "dpo": partial(axis_table, "dpo", "pairs", pairs_of),
 }  # fmt: skip
 
 
@@ -268,8 +349,10 @@ def with_tables(text: str, load: Callable[[str], Results] = lambda file: read(RE
 
 def results_of(suite: str) -> Results:
     """The first that a page names, of README and docs/ in turn."""
-    files = (m.group(3) for page in PAGES for m in MARKER.finditer(page.read_text()))
-    return read(RESULTS / next(file for file in files if file.startswith(f"{suite}-")))
+    named = (m.group(3).partition("#") for page in PAGES for m in MARKER.finditer(page.read_text()))
+    return read(
+        RESULTS / next(file for file, _, of in named if of == suite or (not of and file.startswith(f"{suite}-")))
+    )
 
 
 def figure(width: float, height: float) -> Any:
@@ -278,6 +361,18 @@ def figure(width: float, height: float) -> Any:
 
     mpl.rcParams.update({"svg.hashsalt": "dpofast", "svg.fonttype": "none", "font.size": 11})
     return Figure(figsize=(width, height), layout="constrained")
+
+
+STYLES = ("-", "--", ":", "-.")
+COLOURS = ("#4878a8", "#d0803a", "#8f6bb0", "#a8484f", "#7f7f3f", "#4fa6a6", "#555555")
+
+
+def ours(r: Record) -> bool:
+    return r.provider.startswith("dpofast")
+
+
+def colour_of(r: Record, others: list[str]) -> str:
+    return "#1b7f5c" if ours(r) else COLOURS[others.index(r.provider) % len(COLOURS)]
 
 
 def draw_prompt(results: Results) -> Any:
@@ -326,6 +421,32 @@ def draw_step(results: Results) -> Any:
     return drawn
 
 
+def draw_axis(suite: str, label: str, size: Callable[[Record], int], results: Results) -> Any:
+    """Time and peak memory of each provider against vocabulary or pairs."""
+    drawn = figure(10, 4)
+    found = results.where(suite=suite, failed="")
+    others = sorted({r.provider for r in found if not ours(r)})
+    for axes, (metric, name, scale) in zip(drawn.subplots(1, 2), (
+        ("time", "time of a step, ms", 1e3), ("peak memory", "peak above inputs, MiB", 2**-20),
+    )):  # fmt: skip
+        of = [r for r in found if r.metric == metric]
+        mine = list(dict.fromkeys(r.provider for r in of if ours(r)))
+        for r in {r.provider: r for r in of}.values():
+            points = sorted((size(x), x.value * scale) for x in of if x.provider == r.provider)
+            style = STYLES[mine.index(r.provider) % len(STYLES)] if ours(r) else "-"
+            look = {"color": colour_of(r, others), "marker": "o", "markersize": 4, "linewidth": 1.5}
+            axes.plot(*zip(*points), style, label=r.provider, **look)
+        axes.set(xscale="log", yscale="log", xlabel=label, title=name)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawn
+
+
+ON_AXES: dict[str, Callable[[Results], Any]] = {
+    "vocabulary": partial(draw_axis, "vocabulary", "vocabulary", vocabulary_of),
+    "dpo": partial(draw_axis, "dpo", "pairs", pairs_of),
+}
+"""Pictures on the page of all records."""
 FIGURES = {"step": draw_step, "prompt": draw_prompt}
 """A picture in docs/ for each suite that has one."""
 

@@ -19,13 +19,11 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +35,7 @@ from torch.nn import functional as F
 
 from dpofast._memory import peak_growth
 from dpofast.bench import record, report
-from dpofast.bench.measure import machine, seconds
+from dpofast.bench.measure import in_a_process_of_its_own, machine, seconds
 from dpofast.bench.record import Record
 from dpofast.bench.workloads import IGNORE
 
@@ -48,10 +46,6 @@ PAIRS_FILE, RATES_FILE = "pairs.json", "rates.json"
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
 """Relative, of loss and gradient norm. With 16 bits TRL, Liger and plain PyTorch round each logit, which is some tens,
 and a loss is of hundreds of them; dpofast does not."""
-
-# Imported once, in a process that does nothing else and that all others are forked from. Not dpofast: that process
-# looks in the current folder first, and a checkout's ./dpofast has no kernels.
-PRELOAD = ["trl.trainer.dpo_trainer", "peft", "liger_kernel.chunked_loss", "transformers.models.llama.modeling_llama"]
 
 ForwardBackward = Callable[[str], Tensor]
 """A step of one of WAYS; returns the loss."""
@@ -326,13 +320,6 @@ def peak(row: Row, folder: Path, way: str) -> int | None:
     """Bytes by which a step raises this process's memory; None where that cannot be told."""
     step = Stepper(row, folder, (way,))
     return peak_growth(lambda: step(way))
-
-
-def in_a_process_of_its_own(work: Callable[..., Any], *args: Any) -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(work, *args).result()
 
 
 def check(row: Row, found: dict[str, Outcome]) -> None:

@@ -21,6 +21,8 @@ from dpofast.demo.model import gguf_file
 
 IGNORE = -100
 MODELS = ("SmolLM2", "Gemma-3")
+HEADS = {"SmolLM2": (576, 49152), "Gemma-3": (640, 262144)}  # hidden size, vocabulary
+FLAT = 0.02  # times a real model's hidden states: their logits are nearly all the same
 
 
 @dataclass

@@ -121,7 +121,9 @@ def _bench(argv: list[str]) -> int:
     from dpofast import bench
 
     parser = argparse.ArgumentParser(prog="dpofast bench", description="The benchmarks; each has a --help of its own.")
-    parser.add_argument("name", choices=bench.NAMES)
+    parser.add_argument("name", nargs="?", default="all", choices=bench.NAMES, help="default: all, everybody compared")
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["all", *argv]
     name = parser.parse_args(argv[:1]).name
     sys.argv = [f"dpofast bench {name}", *argv[1:]]
     importlib.import_module(f"dpofast.bench.{name}").main()

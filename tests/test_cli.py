@@ -137,6 +137,18 @@ def test_a_benchmark_gets_its_arguments_and_others_are_refused(monkeypatch, caps
     assert "usage: dpofast bench" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [[], ["--seconds", "200"]])
+def test_no_benchmark_named_means_all_of_them(argv, monkeypatch, capsys):
+    received = []
+    monkeypatch.setattr("dpofast.bench.all.main", lambda: received.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["dpofast"])
+    assert main(["bench", *argv]) == 0
+    assert received == [["dpofast bench all", *argv]]
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    assert "gpu_gemm" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", bench.NAMES)
 def test_every_benchmark_says_what_it_does(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dpofast"])
