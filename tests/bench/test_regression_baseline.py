@@ -26,7 +26,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.delenv(regression.RENEW, raising=False)
 
     def run(ratio: float, case: str = "trained") -> None:
-        turns = measure.Turns(ratio, 0.01, ratio, 1.0)
+        turns = measure.Turns(ratio, 0.01, ratio, 1.0, ratio, ratio)
         monkeypatch.setattr(regression, "in_turns", lambda work, base, *_, **__: (work(), base(), turns)[-1])
         with numerics.threads(1):
             regression.test_ratio_to_the_bare_products(case, "fp32", Benchmark(extra_info={}))
