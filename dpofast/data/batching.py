@@ -29,7 +29,7 @@ class Batch:
         attention_mask: ``[S, T]``; None where packed.
         position_ids: ``[1, N]``, from 0 in each sequence; None where padded.
         cu_seqlens: ``[S + 1]``, int32, where packed sequences begin; None where padded.
-        sizes: ``[B]``, how many answers each record has.
+        sizes: ``[B]``, how many answers each record has; on the CPU.
         record: ``[S]``, the record that each sequence is of.
         scores: ``[S]``, of each answer; None where a record has none.
         labels: ``[B]``, bool, whether a single answer is good; None where no record has one.
@@ -59,8 +59,8 @@ class Batch:
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on a device."""
-        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        """The batch with its tensors on a device, but for sizes, which decide on shapes."""
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor) and name != "sizes"}
         return replace(self, **moved)
 
 
