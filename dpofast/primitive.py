@@ -247,7 +247,7 @@ class HeadScorer:
             schedule = plan(request, self.exact_backend, device=cost.device_of(hidden.device))
         return HeadCall(
             hidden, weight, bias, self.labels, positions, n_tokens, request, schedule, self.exact_backend, self.options,
-            self.group, cut if schedule.keeps_exps else 0.0,
+            self.group, cut if schedule.filters else 0.0,
         )  # fmt: skip
 
     def _cut(self, hidden: Tensor, weight: Tensor) -> float:

@@ -102,6 +102,21 @@ OPTIONS = {
 }
 
 
+def test_where_entries_have_no_room_exponentials_are_kept_and_nothing_is_dropped(cpu_backend):
+    """The kernels would filter into any cache, in a workspace that such a plan does not count."""
+    p, kept = case().to(torch.float32), {}
+    for exponent in range(36, 48):  # 256 KiB to 12 MiB
+        with numerics.recorded_choices() as choices:
+            try:
+                got = ours(p, CUT, backend=cpu_backend, memory_budget=int(2 ** (exponent / 2)))
+            except ValueError:
+                continue
+        dropped = 0.0 if got["dropped_mass"] is None else float(got["dropped_mass"].max())
+        assert choices[0].filters or not dropped, choices
+        kept[choices[0].filters] = choices[0].keeps_exps
+    assert kept == {False: True, True: True} and dropped > 0
+
+
 @pytest.mark.parametrize("of", OPTIONS.values(), ids=OPTIONS)
 def test_gradients_are_those_of_the_definition(cpu_backend, of):
     p = case(**of)

@@ -285,8 +285,7 @@ class _Sizes:
         cache = min(full, r.budget - workspace)
         if cache < full * LEAST_SHARE or cache < 2 * whole.filter_overhead():
             return None
-        name = "cached" if cache == full else "mixed"
-        return self._schedule(name, workspace, cache=cache, share=cache / full)
+        return self._schedule("filtered", workspace, cache=cache, share=cache / full)
 
     @property
     def _is_wide(self) -> bool:
@@ -304,13 +303,6 @@ class _Sizes:
         return 0
 
 
-class Candidate(NamedTuple):
-    """A schedule that fits the budget."""
-
-    schedule: Schedule
-    filters: bool  # its cache has room for what a filter of gradients keeps
-
-
 def first_fit(request: Request, isa: str, threads: int) -> Schedule:
     """The first schedule that fits, in as few steps as `torch.compile` can follow; see `dpofast.plan.choice.choose`."""
     needed = 0
@@ -325,18 +317,18 @@ def first_fit(request: Request, isa: str, threads: int) -> Schedule:
     raise too_little(request, needed)
 
 
-def candidates(request: Request, isa: str, threads: int) -> Iterator[Candidate]:
+def candidates(request: Request, isa: str, threads: int) -> Iterator[Schedule]:
     """All schedules that fit the budget, the preferred first: one that keeps all it can in the widest blocks."""
-    # What a filter may be handed has no wide blocks; a frozen head that keeps d logps / d hidden hands it nothing.
+    # A filter takes no wide blocks; a frozen head that keeps d logps / d hidden hands it nothing.
     for sizes in _all_sizes(request, isa, threads, wide=not (request.filters and request.to_weight)):
         ways = sizes.ways() if request.to_weight else sizes.frozen_ways()
         filtered = sizes.with_filter() if request.filters else None
         if filtered is not None:
-            yield Candidate(filtered, True)
+            yield filtered
         for way in ways:
             schedule = way()
             if schedule is not None:
-                yield Candidate(schedule, False)
+                yield schedule
 
 
 def _all_sizes(request: Request, isa: str, threads: int, wide: bool) -> list[_Sizes]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from dpofast.plan import cpu
-from dpofast.plan.cpu import FIRST_PANELS, PANELS_A_FIRST_PANEL, TRAITS, Candidate, Layout, Traits
+from dpofast.plan.cpu import FIRST_PANELS, PANELS_A_FIRST_PANEL, TRAITS, Layout, Traits
 from dpofast.plan.rates import Rates
 from dpofast.plan.schedule import Request, Schedule, ceil_div, up
 
@@ -108,15 +108,15 @@ class Cost(NamedTuple):
 class _Counter:
     """Counts what the loops of csrc/cpu/head_forward.h, head_backward.h and head_sparse.h do for one schedule."""
 
-    def __init__(self, request: Request, candidate: Candidate, traits: Traits, kept: float):
-        self.request, self.schedule, self.traits = request, candidate.schedule, traits
+    def __init__(self, request: Request, schedule: Schedule, traits: Traits, kept: float):
+        self.request, self.schedule, self.traits = request, schedule, traits
         self.layout = Layout(request, traits, self.schedule.block, request.n_tokens)
         self.n, self.h, self.v = self.layout.n_pad, request.n_hidden, request.n_vocab
         self.head = self.v * self.h  # elements of W
         self.head_bytes = self.head * request.weight_dtype.itemsize
         self.cached = self.schedule.cached_share * self.n * self.v  # logits whose exponentials are kept
-        self.samples = candidate.filters  # some tokens go first, to find out whether the filter pays
-        self.filters = candidate.filters and filter_pays(kept)
+        self.samples = schedule.filters  # some tokens go first, to find out whether the filter pays
+        self.filters = schedule.filters and filter_pays(kept)
         self.entries = kept * self.n * self.v
 
     def forward(self) -> Work:
@@ -229,13 +229,13 @@ def prices_of(traits: Traits) -> Prices:
     return BF16 if traits.elem == 2 else AVX512 if traits.vector >= 16 else AVX2
 
 
-def cost(request: Request, candidate: Candidate, isa: str, rates: Rates, kept: float = KEPT) -> Cost:
+def cost(request: Request, schedule: Schedule, isa: str, rates: Rates, kept: float = KEPT) -> Cost:
     """What a schedule is predicted to take at the rates of a machine; ``kept`` of the entries pass a filter."""
     traits = TRAITS[isa, request.hidden_dtype, request.weight_dtype]
-    counter = _Counter(request, candidate, traits, kept)
+    counter = _Counter(request, schedule, traits, kept)
     forward, backward = counter.forward(), counter.backward()
     prices = prices_of(traits)
-    threads = Layout(request, traits, candidate.schedule.block, request.n_tokens, rates.threads).started(2)
+    threads = Layout(request, traits, schedule.block, request.n_tokens, rates.threads).started(2)
     seconds = (
         forward.seconds(prices, rates, threads),
         backward.seconds(prices, rates, threads) if request.n_grads else 0.0,
@@ -249,14 +249,14 @@ def choose(request: Request, isa: str, threads: int) -> Schedule:
     first = next(found, None)
     if first is None:
         return cpu.first_fit(request, isa, threads)  # which raises
-    if not request.filters and _keeps_all(first.schedule, request):
-        return first.schedule
+    if not request.filters and _keeps_all(first, request):
+        return first
     fit = [first, *found]
-    if any(c.filters for c in fit):  # the kernels filter into whatever is kept of exponentials
-        fit = [c for c in fit if c.filters or c.schedule.keeps_jacobian]
-    every = {c: cost(request, c, isa, nominal(request, isa)).seconds for c in fit}
+    if any(s.filters for s in fit):  # how much it keeps is not known: who asks for it gets it, but for two products
+        fit = [s for s in fit if s.filters or s.keeps_jacobian]
+    every = {s: cost(request, s, isa, nominal(request, isa)).seconds for s in fit}
     limit = AS_FAST * min(every.values())
-    return next(c.schedule for c, seconds in every.items() if seconds <= limit)
+    return next(s for s, seconds in every.items() if seconds <= limit)
 
 
 def _keeps_all(schedule: Schedule, request: Request) -> bool:

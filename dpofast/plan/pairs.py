@@ -17,7 +17,6 @@ from dpofast.backends._tensors import wide_dtype
 from dpofast.plan import cost, cpu_cost
 from dpofast.plan.choice import chosen
 from dpofast.plan.cost import DataSheet
-from dpofast.plan.cpu import Candidate
 from dpofast.plan.schedule import Request, Schedule, ceil_div
 from dpofast.plan.tiled import cached_columns, tiled_traits
 
@@ -71,7 +70,7 @@ def _cached(request: Request, backend: str, tokens: int, kept: int, device: Data
     left = request.budget - kept - picked
     if left <= 0:
         return None
-    part = request._replace(n_tokens=tokens, budget=left, entropy=False)
+    part = request._replace(n_tokens=tokens, budget=left, entropy=False, filters=False)  # sums are exact
     try:
         schedule = chosen(part, backend, device=device)
     except ValueError:
@@ -82,8 +81,7 @@ def _cached(request: Request, backend: str, tokens: int, kept: int, device: Data
 def _seconds(request: Request, backend: str, schedule: Schedule, device: DataSheet) -> float:
     if backend.startswith("cpu:"):
         isa = backend.partition(":")[2]
-        exact = Candidate(schedule, filters=False)
-        return cpu_cost.cost(request, exact, isa, cpu_cost.nominal(request, isa)).seconds
+        return cpu_cost.cost(request, schedule, isa, cpu_cost.nominal(request, isa)).seconds
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     columns, _ = cached_columns(schedule, request.n_tokens, request.n_vocab, traits.elem)
     return sum(cost.seconds(device, schedule, columns, request, traits))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from dpofast.plan import cost, cpu, cpu_cost, peers, rates, tiled
 from dpofast.plan.cost import DataSheet
-from dpofast.plan.cpu import Candidate as CpuCandidate
 from dpofast.plan.rates import Rates
 from dpofast.plan.schedule import Request, Schedule
 from dpofast.plan.tiled import Candidate, cached_columns, tiled_traits
@@ -17,7 +16,6 @@ class Considered(NamedTuple):
     """A schedule that fits the budget: of several that differ in their tiles, the best."""
 
     schedule: str
-    filters: bool  # gradients are made of the entries that a filter keeps
     block: int
     token_chunk: int
     products: float
@@ -45,10 +43,10 @@ class Prediction(NamedTuple):
 def on_cpu(request: Request, chosen: Schedule, isa: str, threads: int, kept: float, with_peers: bool) -> Prediction:
     """For the compiled CPU kernels, at the rates that are measured here and now."""
     here = rates.measured(isa, request.hidden_dtype, request.weight_dtype, threads)
-    found: dict[tuple[str, bool], Considered] = {}
-    for candidate in cpu.candidates(request, isa, threads):
-        row = _considered_on_cpu(request, candidate, chosen, isa, here, kept)
-        found.setdefault((row.schedule, row.filters), row)
+    found: dict[str, Considered] = {}
+    for schedule in cpu.candidates(request, isa, threads):
+        row = _considered_on_cpu(request, schedule, chosen, isa, here, kept)
+        found.setdefault(row.schedule, row)
     floor = (1 + request.n_grads) * request.flops / (here.kernel * threads)
     machine = peers.Cpu(here, rates.mm(request.hidden_dtype, threads)) if with_peers else None
     core, kernel = rates.peak(isa, request.hidden_dtype, request.weight_dtype)
@@ -56,14 +54,14 @@ def on_cpu(request: Request, chosen: Schedule, isa: str, threads: int, kept: flo
 
 
 def _considered_on_cpu(
-    request: Request, candidate: CpuCandidate, chosen: Schedule, isa: str, here: Rates, kept: float
+    request: Request, s: Schedule, chosen: Schedule, isa: str, here: Rates, kept: float
 ) -> Considered:
-    s, predicted = candidate.schedule, cpu_cost.cost(request, candidate, isa, here, kept)
+    predicted = cpu_cost.cost(request, s, isa, here, kept)
     products = s.products(request.n_grads)
-    if candidate.filters and cpu_cost.filter_pays(kept):
+    if s.filters and cpu_cost.filter_pays(kept):
         products = 1 + kept * request.n_grads
     return Considered(
-        s.name, candidate.filters, s.block, s.token_chunk, products, s.cache_bytes + s.workspace_bytes,
+        s.name, s.block, s.token_chunk, products, s.cache_bytes + s.workspace_bytes,
         int(predicted.bytes), predicted.seconds, s == chosen,
     )  # fmt: skip
 
@@ -93,7 +91,7 @@ def _considered_on_tiles(
     s = candidate.schedule
     columns, _ = cached_columns(s, request.n_tokens, request.n_vocab, traits.elem)
     return Considered(
-        s.name, False, s.block, s.token_chunk, s.products(request.n_grads), candidate.memory,
+        s.name, s.block, s.token_chunk, s.products(request.n_grads), candidate.memory,
         int(cost.traffic(s, columns, request, traits).total), candidate.seconds if device.sms else None, s == chosen,
     )  # fmt: skip
 
@@ -123,10 +121,9 @@ def _otherwise(request: Request, traits: cost.TiledTraits, device: DataSheet, ch
 def lines(considered: tuple[Considered, ...]) -> Iterator[str]:
     """One for each schedule."""
     for c in considered:
-        name = f"{c.schedule}, filtered" if c.filters else c.schedule
         took = "" if c.seconds is None else f", {c.seconds * 1e3:.1f} ms"
         mib = 1 << 20
         yield (
-            f"{'*' if c.is_chosen else ' '} {name}: {c.products:.2f} products, {c.memory_bytes / mib:.1f} MiB, moves "
-            f"{c.bytes_moved / mib:.0f} MiB{took}"
+            f"{'*' if c.is_chosen else ' '} {c.schedule}: {c.products:.2f} products, {c.memory_bytes / mib:.1f} MiB, "
+            f"moves {c.bytes_moved / mib:.0f} MiB{took}"
         )

@@ -196,7 +196,7 @@ def plan(
         str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
         schedule.cache_bytes, schedule.workspace_bytes, taken.products, 1 + request.n_grads, taken.bytes_moved,
         taken.seconds, found.floor_seconds, found.core_flops, found.kernel_flops, found.otherwise, pairs,
-        found.considered, others, _gradient_bytes(request), kept if taken.filters else None,
+        found.considered, others, _gradient_bytes(request), kept if schedule.filters else None,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Request(NamedTuple):
 class Schedule(NamedTuple):
     """How an op will run. Plain numbers, so that it passes through ``torch.compile``."""
 
-    name: str  # score | jacobian | cached | mixed | recompute | recompute-split
+    name: str  # score | jacobian | cached | mixed | filtered | recompute | recompute-split
     block: int  # vocabulary rows per block; 0: the product exponentiates itself, and there are no tiles of logits
     token_chunk: int  # completion tokens at a time, where the schedule allows it; 0: all
     cache_bytes: int  # kept from the forward to the backward
@@ -68,7 +68,12 @@ class Schedule(NamedTuple):
     @property
     def keeps_exps(self) -> bool:
         """The cache is the exponentials of some blocks of the vocabulary, or what was made of them."""
-        return self.name in ("cached", "mixed")
+        return self.name in ("cached", "mixed", "filtered")
+
+    @property
+    def filters(self) -> bool:
+        """The cache is the entries that a filter keeps or, where they are too many, exponentials."""
+        return self.name == "filtered"
 
     @property
     def keeps_nothing(self) -> bool:

@@ -160,10 +160,10 @@ def test_a_filter_keeps_to_the_budget_and_small_budgets_have_exact_schedules(isa
             continue
         c = choose_for(budget=budget, filters=True, **here)
         assert c.workspace_bytes + c.cache_bytes <= budget
-        names.append(c.name if c.keeps_exps else c == exact)
+        names.append(c.name if c.filters else c == exact)
     # Few tokens of a frozen head: reading the rows of W for entries costs more than a product.
     assert names[0] is True or n == 10
-    assert names[-1] == "cached" or (n == 10 and names[-1] is True and not train[1])
+    assert names[-1] == "filtered" or (n == 10 and names[-1] is True and not train[1])
 
 
 @pytest.mark.parametrize("backend", (*(f"cpu:{isa}" for isa in ISAS), "torch"))

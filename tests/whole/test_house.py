@@ -25,7 +25,7 @@ WIDE = {
     "sequence_losses.py": {"linear_list_loss", "linear_unpaired_loss"},
 }
 OPS, OP_PARAMETERS = "_ops.py", 13
-SCHEDULES = ("score", "jacobian", "cached", "mixed", "recompute", "recompute-split")
+SCHEDULES = ("score", "jacobian", "cached", "mixed", "filtered", "recompute", "recompute-split")
 LONGEST_CPP = 80
 
 SOURCES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
