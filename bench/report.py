@@ -25,7 +25,7 @@ from dpofast.bench.workloads import MODELS
 
 PAGES = (
     Path("README.md"),
-    *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train", "benchmarks")),
+    *(Path("docs", f"{name}.md") for name in ("design", "shared_prompt", "filter", "train", "data", "benchmarks")),
 )
 MARKER = re.compile(r"^( *)(<!-- results: (\S+) -->\n).*?( *<!-- end -->)", re.S | re.M)
 
@@ -322,10 +322,17 @@ def line(of: dict[int, Cells], metric: str, scale: float, unit: int) -> str:
     return f"{fixed:.0f} + {each * unit:.1f} x (within {off:.0%})"
 
 
+def data_table(results: Results) -> str:
+    """A row for each way of reading a file."""
+    rows = [(r.workload, r.case, f"{r.value / 2**20:.0f} MiB") for r in results.where(suite="data")]
+    return table(("file", "process", "resident memory, at most"), rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
-    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "all": all_table,
+    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "data": data_table,
+    "all": all_table,
     "vocabulary": partial(axis_table, "vocabulary", "V", vocabulary_of),
     "dpo": partial(axis_table, "dpo", "pairs", pairs_of),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The benchmarks of whole pairs and of the shared prompt run, and say what they measured."""
+"""The benchmarks of whole pairs, the shared prompt and files of data run, and say what they measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numerics
 import pytest
 import torch
 
-from dpofast.bench import pairs, step
+from dpofast.bench import data, pairs, step
 
 pytest.importorskip("transformers")
 
@@ -52,3 +52,11 @@ def test_tokens_are_counted_by_pair():
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 9, 0], [7, 6, 5, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
     assert prompt.tokens_left({"input_ids": ids, "attention_mask": mask}) == pytest.approx(10 / 12)
+
+
+def test_ways_of_reading_a_file_are_measured_in_processes_of_their_own(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    lines = data.write(path, 10**6)
+    assert len({*path.read_text().splitlines()}) == lines
+    nothing, *others = (data.peak(way, path, lines) for way in data.WAYS)
+    assert 0 < nothing < 2**30 and all(0.9 * nothing < peak < 1.2 * nothing for peak in others)
