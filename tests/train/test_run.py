@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpofast import cli
 from dpofast.integrations.models import model_dpo_loss
-from dpofast.train import checkpoint, engine, log
+from dpofast.train import checkpoint, engine, log, model
 from dpofast.train.config import from_dict
 from dpofast.train.dry_run import dry_run
 from dpofast.train.feed import Feed
@@ -43,6 +43,21 @@ def folder(tmp_path_factory):
     train(config(folder, "full", picture=True, tensorboard=True))
     train(config(folder, "lora", lora_rank=2))
     return folder
+
+
+@pytest.mark.parametrize("lora_rank", (0, 2))
+def test_a_models_own_dropout_is_off_unless_it_is_asked_for(folder, tmp_path, lora_rank):
+    path, ids = tmp_path / "model", torch.arange(24).view(2, 12) % 16
+    policy = AutoModelForCausalLM.from_pretrained(config(folder).model)
+    policy.config.attention_dropout = 0.5
+    policy.save_pretrained(path)
+
+    def varies(**others) -> bool:
+        trained = model.trained(config(folder, model=str(path), lora_rank=lora_rank, **others), None)
+        assert trained.training
+        return not torch.equal(trained(ids).logits, trained(ids).logits)
+
+    assert varies(dropout=True) and not varies()
 
 
 def test_steps_are_those_of_a_plain_loop(folder):

@@ -14,8 +14,9 @@ import tiny
 from train import killed, tiny_run
 from transformers import AutoModelForCausalLM
 
+from dpofast import data
 from dpofast.losses import unpaired_preference_loss
-from dpofast.train import log
+from dpofast.train import feed, log
 from dpofast.train.config import from_dict
 from dpofast.train.run import train
 
@@ -52,6 +53,15 @@ def logps(model, rows) -> torch.Tensor:
         logits = model(tokens).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         found.append(logits.gather(-1, tokens[0, len(prompt) :, None]).sum())
     return torch.stack(found)
+
+
+def test_a_mismatched_answer_is_that_of_the_next_record(folder):
+    records = data.read(folder / "single.jsonl")
+    mismatched = feed.Mismatched(records)
+    for record, pair, other in zip(records, mismatched, [*records][1:] + [records[0]]):
+        assert pair.prompt == record.prompt and pair.label == record.label
+        assert pair.answers == (record.answers[0], other.answers[0]) and pair.answers[0] != pair.answers[1]
+    assert len(mismatched) == 8
 
 
 @pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
