@@ -58,7 +58,7 @@ def logps(model, rows) -> torch.Tensor:
 def test_a_mismatched_answer_is_that_of_the_next_record(folder):
     records = data.read(folder / "single.jsonl")
     mismatched = feed.Mismatched(records)
-    for record, pair, other in zip(records, mismatched, [*records][1:] + [records[0]]):
+    for record, pair, other in zip(records, mismatched, [*[*records][1:], records[0]]):
         assert pair.prompt == record.prompt and pair.label == record.label
         assert pair.answers == (record.answers[0], other.answers[0]) and pair.answers[0] != pair.answers[1]
     assert len(mismatched) == 8
