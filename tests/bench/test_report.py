@@ -43,11 +43,14 @@ def test_the_first_sentence_has_the_numbers_of_the_step():
 
 
 def test_the_second_has_those_of_the_shared_prompt():
-    shared = record.read(record.RESULTS / "step-shared-2026-11-26-avx2.json")
-    peaks = {p: shared.value(metric="peak memory", provider=p) for p in ("TRL", "dpofast")}
-    ratio, memory = shared.value(metric="time / before"), peaks["dpofast"] / peaks["TRL"]
+    shared, found = record.read(record.RESULTS / "step-shared-2026-11-27.json"), {}
+    for dtype in ("fp32", "bf16"):
+        facts = {"workload": "TRL DPOTrainer", "dtype": dtype}
+        peaks = [shared.value(metric="peak memory", provider=p, **facts) for p in ("dpofast", "TRL")]
+        found[dtype] = f"{shared.value(metric='time / before', **facts):.2f}", f"{peaks[0] / peaks[1]:.2f}"
     first = " ".join(report.PAGES[0].read_text().split("![")[0].split())
-    assert f"{ratio:.2f} of the time and {memory:.2f} of the memory" in first
+    full, half = found["fp32"], found["bf16"]
+    assert f"{full[0]} of the time and {full[1]} of the memory in fp32, and {half[0]} and {half[1]} in bf16" in first
 
 
 @pytest.mark.parametrize("suite", report.FIGURES)
