@@ -7,7 +7,7 @@ The sum of the others, the dropped mass, is given to all entries in equal parts.
 - Let d be the dropped mass as a share of ``1 - p[label]``. Each dropped entry is at most c of that, and their sum is d
   of it: so of the gradient of a token's logits, the error in the 2-norm is at most ``sqrt(c * d)`` of the gradient.
 - d is at most `TOLERANCE`: a token with more, whose distribution is flat, keeps everything. So the error is at most
-  ``sqrt(c * TOLERANCE)`` for every token: 2.8e-3 with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
+  ``sqrt(c * TOLERANCE)`` for every token: 2.0e-3 with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
 
 What that makes of d hidden and d weight, beside plain PyTorch in the same dtype, was measured: see docs/filter.md.
 """
@@ -19,7 +19,7 @@ import torch
 TOLERANCE = 2.0**-3
 """The largest dropped mass, as a share of what the label leaves to the others, of a token that is filtered."""
 
-AUTO = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-17}
+AUTO = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-17}
 """The cuts of ``grad_filter="auto"``: errors of d hidden and d weight below half of plain PyTorch's in the dtype of the
 gradients. In fp32 and fp64 half of the vocabulary would be kept, which costs more than everything: they are exact."""
 WITH_SOFTCAP = 2.0**-2
