@@ -300,10 +300,13 @@ def test_what_is_supported():
         )
 
 
-@pytest.mark.parametrize("name", ("cached", "jacobian", "score"))
-def test_the_loops_that_run_on_it(name):
+BLOCKS = {"cached": 0, "jacobian": 0, "score": 0, "recompute": 64, "recompute-split": 128}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_loops_that_run_on_it(name, monkeypatch):
     """Forward and backward of a whole call, in chunks of tokens, against the reference."""
-    n, n_hidden, v, chunk = 70, 24, 523, 40 if name == "jacobian" else 70
+    n, n_hidden, v, chunk = 70, 24, 523, 70 if name in ("cached", "score") else 40
     given = problem(n, n_hidden, v, scale=0.25)  # fp16 could not hold more
     hidden = given.hidden.view(1, n + 5, n_hidden)
     positions = given.offsets // n_hidden
@@ -312,8 +315,11 @@ def test_the_loops_that_run_on_it(name):
     cache = torch.empty(
         n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE
     )
-    how = Schedule.of(name, (0, chunk, 0 if name == "score" else cache.numel()))
-    values = engine.forward(case, how, (), cache)
+    keeps = BLOCKS[name] == 0 and name != "score"
+    how = Schedule.of(name, (BLOCKS[name], chunk, cache.numel() if keeps else 0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuPasses, "fold", None)  # no tile of the forward is folded
+        values = engine.forward(case, how, (), cache)
 
     exact = [x.double().requires_grad_() for x in (hidden, given.weight)]
     c = torch.randn(n, device=DEVICE)
@@ -323,7 +329,7 @@ def test_the_loops_that_run_on_it(name):
     torch.testing.assert_close(values["lse"].sum(1).double(), given.z().logsumexp(1), rtol=1e-5, atol=1e-5)
     if name == "score":
         return
-    grads = InputGrads(torch.zeros_like(hidden), torch.zeros_like(given.weight) if name == "cached" else None)
+    grads = InputGrads(torch.zeros_like(hidden), None if name == "jacobian" else torch.zeros_like(given.weight))
     engine.backward(case, how, Saved(**values, cache=cache), OutputGrads(c), grads)
     for got, want in zip(grads[:2], (d_hidden, d_weight)):
         if got is not None:

@@ -185,6 +185,24 @@ def test_a_gpu_keeps_every_budget(backend, wanted):
             assert not s.is_fused or columns == (50257 if s.name == "cached" else 0)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "budget"), [((True, True), 1 << 30), ((True, True), 400 << 20), ((True, False), 1 << 27)]
+)
+def test_a_backward_that_makes_logits_again_follows_a_score_without_any(wanted, budget):
+    request = Request(8192, 4096, 151936, BF16, BF16, budget, *wanted, fuses=True)
+    found = {
+        c.schedule.scores_fused: c for c in tiled.candidates(request, TRAITS, H100, every=True) if c.schedule.block
+    }
+    s = choose(request, "cuda", device=H100)
+    assert s.keeps_nothing and s.scores_fused and s.block and Schedule.of(s.name, s.sizes).scores_fused
+    assert not choose(request._replace(outputs=1), "cuda", device=H100).scores_fused
+    with_tiles = choose(request._replace(fuses=False), "cuda", device=H100)
+    times = [sum(cost.seconds(H100, x, 0, request, TRAITS)) for x in (s, with_tiles)]
+    assert times[0] < 0.99 * times[1] and found.keys() == {True, False}
+    text = str(dpofast.plan(8192, 4096, 151936, device="h100", memory_budget=budget, train_head=wanted[1]))
+    assert "none in the forward, the product exponentiates" in text
+
+
 def test_no_block_is_whole_rows_or_nothing():
     n, v = 100, 1001
     whole = n * 1008 * 2 + n * 4
