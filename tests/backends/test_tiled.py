@@ -120,6 +120,34 @@ def test_rows_of_every_product_begin_16_bytes_apart(passes, schedule):
     assert looking.products and not looking.odd
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+@pytest.mark.parametrize("outputs", ((), ("entropy",)), ids=("logps", "statistics"))
+def test_what_is_kept_is_outgrown_by_what_is_not(passes, outputs, dtype):
+    """Exponentials of the first columns, of rows whose largest logits, 90 above, come behind them."""
+    n, h, v, block = 24, 16, 384, 128
+    p = problem(n, h, v, masked=False)
+    hidden, weight = p.hidden.to(dtype), p.weight.to(dtype)
+    hidden[:, 0], weight[:, 0] = torch.arange(n).remainder(2), 0.0  # every second row grows
+    weight[block * 2 :, 0] = 90.0
+    labels = torch.arange(n) * v // n
+    columns = passes.product_dtype(dtype, dtype).itemsize * block * 2
+    how = Schedule.of("mixed", (block, n, n * (columns + 4)))
+    cache = torch.empty(how.cache_bytes, dtype=torch.uint8)
+    case, engine = Problem(hidden, weight, None, torch.arange(n), labels), TiledBackend(passes)
+    saved = engine.forward(case, how, outputs, cache)
+    grads = InputGrads(torch.empty_like(hidden), torch.empty_like(weight))
+    kept = Saved(saved["logps"], saved["lse"], cache=cache)
+    engine.backward(case, how, kept, OutputGrads(torch.ones(n)), grads)
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    logps = (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(n), labels]
+    torch.testing.assert_close(saved["logps"].double(), logps.detach(), rtol=1e-5, atol=1e-5)
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
+    for got, want in zip(grads, torch.autograd.grad(logps.sum(), exact)):
+        got, want = got.double()[:, 1:], want[:, 1:]  # in the first column 90s cancel
+        error = (got - want).norm(dim=1) / want.norm(dim=1).clamp(min=1e-2)
+        assert error.max() < rounding
+
+
 @pytest.mark.parametrize("current", (0, 1))
 def test_a_launch_is_on_the_device_of_its_tensors(monkeypatch, current):
     """And on that device's current stream, whatever device is current."""
