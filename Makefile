@@ -71,7 +71,7 @@ cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own t
 	rm -rf build/cuda-venv && $(PYTHON) -m venv build/cuda-venv
 	rm -rf build/lib*
 	DPOFAST_BUILD_CUDA=1 build/cuda-venv/bin/python -m pip install --quiet '$(CUDA_TORCH)' .
-	cd build && cuda-venv/bin/python ../tests/check_cuda_build.py
+	cd build && cuda-venv/bin/python ../tests/whole/check_cuda_build.py
 	rm -rf build/cuda-venv
 
 gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark
