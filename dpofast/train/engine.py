@@ -309,7 +309,7 @@ class Training:
 
         def fill(folder: Path) -> None:
             model.save(self.bare, weights, self.feed.tokenizer, folder)
-            torch.save(kept, folder / checkpoint.STATE)
+            state.save(kept, folder)
 
         step = self.position.step
         target = checkpoint.write(self.root, step, fill, self._expected_bytes())

@@ -123,7 +123,12 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, kept: dic
 
 def save(model: nn.Module, weights: dict[str, Any] | None, tokenizer: Any, folder: Path) -> None:
     """Save the model as Transformers does, or its adapter as PEFT does, and the tokenizer."""
-    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    except SafetensorError as error:  # its word for a write that fails
+        raise OSError(f"the model: {error}") from error
     tokenizer.save_pretrained(folder)
 
 
