@@ -53,7 +53,7 @@ def first_tokens(p: Case, backend: str) -> list[int]:
 
 
 def shares(dropped: Tensor, cut: float) -> Tensor:
-    """What each entry gets of the mass that is given back, of what some tokens drop [S, V], in shares of q = 1 - p[label]."""
+    """What each entry gets of the mass that is given back; ``dropped`` [S, V] in shares of q = 1 - p[label]."""
     v, most = dropped.shape[1], cut / grad_filter.TOLERANCE
     equal = torch.full((v,), 1 / v, dtype=DOUBLE)
     if most <= 1 / v or not dropped.sum() > 0:
