@@ -9,8 +9,8 @@ dropped it. What that costs:
   of it: so its 2-norm is at most ``sqrt(c * d)`` of that of the gradient of a token's logits.
 - d is at most `TOLERANCE`: a token with more, whose distribution is flat, keeps everything.
 - The squares of the shares add up to at most ``c / TOLERANCE``, with some equal parts if they must. So what is given
-  back is no longer either, and the error is at most ``2 * sqrt(c * TOLERANCE)`` of the gradient for every token: 5.5e-3 with
-  the cut of bfloat16, which rounds one entry by up to 3.9e-3.
+  back is no longer either, and the error is at most ``2 * sqrt(c * TOLERANCE)`` of the gradient for every token: 5.5e-3
+  with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
 
 What that makes of d hidden and d weight, beside plain PyTorch in the same dtype, was measured: see docs/filter.md.
 """
