@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import math
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workbench import STARTED, Workbench, time
+from workbench import STARTED, Workbench
 
 _BEFORE, _AFTER = "#0072B2", "#D55E00"
 
@@ -121,7 +122,7 @@ class Report:
         folder: Path = self.bench.args.results
         folder.mkdir(parents=True, exist_ok=True)
         picture = folder / f"{self.bench.name}.svg"
-        self._draw(picture)
+        draw(self.figures, self.title, picture, self.bench.name)
         text = "\n".join([f"# {self.title}", "", *self._table(), "", *self._remarks(), "",
                           f"![before and after]({picture.name})", "", *self._run()]) + "\n"  # fmt: skip
         path = picture.with_suffix(".md")
@@ -158,20 +159,25 @@ class Report:
             f"- {whole:.0f} seconds: {phases}",
         ]
 
-    def _draw(self, path: Path) -> None:
-        import matplotlib
-        from matplotlib.figure import Figure as Canvas
 
-        units = list(dict.fromkeys(figure.unit for figure in self.figures))
-        parts = {unit: [figure for figure in self.figures if figure.unit == unit] for unit in units}
-        heights = [len(part) + 1 for part in parts.values()]
-        canvas = Canvas(figsize=(8, 0.42 * sum(heights) + 0.8), layout="constrained")
-        rows = canvas.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
-        for axes, (unit, part) in zip(rows, parts.items()):
-            _draw_part(axes, unit, part)
-        canvas.suptitle(self.title, fontsize=11)
-        with matplotlib.rc_context({"svg.hashsalt": self.bench.name}):
-            canvas.savefig(path, metadata={"Date": None})
+def draw(figures: Sequence[Figure], title: str, path: Path, salt: str) -> None:
+    """Draw each figure before and after, those of a unit on one axis; ``salt`` makes the file's names."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    parts = {unit: [figure for figure in figures if figure.unit == unit] for unit in _units(figures)}
+    heights = [len(part) + 1 for part in parts.values()]
+    canvas = Canvas(figsize=(8, 0.42 * sum(heights) + 0.8), layout="constrained")
+    rows = canvas.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (unit, part) in zip(rows, parts.items()):
+        _draw_part(axes, unit, part)
+    canvas.suptitle(title, fontsize=11)
+    with matplotlib.rc_context({"svg.hashsalt": salt}):
+        canvas.savefig(path, metadata={"Date": None})
+
+
+def _units(figures: Sequence[Figure]) -> list[str]:
+    return list(dict.fromkeys(figure.unit for figure in figures))
 
 
 def _draw_part(axes: Any, unit: str, figures: Sequence[Figure]) -> None:

@@ -54,8 +54,8 @@ def need(present: Any, what: str, command: str) -> None:
 def split(rows: Sequence[Row], share: float, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """``(train, held_out)``: whole groups are held out, drawn until about ``share`` of the rows is.
 
-    Rows of a group resemble each other, so that a random choice among rows would test memory. A group that would take
-    the held-out part beyond 1.25 times ``share`` is passed over.
+    Rows of a group are alike, so a random choice of rows would test memory. A group that would take the held-out part
+    beyond 1.25 times ``share`` is passed over.
     """
     sizes = Counter(row["group"] for row in rows)
     held: set[str] = set()
@@ -73,10 +73,10 @@ class Workbench:
     """One run of an example: its options, its folder, its model and its clock.
 
     Attributes:
-        name: of the example, of its folder and of its results.
+        name: of the example, its folder and its results.
         args: ``tiny``, ``seed``, ``work`` and ``results``, from the command line.
         seconds: of each phase, by its name.
-        max_length: tokens of a prompt and an answer; longer answers are cut.
+        max_length: tokens of prompt and answer; longer answers are cut.
     """
 
     def __init__(self, name: str, about: str, argv: Sequence[str] | None = None, max_length: int = 256) -> None:
@@ -158,7 +158,7 @@ class Workbench:
             "references": str(data.with_suffix(".references")), "seed": self.args.seed, "precision": self.precision,
             **PRESET, **options, **(TINY if self.args.tiny else {}),
         }  # fmt: skip
-        with self.phase(f"training: {name}"):
+        with self.phase(f"training {name}"):
             train(from_dict(values, f"the example {self.name}"))
         return str(out / "last")
 
