@@ -206,7 +206,7 @@ def problem(i: int, body: str) -> Problem:
         f"    {body}\n",
         f"def check(f):\n    assert all(f(*x) == y for x, y in {values}.items())\n",
         f"f{i}",
-    )  # noqa: E501
+    )
 
 
 def test_code_runs_and_its_figures_are_of_what_was_held_out(monkeypatch, tmp_path):
