@@ -20,7 +20,7 @@ from results import Figure, Report, preferred
 from workbench import Row, Workbench
 
 HELD_OUT = 0.25
-TRAIN, TESTS, WRITTEN = 320, 160, 64  # pairs, held-out pairs, and held-out verses that are rewritten
+TRAIN, TESTS, WRITTEN = 160, 64, 32  # pairs, held-out pairs, and held-out verses that are rewritten
 FEWEST, MOST = 8, 24  # words of a verse in either Bible
 SYSTEM = "You rewrite verses."
 REQUEST = "Write this in the English of the King James Bible: "
