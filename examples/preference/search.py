@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from workbench import Workbench, need
 
 import dpofast
+from dpofast.train.ranking import ndcg
 
 PACKAGES = ("gensim",)
 SAME_STORY = 0.6  # people's similarity, of at most 1, from which two items are held out together
@@ -136,16 +137,6 @@ def steps_of(states: Tensor, grades: Tensor, story: Sequence[int], loss_type: st
 
         fit(states[rest], grades[rest][:, rest], loss_type, STEPS, look)
     return max(found, key=found.get)
-
-
-def ndcg(values: Sequence[float], scores: Sequence[float]) -> float:
-    """nDCG of the order by ``values``, with gains ``2^score - 1``; equal values share their discounts."""
-    gains, discount = [2**score - 1 for score in scores], [1 / math.log2(place + 2) for place in range(len(scores))]
-    found = 0.0
-    for value, gain in zip(values, gains, strict=True):
-        above, level = sum(x > value for x in values), sum(x == value for x in values)
-        found += gain * math.fsum(discount[above : above + level]) / level
-    return found / math.fsum(gain * d for gain, d in zip(sorted(gains, reverse=True), discount))
 
 
 def queries_ndcg(scores: Tensor, grades: Tensor, queries: Sequence[int]) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import math
 import random
 
 import pytest
@@ -25,26 +24,6 @@ def fixture() -> Items:
     for i, j in itertools.combinations(range(24), 2):
         similarity[i, j] = similarity[j, i] = (0.7 if i % 6 == j % 6 else 0.2) + 0.1 * choice.random()
     return Items(texts, [f"on day {i}" for i in range(10)], similarity)
-
-
-def mean_ndcg_by_hand(values, scores) -> float:
-    """The mean over all orders that agree with ``values``, each by the definition."""
-    best = sorted(scores, reverse=True)
-    found = []
-    for order in itertools.permutations(range(len(values))):
-        if all(values[a] >= values[b] for a, b in itertools.pairwise(order)):
-            found.append(
-                sum((2 ** scores[i] - 1) / math.log2(p + 2) for p, i in enumerate(order))
-                / sum((2**s - 1) / math.log2(p + 2) for p, s in enumerate(best))
-            )
-    return sum(found) / len(found)
-
-
-@pytest.mark.parametrize(
-    "values", [[3.0, 2.0, 1.0, 0.0], [0.0, 1.0, 2.0, 3.0], [1.0, 1.0, 0.0, 2.0], [0.0, 0.0, 0.0, 0.0], [1, 0, 1, 0]]
-)
-def test_ndcg_is_the_mean_over_the_orders_of_level_values(values):
-    assert search.ndcg(values, [3.0, 0.5, 2.0, 0.0]) == pytest.approx(mean_ndcg_by_hand(values, [3.0, 0.5, 2.0, 0.0]))
 
 
 def test_a_story_is_a_chain_of_alike_items():
