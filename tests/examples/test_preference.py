@@ -6,12 +6,19 @@ import json
 import math
 import random
 
+import better_code
+import own_failures
 import pytest
 import results
 import torch
 import workbench
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mutants import Problem
 from results import Figure, Report, mean_and_error, preferred, rewarded
 from workbench import Workbench
+
+from dpofast.demo.data import Pair
 
 
 def bench(path, name: str = "some", *options: str) -> Workbench:
@@ -168,3 +175,114 @@ def test_pictures_have_the_same_bytes_for_the_same_numbers(tmp_path):
         results.draw(figures, "A title", tmp_path / f"{name}.svg", at.name)
         found.append((tmp_path / f"{name}.svg").read_bytes())
     assert found[0] == found[1]
+
+
+# Code
+
+
+PAIRS = [
+    ("unused-import", "Pyflakes", "import os\n", "x = 1\n"),
+    ("f-string-missing-placeholders", "Pyflakes", 'f"a"\n', '"a"\n'),
+    ("is-literal", "Pyflakes", "x = 2\nx is 1\n", "x = 2\nx == 1\n"),
+    ("multiple-imports-on-one-line", "pycodestyle", "import os, sys\n", "import os\nimport sys\n"),
+    ("lambda-assignment", "pycodestyle", "f = lambda x: x\n", "def f(x):\n    return x\n"),
+    ("none-comparison", "pycodestyle", "x = 2\nx == None\n", "x = 2\nx is None\n"),
+    ("bare-except", "pycodestyle", "print()\n", "x = 1\n"),  # does not fire, and so is left out
+    ("useless-object-inheritance", "pyupgrade", "class A(object):\n    pass\n", "class A:\n    pass\n"),
+    ("print", "flake8-print", "print(1)\n", "y = 1\n"),
+    ("mutable-argument-default", "flake8-bugbear", "def f(x=[]):\n    x\n", "def f(x=None):\n    x\n"),
+]
+BODIES = ["return a + b", "return a - b", "return a * b + 1", "return max(a, b)", "return a < b", "return b // a"]
+
+
+def problem(i: int, body: str) -> Problem:
+    prompt = f'def f{i}(a, b):\n    """Number {i}."""\n'
+    found: dict = {}
+    exec(f"{prompt}    {body}\n", found)
+    values = {(a, b): found[f"f{i}"](a, b) for a in (1, 2, 5) for b in (2, 3)}
+    return Problem(
+        f"p{i}",
+        prompt,
+        f"    {body}\n",
+        f"def check(f):\n    assert all(f(*x) == y for x, y in {values}.items())\n",
+        f"f{i}",
+    )
+
+
+def test_code_runs_and_its_figures_are_of_what_was_held_out(monkeypatch, tmp_path):
+    pairs = [Pair(rule, family, "Checks something.", chosen, rejected) for rule, family, rejected, chosen in PAIRS]
+    monkeypatch.setattr(better_code.ruff_pairs, "documented_pairs", lambda ruff: (pairs, 99))
+    monkeypatch.setattr(better_code, "problems", lambda: [problem(i, body) for i, body in enumerate(BODIES)])
+    report = better_code.main(["--tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path)])
+    figures = {figure.name: figure for figure in report.figures}
+    lint, lists = figures["ruff: clean code preferred"], figures["HumanEval: preferred to all"]
+    assert 2 <= len(lint.after) <= 4 and len(lists.after) == 2 and set(lists.groups) < {f"p{i}" for i in range(6)}
+    trained = [json.loads(line) for path in report.bench.folder.glob("*.jsonl") for line in path.open()]
+    assert "bare-except" not in {row.get("rule") for row in trained}
+    held_out = set(lint.groups) | set(lists.groups)
+    files = {path: {json.loads(line)["group"] for line in path.open()} for path in report.bench.folder.glob("*.jsonl")}
+    assert len(files) == 2 and sorted(map(bool, (groups & held_out for groups in files.values()))) == [False, True]
+    assert 1 / 4 <= lists.baseline <= 1 / 2
+    assert "HumanEval: preferred to all" in (tmp_path / "code.md").read_text()
+
+
+def test_a_list_is_as_many_pairs_as_it_has_other_answers():
+    lines = [{"logps": [-1.0, -2.0, -0.5], "lengths": [3, 4, 5], "group": "g"}]
+    assert better_code.as_pairs(lines) == [
+        {"logps": [-1.0, -2.0], "lengths": [3, 4], "group": "g"},
+        {"logps": [-1.0, -0.5], "lengths": [3, 5], "group": "g"},
+    ]
+
+
+# Own failures
+
+
+quick = settings(max_examples=50, deadline=None)
+
+
+@quick
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 3), min_size=1, max_size=16), st.integers(3, 6))
+def test_what_ends_in_a_period_that_comes_three_times_is_a_loop(before, period, times):
+    ids = before + period * max(times, -(-own_failures.FEWEST // len(period)))
+    found = own_failures.loop_period(ids)
+    assert 0 < found <= len(period)
+    assert ids[-3 * found :] == ids[-found:] * 3
+
+
+@quick
+@given(st.lists(st.integers(0, 3)), st.lists(st.integers(0, 1), min_size=1, max_size=20))
+def test_a_loop_that_something_else_follows_is_none(before, period):
+    assert own_failures.loop_period(before + period * 12 + [99]) == 0
+
+
+def test_what_comes_twice_or_is_a_few_tokens_is_no_loop():
+    assert own_failures.loop_period(list(range(16)) * 2) == 0
+    assert own_failures.loop_period([*range(50), 7, 7, 7, 7]) == 0
+    assert own_failures.loop_period([5] * 11) == 0 and own_failures.loop_period([5] * 12) == 1
+    assert own_failures.loop_period(list(range(17)) * 3) == 0 and own_failures.loop_period([]) == 0
+
+
+def test_runs_that_were_there_before_are_counted():
+    assert own_failures.repeated([1, 2, 3, 4, 5, 6]) == 0 and own_failures.repeated([1]) == 0
+    assert own_failures.repeated([1] * 8) == pytest.approx(4 / 5)
+
+
+def test_own_failures_runs_and_trains_on_loops_alone(monkeypatch, tmp_path):
+    texts = [
+        (
+            f"family {i % 6}",
+            f"Rule {i:2} of {i % 6} is that words of the kind {i * 7} are not to be written, because " * 3,
+        )
+        for i in range(40)
+    ]
+    monkeypatch.setattr(own_failures, "texts", lambda: texts)
+    report = own_failures.main(["--tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path)])
+    rate, *_, real, _ = report.figures
+    assert rate.name == "continuations that end in a loop" and 0 < sum(rate.before) < len(rate.before)
+    files = [[json.loads(line) for line in path.open()] for path in report.bench.folder.glob("*.jsonl")]
+    (trained,) = (rows for rows in files if "rejected" in rows[0] and not {r["group"] for r in rows} & set(rate.groups))
+    encode = report.bench.tokenizer
+    for row in trained:
+        assert own_failures.loop_period(encode(row["rejected"])["input_ids"])
+        assert any(text.startswith(row["prompt"] + row["chosen"]) for _, text in texts)
+    assert all(value < 0 for value in real.before)
