@@ -167,11 +167,14 @@ def draw(figures: Sequence[Figure], title: str, path: Path, salt: str) -> None:
 
     parts = {unit: [figure for figure in figures if figure.unit == unit] for unit in _units(figures)}
     heights = [len(part) + 1 for part in parts.values()]
-    canvas = Canvas(figsize=(8, 0.42 * sum(heights) + 0.8), layout="constrained")
+    canvas = Canvas(figsize=(8, 0.42 * sum(heights) + 1), layout="constrained")
     rows = canvas.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (unit, part) in zip(rows, parts.items()):
         _draw_part(axes, unit, part)
     canvas.suptitle(title, fontsize=11)
+    drawn = [axes.get_legend_handles_labels() for axes in rows]
+    once = {label: handle for handles, labels in drawn for handle, label in zip(handles, labels)}
+    canvas.legend(once.values(), once.keys(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         canvas.savefig(path, metadata={"Date": None})
 
@@ -182,20 +185,15 @@ def _units(figures: Sequence[Figure]) -> list[str]:
 
 def _draw_part(axes: Any, unit: str, figures: Sequence[Figure]) -> None:
     scale = 100 if unit == "share" else 1
-    labels = set()
     for i, figure in enumerate(figures):
         for found, shift, color, label in zip(figure.ends, (-0.12, 0.12), (_BEFORE, _AFTER), ("before", "after")):
             if found is not None:
                 error = 0.0 if math.isnan(found[1]) else found[1]
-                shown = None if label in labels else f"{label} ± 1 standard error"
                 axes.errorbar(scale * found[0], i + shift, xerr=scale * error, fmt="o", color=color, capsize=3,
-                              label=shown)  # fmt: skip
-                labels.add(label)
+                              label=f"{label} ± 1 standard error")  # fmt: skip
         if figure.baseline is not None:
-            axes.plot([scale * figure.baseline] * 2, [i - 0.35, i + 0.35], color="0.5", linestyle=":",
-                      label=None if "baseline" in labels else "baseline")  # fmt: skip
-            labels.add("baseline")
+            ends = [i - 0.35, i + 0.35]
+            axes.plot([scale * figure.baseline] * 2, ends, color="0.5", linestyle=":", label="baseline")
     axes.set_yticks(range(len(figures)), [figure.name for figure in figures], fontsize=9)
     axes.set_ylim(len(figures) - 0.5, -0.5)
     axes.set_xlabel("per cent" if unit == "share" else unit, fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="best")
