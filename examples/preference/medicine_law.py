@@ -234,8 +234,8 @@ PACKAGES = ("simple-icd-10-cm", "reporters-db")
 NOTES: tuple[str, ...] = ()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    bench = Workbench("medicine_law", __doc__.partition("\n")[0], argv, max_length=128)
+def main(argv: Sequence[str] | None = None) -> Report:
+    bench = Workbench("medicine-law", __doc__.partition("\n")[0], argv, max_length=128)
     with bench.phase("reading"):
         families, known = siblings(bench.args.seed), reporters()
     report = Report(
@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     report.figures += [*medicine(bench, families), *law(bench, known)]
     report.write()
+    return report
 
 
 if __name__ == "__main__":

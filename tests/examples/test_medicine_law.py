@@ -165,7 +165,7 @@ def ran(tmp_path, monkeypatch):
     monkeypatch.setattr(medicine_law, "PACKAGES", ())
     torch.manual_seed(0)
     medicine_law.main(["--tiny", "--work", str(tmp_path / "work"), "--results", str(tmp_path)])
-    return seen, (tmp_path / "medicine_law.md").read_text()
+    return seen, (tmp_path / "medicine-law.md").read_text()
 
 
 @pytest.mark.usefixtures("quick")
