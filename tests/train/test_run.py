@@ -22,6 +22,7 @@ from dpofast.train import checkpoint, engine, log, model
 from dpofast.train.config import from_dict
 from dpofast.train.dry_run import dry_run
 from dpofast.train.feed import Feed
+from dpofast.train.objective import objective_of
 from dpofast.train.ranks import Ranks
 from dpofast.train.run import train
 
@@ -62,7 +63,7 @@ def test_a_models_own_dropout_is_off_unless_it_is_asked_for(folder, tmp_path, lo
 
 def test_steps_are_those_of_a_plain_loop(folder):
     c = config(folder, "full")
-    feed, policy = Feed(c, Ranks(torch.device("cpu"))), AutoModelForCausalLM.from_pretrained(c.model)
+    feed, policy = Feed(c, Ranks(torch.device("cpu")), objective_of(c)), AutoModelForCausalLM.from_pretrained(c.model)
     reference = AutoModelForCausalLM.from_pretrained(c.model)
     optimizer = torch.optim.AdamW(policy.parameters(), c.learning_rate, weight_decay=0.0)
     for i, entry in enumerate(entries(folder / "full")):
