@@ -25,7 +25,7 @@ from workbench import Row, Workbench, need
 
 ANSWERS = 4
 CHANCE = 1 / ANSWERS
-FAMILIES = 8  # of each chapter, so that no chapter outweighs the others
+FAMILIES = 6  # of each chapter, so that no chapter outweighs the others
 SHARE = 0.3  # of chapters, and of a reporter's lists, that are held out
 OPTIONS = {"loss_type": ["softmax_dpo"], "beta": 0.1}
 CONVENTIONS = {
@@ -219,12 +219,13 @@ def law(bench: Workbench, known: Mapping[str, Any]) -> list[Figure]:
     groups = [row["group"] for row in held_out]
     half = len(held_out) // 2
     strangers = [row | {"prompt": held_out[i - half]["prompt"]} for i, row in enumerate(held_out)]
-    models = (bench.model, bench.train(train, "law", **OPTIONS))
-    (before, after), swapped = ([bench.score(m, rows) for m in models] for rows in (held_out, strangers))
+    before = bench.score(bench.model, held_out)
+    policy = bench.train(train, "law", **OPTIONS)
+    after, misled = (bench.score(policy, rows) for rows in (held_out, strangers))
     shortest = [first([-len(x) for x in (row["chosen"], *row["rejected"])]) for row in held_out]
     return [
         compared("law: right abbreviation of four", before, after, groups),
-        compared("- another reporter's name in the prompt", *swapped, groups),
+        Figure("- another reporter's name in the prompt", None, preferred(misled)[0], groups, CHANCE),
         Figure("- the shortest", None, shortest, groups, CHANCE),
         Figure("- by length, spaces, stops, capitals, digits", None, by_surface(train, held_out), groups, CHANCE),
     ]

@@ -225,7 +225,13 @@ def smollm2_parts() -> tuple[Any, Any]:
 
     with model.gguf_read_once():
         path = model.gguf_file()
-        return model.load_model(path), model.load_tokenizer(path)
+        loaded, tokenizer = model.load_model(path), model.load_tokenizer(path)
+    vars(loaded.config).pop("quantization_config", None)  # Transformers saves nothing that it read from GGUF
+    with torch.device("meta"):
+        plain = type(loaded)(loaded.config)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain, tokenizer
 
 
 def tiny_parts() -> tuple[Any, Any]:
