@@ -86,8 +86,10 @@ class Feed:
         self.config, self.ranks, self.needs = config, ranks, needs
         self.tokenizer = model.load_tokenizer(config.model)
         self._encode = Encoder(self.tokenizer, max_length=config.max_length, truncation=config.truncation)
+        check = self._encode if config.on_error == "skip" else None  # what it refuses has no place in the order
         found = [
-            data.read(paths, on_error=config.on_error) if paths else () for paths in (config.data, config.eval_data)
+            data.read(paths, on_error=config.on_error, check=check) if paths else ()
+            for paths in (config.data, config.eval_data)
         ]
         self._train, self._held_out = (Mismatched(each) if needs.mismatches and each else each for each in found)
         self.records = len(found[0])

@@ -144,16 +144,18 @@ def _score_files(args: argparse.Namespace) -> None:
         for name, folder in (("model", args.model), ("reference", args.reference))
     )
     encode, lines = Encoder(tokenizer, max_length=args.max_length), []
-    records = map(encode, read(args.data, on_error=args.on_error))
+    records = read(args.data, on_error=args.on_error, check=encode if args.on_error == "skip" else None)
     draft = args.out and args.out.with_name(args.out.name + ".unfinished")
     with contextlib.ExitStack() as files:
         out = sys.stdout if draft is None else files.enter_context(draft.open("w", encoding="utf-8"))
-        for line in score(policy, reference, records, args):
+        for line in score(policy, reference, map(encode, records), args):
             lines.append(line)
             print(json.dumps(line), file=out)
     if draft is not None:
         draft.replace(args.out)
-    shown = Table(title=f"{len(lines)} records")
+    for bad in records.skipped:
+        print(f"dpofast score: left out {bad.file}:{bad.line}: {bad.reason}", file=sys.stderr)
+    shown = Table(title=f"{len(lines)} records" + (f", {len(records.skipped)} left out" if records.skipped else ""))
     for name in ("", "records", "mean", "standard error"):
         shown.add_column(name, justify="right" if name else "left")
     for name, count, mean, error in table(lines):
