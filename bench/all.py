@@ -2,7 +2,7 @@
 
     dpofast bench                        about half an hour on two cores; `dpofast bench all` is the same
     dpofast bench --seconds 200          begins no point after that; run it again to go on
-    dpofast bench --quick                SmolLM2's head and small sizes only; --full: both dtypes, and larger sizes
+    dpofast bench --quick                SmolLM2's head and small sizes only
     dpofast bench --device cuda          on a GPU
 
 A point is one provider at one size. It has a process of its own, in which it runs in turns with the bare products

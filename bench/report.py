@@ -92,6 +92,18 @@ def step_name(facts: Record) -> str:
     return ", ".join(filter(None, (facts.workload, facts.case, facts.dtype)))
 
 
+def calls_table(results: Results) -> str:
+    """A row for each call, a column for each way to the logits."""
+    found = results.where(suite="calls")
+    ways = {"the product exponentiates": True, "tiles of logits": False}
+    rows = []
+    for case in dict.fromkeys(r.case for r in found):
+        of = {bool(r.tile): r.value for r in found if r.case == case}
+        goal = goal_text(r for r in found if r.case == case)
+        rows.append((case, goal, *(f"{of[fused]:.2f} ms" for fused in ways.values())))
+    return table(("host time, launches emulated", "goal", *ways), rows)
+
+
 def step_table(results: Results) -> str:
     rows = []
     for r in results.where(metric="time / before"):
@@ -330,7 +342,8 @@ def data_table(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
+    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "calls": calls_table,
+    "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
     "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "data": data_table,
     "all": all_table,

@@ -1,4 +1,4 @@
-"""The benchmarks of whole pairs, the shared prompt and files of data run, and say what they measured."""
+"""The benchmarks of whole pairs, filtered trainings, the shared prompt and files run, and say what they measured."""
 
 from __future__ import annotations
 
@@ -26,6 +26,29 @@ def test_the_ordinary_way_is_one_without_pairs():
     pairs.in_the_ordinary_way(lambda: seen.append(pairs.functional.pairs_schedule))()
     assert seen[0] is not schedule and seen[0](None, None, "", None, None) is None
     assert pairs.functional.pairs_schedule is schedule
+
+
+def test_a_filtered_training_is_compared_with_exact_ones(monkeypatch):
+    import families
+
+    from dpofast.bench import filter_training
+    from dpofast.demo import train
+    from dpofast.demo.data import EncodedPair
+
+    monkeypatch.setattr(filter_training, "CUT", 0.02)  # of 131 entries
+    monkeypatch.setattr(filter_training, "RUNS", (("exact", None, 0), ("filtered", 0.02, 0), ("again", None, 0)))
+    with numerics.threads(1):
+        tiny = families.build(num_hidden_layers=2, tie_word_embeddings=True)
+        tiny.lm_head.weight.data.mul_(40.0)  # distributions with a tail
+        ids = torch.randint(1, families.V, (12, 30), generator=torch.Generator().manual_seed(0)).tolist()
+        pairs = [EncodedPair("a", tuple(row[:8]), tuple(row[8:20]), tuple(row[20:])) for row in ids]
+        examples, start, weight = train.prepare(tiny, pairs, 1, torch.float32, lambda _: None)
+        settings = train.Settings(steps=3, batch_size=4)
+        dropped, *runs = filter_training.measure(start, weight, examples[:8], examples[8:], settings)
+    assert dropped[0].value > 0
+    assert [run[0].case for run in runs] == ["exact", "filtered", "again"]
+    distances = [run[-1].value for run in runs[1:]]
+    assert distances[0] > 0 and distances[1] == 0
 
 
 def test_shares_of_the_prompt_are_timed_in_three_ways(tmp_path, monkeypatch):
