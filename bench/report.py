@@ -168,11 +168,12 @@ def prompt_table(results: Results) -> str:
     for r in results.where(metric="tokens / unshared"):
         facts = {"case": r.case, "metric": "time / plain PyTorch"}
         unshared, shared = (results.value(**facts, provider=provider) for provider in ("dpofast", SHARED))
-        ratio = results.value(case=r.case, metric="time / unshared")
-        rows.append((r.case, *(f"{x:.2f}" for x in (r.value, ratio, unshared, shared))))
+        work, ratio = (results.value(case=r.case, metric=f"{what} / unshared") for what in ("work", "time"))
+        rows.append((r.case, *(f"{x:.2f}" for x in (r.value, work, ratio, unshared, shared))))
     header = (
         "sequence",
         "tokens left",
+        "multiply-adds left",
         "time, shared / unshared",
         "dpofast, unshared / plain PyTorch",
         "shared / plain PyTorch",
@@ -407,6 +408,9 @@ def draw_prompt(results: Results) -> Any:
     ):
         values = [r.value for r in results.where(metric="time / plain PyTorch", provider=provider)]
         axes.plot(shares, values, color=colour, marker="o", label=name)
+    unshared = results.where(metric="time / plain PyTorch", provider="dpofast")
+    counted = [r.value * work.value for r, work in zip(unshared, results.where(metric="work / unshared"), strict=True)]
+    axes.plot(shares, counted, color="#1b7f5c", linewidth=0.8, linestyle="--", label="by its multiply-adds")
     axes.axhline(1.0, color="#555555", linewidth=0.8, linestyle=":", label="plain PyTorch")
     axes.set_xlabel("share of the prompt in a sequence, %")
     axes.set_ylabel("time of a step")
