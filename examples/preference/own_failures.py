@@ -20,7 +20,7 @@ from workbench import Row, Workbench, need
 from dpofast.demo import data as ruff_data
 
 PROMPT, TOKENS = 16, 64  # tokens of a prompt, and that the model writes
-TRAIN, HELD_OUT = 320, 160  # prompts
+TRAIN, HELD_OUT = 192, 96  # prompts
 LONGEST_PERIOD, REPEATS, FEWEST = 16, 3, 12  # of a loop: tokens of its period, how often it comes, tokens in all
 
 

@@ -35,14 +35,15 @@ import torch  # noqa: E402
 Row = dict[str, Any]
 PRESET: dict[str, Any] = {
     "lora_rank": 16,
-    "learning_rate": 2e-4,
+    "last_layers": 8,  # have the LoRA: nothing is computed backward below them
+    "learning_rate": 5e-4,
     "batch_size": 16,
     "micro_batch": 8,
     "share_prompt": True,
     "tensorboard": False,
     "picture": False,
 }
-TINY: dict[str, Any] = {"steps": 2, "batch_size": 4, "micro_batch": 2}
+TINY: dict[str, Any] = {"last_layers": 1, "steps": 2, "batch_size": 4, "micro_batch": 2}
 
 
 def need(present: Any, what: str, command: str) -> None:
@@ -159,7 +160,9 @@ class Workbench:
             **PRESET, **options, **(TINY if self.args.tiny else {}),
         }  # fmt: skip
         with self.phase(f"training {name}"):
-            train(from_dict(values, f"the example {self.name}"))
+            outcome = train(from_dict(values, f"the example {self.name}"))
+        if outcome.signal:
+            raise SystemExit(128 + outcome.signal)
         return str(out / "last")
 
     def score(self, model: str, rows: Sequence[Row], name: str = "scoring") -> list[Row]:
