@@ -20,9 +20,8 @@ from results import Figure, Report, preferred
 from workbench import Row, Workbench
 
 HELD_OUT = 0.25
-TRAIN, TESTS, WRITTEN = 128, 48, 24  # pairs, held-out pairs, and held-out verses that are rewritten
+TRAIN, TESTS, WRITTEN = 64, 36, 18  # pairs, held-out pairs, and held-out verses that are rewritten
 FEWEST, MOST = 8, 20  # words of a verse in either Bible
-LAYERS = 10  # of 30, that are trained
 SYSTEM = "You rewrite verses."
 REQUEST = "Write this in the English of the King James Bible: "
 OLD = re.compile(
@@ -34,6 +33,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "DPO": {"loss_type": "sigmoid"},
     "DPO + SFT": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
 }
+OPTIONS: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3, "last_layers": 10}
 
 
 def comparable(verse: Verse) -> bool:
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     texts = {"before": rewritten(held_out[:WRITTEN], bench.model, bench)}
     report = Report(bench, "Verses in the English of 1611", "book")
     for name, options in TRAININGS.items():
-        policy = bench.train(rows, name.replace(" + ", "-"), last_layers=1 if bench.args.tiny else LAYERS, **options)
+        policy = bench.train(rows, name.replace(" + ", "-"), **(options if bench.args.tiny else OPTIONS | options))
         report.figures += figures(name, held_out, before, bench.score(policy, tests, f"scoring {name}"))
         texts[name] = rewritten(held_out[:WRITTEN], policy, bench)
         report.figures += figures_of_texts(name, held_out[:WRITTEN], texts["before"], texts[name])
