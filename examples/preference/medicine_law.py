@@ -228,12 +228,12 @@ def medicine(bench: Workbench, families: Iterable[Sequence[tuple[str, str, str]]
             figures.append(compared(name, old, new, [row[by] for row in part]))
     figures.insert(3, Figure("- the words alone, by rule", None, rules, [row["group"] for row in held_out], CHANCE))
     note = (
-        f"Medicine: trained on {len(train)} lists, one of each family. Held-out families are whole: each of four codes "
-        "with one parent is asked for once, so whatever does not read the description has 25.0%. ICD-10-CM ends many "
-        "codes alike in all chapters, such as 1 for right, 2 for left, 8 for other, 9 for unspecified. *A word says "
-        "how the code ends* where the description has such a word that its siblings lack, and one of the four ends so; *by "
-        "rule* takes that code, and draws where no word says anything. What else differs among siblings, each family "
-        "numbers in its own way."
+        f"Medicine: trained on {len(train)} lists, one of each family. Held-out families are whole: each of four "
+        "codes with one parent is asked for once, so whatever does not read the description has 25.0%. ICD-10-CM "
+        "ends many codes alike in all chapters, such as 1 for right, 2 for left, 8 for other, 9 for unspecified. *A "
+        "word says how the code ends* where the description has such a word that its siblings lack, and one of the "
+        "four ends so; *by rule* takes that code, and draws where no word says anything. What else differs among "
+        "siblings, each family numbers in its own way."
     )
     return figures, note
 
