@@ -25,9 +25,10 @@ from workbench import Row, Workbench, need
 
 ANSWERS = 4
 CHANCE = 1 / ANSWERS
-FAMILIES = 6  # of each chapter, so that no chapter outweighs the others
+FAMILIES = 24  # of each chapter, so that no chapter outweighs the others
+HELD_OUT_FAMILIES = 6  # of each chapter that is held out
 SHARE = 0.3  # of chapters, and of a reporter's lists, that are held out
-OPTIONS = {"loss_type": ["softmax_dpo"], "beta": 0.1}
+OPTIONS = {"loss_type": ["softmax_dpo"], "beta": 0.1, "learning_rate": 5e-4, "batch_size": 8}
 CONVENTIONS = {
     "right": "1", "left": "2", "bilateral": "3", "unspecified": "90", "other": "8", "initial": "A", "subsequent": "D",
     "sequela": "S", "first": "1", "second": "2", "third": "3",
@@ -79,6 +80,23 @@ def diagnoses(families: Iterable[Sequence[tuple[str, str, str]]]) -> list[Row]:
                 "convention": convention(code, description, others),
             })  # fmt: skip
     return rows
+
+
+def one_of_each(rows: Sequence[Row], seed: int) -> list[Row]:
+    """One row of each family. All of them would teach by turns that a code is right and that it is wrong."""
+    choice, families = random.Random(seed), defaultdict(list)
+    for row in rows:
+        families[row["family"]].append(row)
+    return [choice.choice(family) for family in families.values()]
+
+
+def some_of_each(rows: Sequence[Row]) -> list[Row]:
+    """All rows of the first families of each group."""
+    families: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        families[row["group"]][row["family"]] = None
+    kept = {group: set(list(found)[:HELD_OUT_FAMILIES]) for group, found in families.items()}
+    return [row for row in rows if row["family"] in kept[row["group"]]]
 
 
 def convention(code: str, description: str, others: Sequence[tuple[str, str]]) -> float | None:
@@ -188,9 +206,10 @@ def chosen_from(rows: Sequence[Row], where: Iterable[int], *scores: Sequence[Row
     return [[each[i] for i in places] for each in (rows, *scores)]
 
 
-def medicine(bench: Workbench, families: Iterable[Sequence[tuple[str, str, str]]]) -> list[Figure]:
-    """Train on some chapters; the figures of the others: all, by what decides, and each chapter alone."""
+def medicine(bench: Workbench, families: Iterable[Sequence[tuple[str, str, str]]]) -> tuple[list[Figure], str]:
+    """Train on some chapters; the figures of the others: all, by what decides, and each chapter; and a remark."""
     train, held_out = bench.split(diagnoses(families), SHARE)
+    train, held_out = one_of_each(train, bench.args.seed), some_of_each(held_out)
     before = bench.score(bench.model, held_out)
     after = bench.score(bench.train(train, "medicine", **OPTIONS), held_out)
     rules = [CHANCE if row["convention"] is None else row["convention"] for row in held_out]
@@ -208,11 +227,19 @@ def medicine(bench: Workbench, families: Iterable[Sequence[tuple[str, str, str]]
             by = "family" if name.startswith("- chapter") else "group"
             figures.append(compared(name, old, new, [row[by] for row in part]))
     figures.insert(3, Figure("- the words alone, by rule", None, rules, [row["group"] for row in held_out], CHANCE))
-    return figures
+    note = (
+        f"Medicine: trained on {len(train)} lists, one of each family. Held-out families are whole: each of four "
+        "codes with one parent is asked for once, so whatever does not read the description has 25.0%. ICD-10-CM "
+        "ends many codes alike in all chapters, such as 1 for right, 2 for left, 8 for other, 9 for unspecified. *A "
+        "word says how the code ends* where the description has such a word that its siblings lack, and one of the "
+        "four ends so; *by rule* takes that code, and draws where no word says anything. What else differs among "
+        "siblings, each family numbers in its own way."
+    )
+    return figures, note
 
 
-def law(bench: Workbench, known: Mapping[str, Any]) -> list[Figure]:
-    """Train on some states; the figures of the others, of the model and of what needs no model."""
+def law(bench: Workbench, known: Mapping[str, Any]) -> tuple[list[Figure], str]:
+    """Train on some states; the figures of the others, of the model and of what needs no model; and a remark."""
     train, held_out = bench.split(citations(known, bench.args.seed), SHARE)
     seen = {x for row in held_out for x in (row["chosen"], *row["rejected"])}
     train = [row for row in train if seen.isdisjoint((row["chosen"], *row["rejected"]))]  # no answer is known before
@@ -223,27 +250,34 @@ def law(bench: Workbench, known: Mapping[str, Any]) -> list[Figure]:
     policy = bench.train(train, "law", **OPTIONS)
     after, misled = (bench.score(policy, rows) for rows in (held_out, strangers))
     shortest = [first([-len(x) for x in (row["chosen"], *row["rejected"])]) for row in held_out]
-    return [
+    note = (
+        f"Law: trained on {len(train)} lists, which share no answer with those held out. Abbreviations look different "
+        "from their variations: the last two rows never see the reporter's name. The last is a softmax of a line "
+        "through six counts of characters, fitted to the same lists. *Another reporter's name* is the trained model "
+        "with the prompts exchanged among the held-out lists: what it keeps there, it has from the looks of an answer."
+    )
+    figures = [
         compared("law: right abbreviation of four", before, after, groups),
         Figure("- another reporter's name in the prompt", None, preferred(misled)[0], groups, CHANCE),
         Figure("- the shortest", None, shortest, groups, CHANCE),
         Figure("- by length, spaces, stops, capitals, digits", None, by_surface(train, held_out), groups, CHANCE),
     ]
+    return figures, note
 
 
 PACKAGES = ("simple-icd-10-cm", "reporters-db")
-NOTES: tuple[str, ...] = ()
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     bench = Workbench("medicine-law", __doc__.partition("\n")[0], argv, max_length=128)
     with bench.phase("reading"):
         families, known = siblings(bench.args.seed), reporters()
-    report = Report(
-        bench, "Medicine and law: the right one of four", "chapter or a state; in a chapter's row a family of codes",
-        PACKAGES, notes=list(NOTES),
-    )  # fmt: skip
-    report.figures += [*medicine(bench, families), *law(bench, known)]
+    what = "chapter or a state; in a chapter's row a family of codes"
+    report = Report(bench, "Medicine and law: the right one of four", what, PACKAGES)
+    for part, data in ((medicine, families), (law, known)):
+        figures, note = part(bench, data)
+        report.figures += figures
+        report.notes.append(note)
     report.write()
     return report
 

@@ -182,6 +182,17 @@ def test_the_earliest_answer_decides_the_seam_of_a_list(tokenizer):
     assert [text(tokenizer, answer.ids) for answer in found.answers] == ["bx<eos>", "by<eos>", "bc<eos>"]
 
 
+def test_a_token_that_one_answer_joins_counts_in_all_of_them():
+    seamed = bytes_tokenizer()
+    seamed.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}b{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}b{% endif %}"
+    )
+    found = data.Encoder(seamed)(data.normalise({"prompt": talk(("user", "a")), "chosen": "x", "rejected": "c"}))
+    assert text(seamed, found.prompt) == "a" and found.seam == 1
+    assert [counted(seamed, answer) for answer in found.answers] == ["bx", "bc"]
+
+
 def test_only_the_assistants_turns_count(tokenizer):
     call = turn("assistant", "look", tool_calls=[{"type": "function", "function": {"name": "add", "arguments": {}}}])
     chosen = [

@@ -123,6 +123,12 @@ def test_skipping_counts_and_lists_and_leaves_the_good_ones(tmp_path):
     assert len(records.skipped) == len(rows) + 1 - len(good)  # of one pass, not of all
 
 
+def test_asking_for_the_format_lists_nothing(tmp_path):
+    records = data.read(written(tmp_path / "x.jsonl", b"{\n" + GOOD), on_error="skip")
+    assert records.format == "trl" and records.skipped == []
+    assert len(list(records)) == len(records.skipped) == 1
+
+
 def test_nesting_without_end_is_a_bad_row(tmp_path):
     with pytest.raises(data.BadRow, match="nested too deeply"):
         list(data.read(written(tmp_path / "x.jsonl", b'{"a": ' + b"[" * 100_000)))

@@ -58,6 +58,16 @@ def test_who_does_not_read_the_description_is_right_once_in_four_times(rows):
     assert {row["family"] for row in rows} == {f"{letter}10.1" for letter in "ACDH"}
 
 
+def test_training_has_one_row_of_a_family_and_what_is_held_out_whole_families(rows, monkeypatch):
+    trained = medicine_law.one_of_each(rows, 0)
+    assert [row["family"] for row in trained] == ["A10.1", "C10.1", "D10.1", "H10.1"]
+    assert len({row["chosen"][-1] for row in trained + medicine_law.one_of_each(rows, 1)}) > 1
+    monkeypatch.setattr(medicine_law, "HELD_OUT_FAMILIES", 1)
+    more = medicine_law.diagnoses([[("01 chapter", f"B1.{end}", f"Rash, {side}") for end, side in zip("1239", SIDES)]])
+    assert medicine_law.some_of_each([*rows, *more]) == rows
+    assert medicine_law.some_of_each([*more, *rows]) == [*more, *rows[4:]]
+
+
 def test_a_row_asks_for_the_code_of_its_description(rows):
     for row, (_, code, text) in zip(rows, (each for family in FAMILIES for each in family), strict=True):
         assert row["prompt"] == f"Diagnosis: {text}\nICD-10-CM code:" and row["chosen"] == f" {code}"
@@ -172,7 +182,7 @@ def ran(tmp_path, monkeypatch):
 def test_what_is_scored_is_of_other_chapters_and_states_than_what_was_trained_on(ran):
     seen, table = ran
     codes, law = seen["trained"]
-    assert len(seen["scored"]) == 5
+    assert len(seen["scored"]) == 5 and len(codes) == 3
     for trained, scored in ((codes, seen["scored"][:2]), (law, seen["scored"][2:])):
         assert trained and not {row["group"] for row in trained} & {row["group"] for each in scored for row in each}
     held_out, strangers = seen["scored"][2], seen["scored"][4]
