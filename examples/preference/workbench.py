@@ -35,8 +35,7 @@ import torch  # noqa: E402
 Row = dict[str, Any]
 PRESET: dict[str, Any] = {
     "lora_rank": 16,
-    "last_layers": 8,  # have the LoRA: nothing is computed backward below them
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-4,
     "batch_size": 16,
     "micro_batch": 8,
     "share_prompt": True,
