@@ -137,7 +137,7 @@ def figures_of_texts(name: str, tests: Sequence[Verse], before: Sequence[str], a
 def examples(verses: Sequence[Verse], texts: dict[str, Sequence[str]], count: int = 5) -> str:
     """A few verses as a table: as shown, as each model rewrites them, and as they are in the King James Version."""
     rows = [
-        f"| {' '.join(map(str, verse.place[:2]))}:{verse.place[2]} | {who} | {text[i]} |"
+        f"| {' '.join(map(str, verse.place[:2]))}:{verse.place[2]} | {who} | {text[i].replace('|', '/')} |"
         for i, verse in enumerate(verses[:count])
         for who, text in {
             "shown": [v.english for v in verses], **texts, "King James": [v.king_james for v in verses]
