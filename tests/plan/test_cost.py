@@ -229,7 +229,7 @@ CALLS = {  # whether a product may exponentiate itself: what differs from a plai
     "plain": (True, {}),
     "softcap": (False, {"softcap": 30.0}),
     "bias": (False, {"bias": torch.zeros(40, dtype=BF16)}),
-    "H of 60": (False, {"hidden": torch.zeros(3, 60, dtype=BF16), "weight": torch.zeros(40, 60, dtype=BF16)}),
+    "H of 60": (False, {"hidden": torch.zeros(3, 60, dtype=BF16), "weight": torch.zeros(40, 64, dtype=BF16)[:, :60]}),
     "rows of the head 4 elements off": (False, {"weight": torch.zeros(40, 68, dtype=BF16)[:, :64]}),
     "a head by columns": (False, {"weight": torch.zeros(64, 40, dtype=BF16).T}),
     "hidden in fp32": (False, {"hidden": torch.zeros(3, 64)}),
