@@ -98,6 +98,35 @@ def losses_of_split_sequences():
         torch.testing.assert_close(share, d_weight, rtol=1e-9, atol=1e-11)
 
 
+def losses_of_lists_and_completions():
+    """As those of pairs; ranks that group the answers differently are refused."""
+    scores, good = torch.tensor([1.0, 0.0, 2.0, 1.0]), torch.tensor([True, False, False, True])
+    doors = (
+        (dpofast.linear_list_loss, {"sizes": [3, 1], "scores": scores, "loss_type": "lipo_lambda", "metrics": True}),
+        (dpofast.linear_unpaired_loss, {"is_chosen": good, "kl": 0.1, "metrics": True}),
+    )
+    for kind, (loss, options) in itertools.product(KINDS, doors):
+        here, (hidden, weight, labels), weights = part(kind), batch(), torch.rand(S, T).double()
+        results = []
+        for where, group in ((slice(0, T), None), (here, dist.group.WORLD)):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            out = loss(
+                h[:, where], w, labels[:, where], ref_hidden=hidden.flip(-1)[:, where], ref_weight=weight,
+                token_weights=weights[:, where], sequence_group=group, **options,
+            )  # fmt: skip
+            out.loss.backward()
+            results.append(([x for x in out if x is not None], h.grad[:, here], w.grad))
+        (want, d_hidden, d_weight), (got, own, share) = results
+        dist.all_reduce(share)
+        for ours, one in zip([*got, own, share], [*want, d_hidden, d_weight], strict=True):
+            torch.testing.assert_close(ours, one, rtol=1e-9, atol=1e-11)
+    here, (hidden, weight, labels) = part("even"), batch()
+    sizes = [1, 3] if dist.get_rank() == dist.get_world_size() - 1 else [3, 1]
+    with pytest.raises(ValueError, match="sequence_group: its ranks 0 and .* differ in the options"):
+        dpofast.linear_list_loss(hidden[:, here], weight, labels[:, here], sizes=sizes, ref_logps=torch.zeros(S),
+                                 sequence_group=dist.group.WORLD)  # fmt: skip
+
+
 def losses_from_logits():
     here, (hidden, weight, labels) = part("even"), batch()
     logits, reference = hidden @ weight.T, hidden.flip(1) @ weight.T
@@ -176,8 +205,8 @@ def errors_come_to_every_rank():
 
 
 CASES = {case.__name__: case for case in (
-    sums_of_sequences, losses_of_split_sequences, losses_from_logits, a_module_and_a_compiled_step,
-    with_a_head_in_slices, errors_come_to_every_rank,
+    sums_of_sequences, losses_of_split_sequences, losses_of_lists_and_completions, losses_from_logits,
+    a_module_and_a_compiled_step, with_a_head_in_slices, errors_come_to_every_rank,
 )}  # fmt: skip
 
 if __name__ == "__main__":
