@@ -136,3 +136,10 @@ def test_a_format_that_is_given_must_be_known():
         data.normalise({}, "csv")
     with pytest.raises(ValueError, match="format: got 'csv'"):
         data.read([], format="csv")
+
+
+def test_a_call_of_a_function_is_a_turn_of_the_assistant_and_what_is_observed_the_tools():
+    said_so = [("human", "2 + 2?"), ("function_call", "add(2, 2)"), ("observation", "4"), ("gpt", "four")]
+    turns = [{"from": who, "value": text} for who, text in said_so]
+    record = data.normalise({"conversations": turns[:1], "chosen": turns[1:], "rejected": turns[3:]})
+    assert [turn["role"] for turn in record.answers[0]] == ["assistant", "tool", "assistant"]

@@ -93,6 +93,7 @@ def test_a_bad_row_stops_with_file_line_and_the_reason_on_the_page(kind, tmp_pat
 @pytest.mark.parametrize("kind", ACCEPTED)
 def test_what_the_page_accepts_is_read(kind, tmp_path):
     assert bare(data.read(written(tmp_path / "x.jsonl", ACCEPTED[kind]))) == [("a", ("b", "c"), *[None] * 4, {})]
+    assert bare(data.read(io.StringIO(ACCEPTED[kind].decode()))) == [("a", ("b", "c"), *[None] * 4, {})]
     picked = data.read(written(tmp_path / "y.jsonl", ACCEPTED[kind]))
     assert len(picked) == 1 and bare([picked[0]]) == bare(picked)
     assert picked[0].where == next(iter(picked)).where
@@ -121,6 +122,18 @@ def test_skipping_counts_and_lists_and_leaves_the_good_ones(tmp_path):
     assert "no JSON" in records.skipped[0].reason
     assert len(records) == len(good) and [records[i].where for i in range(len(records))] == [r.where for r in records]
     assert len(records.skipped) == len(rows) + 1 - len(good)  # of one pass, not of all
+
+
+def test_a_first_line_of_nothing_but_a_byte_order_mark_is_blank(tmp_path):
+    path = written(tmp_path / "x.jsonl", b"\xef\xbb\xbf\n" + GOOD)
+    records = data.read(path)
+    assert len(records) == 1 and records[0].where == next(iter(records)).where == f"{path}:2"
+
+
+def test_wrong_utf8_of_a_file_that_is_open_as_text_is_a_bad_row(tmp_path):
+    path = written(tmp_path / "x.jsonl", GOOD + b"\n" + BAD["wrong UTF-8"])
+    with open(path, encoding="utf-8") as file, pytest.raises(data.BadRow, match=":2: not UTF-8: byte 0xff at byte 13"):
+        list(data.read(file))
 
 
 def test_asking_for_the_format_lists_nothing(tmp_path):
