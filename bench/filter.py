@@ -2,6 +2,7 @@
 
     dpofast bench filter                 SmolLM2's head and Gemma-3's, about half an hour
     dpofast bench filter --quick         SmolLM2's head only, fewer rounds
+    dpofast bench filter --parts tiles --tokens 8192    what could be left out on a GPU
 
 Real hidden states, since random ones are flat. Times are ratios to three ``torch.mm`` of the same run, in the dtype of
 the call or in fp32, whichever is faster: only CPUs with AVX512-BF16 or AMX gain by bf16. Errors are those of the
@@ -21,6 +22,7 @@ from dpofast.bench import record
 from dpofast.bench.measure import DTYPES, error, exact, first_line, in_turns, machine, row_error, seconds
 from dpofast.bench.providers import PEERS, Products, ours, plain_logps, training_step
 from dpofast.bench.record import Record
+from dpofast.bench.tiles import tiles
 from dpofast.bench.workloads import FLAT, MODELS, States, load
 
 AUTO, CUT = 'grad_filter="auto"', "grad_filter=2**-14"
@@ -135,7 +137,12 @@ def _kept(hidden: Tensor, weight: Tensor, labels: Tensor, cut: float) -> float:
     return kept / (len(hidden) * len(weight))
 
 
-PARTS = {"times": times, "peers": peers, "errors": errors, "cuts": cuts}
+def skipped(states: States, _: int) -> Iterator[list[Record]]:
+    return tiles(states, base(states, "fp32", backend="", provider="", head=""))
+
+
+PARTS = {"times": times, "peers": peers, "errors": errors, "cuts": cuts, "tiles": skipped}
+ORDINARY = tuple(PARTS)[:-1]  # tiles want thousands of tokens
 
 
 def main() -> None:
@@ -144,7 +151,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="completion tokens (default 1000)")
     parser.add_argument("--rounds", type=int, default=7, help="runs per row, median taken (default 7)")
     parser.add_argument("--error-tokens", type=int, default=256, help="tokens for errors (default 256): bf16 is slow")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="some of them (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=ORDINARY, help="default: all but tiles")
     record.add_out(parser)
     args = parser.parse_args()
     results, out = record.begin(args.out, "filter", machine())

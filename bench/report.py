@@ -202,6 +202,21 @@ def cuts_table(results: Results) -> str:
     return table(("model", "cut", *header), ((*which, *of.values()) for which, of in rows.items()))
 
 
+def tiles_table(results: Results) -> str:
+    """A row for each model and cut, a column for each number that any of them has."""
+    shown = results.where(suite="tiles")
+    header = dict.fromkeys(sorted((r.metric for r in shown), key=_union_of))
+    rows = {}
+    for r in shown:
+        rows.setdefault((r.workload, r.case), {})[r.metric] = f"{r.value:.2g}"
+    return table(("model", "cut", *header), ((*which, *(of.get(x, "-") for x in header)) for which, of in rows.items()))
+
+
+def _union_of(metric: str) -> int:
+    """Tokens of a union, which stand before other numbers."""
+    return int(metric.split()[2]) if metric.startswith("union of") else 1 << 62
+
+
 def pairs_table(results: Results) -> str:
     rows = []
     for r in results.where(provider="ordinary"):
@@ -344,7 +359,7 @@ def data_table(results: Results) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "calls": calls_table,
     "step": step_table, "steps": steps_table,
-    "filter": filter_table, "cuts": cuts_table, "pairs": pairs_table, "prompt": prompt_table,
+    "filter": filter_table, "cuts": cuts_table, "tiles": tiles_table, "pairs": pairs_table, "prompt": prompt_table,
     "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "data": data_table,
     "all": all_table,
     "vocabulary": partial(axis_table, "vocabulary", "V", vocabulary_of),

@@ -396,7 +396,7 @@ def _by_pairs(
         return None
     if call.group is not None or sequences.group is not None or _ops.is_traced(*call[:4]):
         return None
-    if call.request.filters or objective.reduction == "none":
+    if call.grad_filter or objective.reduction == "none":
         return None
     if any(_TABLE.get(x.loss.name) is not x.loss or "weight" not in x.loss.options for x in objective.terms):
         return None

@@ -12,12 +12,15 @@ dropped it. What that costs:
   back is no longer either, and the error is at most ``2 * sqrt(c * TOLERANCE)`` of the gradient for every token: 5.5e-3
   with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
 
+On a GPU whole tiles are left out, within the same bound: see `square_budget` and `dpofast.kernels.linear_skip`.
+
 What that makes of d hidden and d weight, beside plain PyTorch in the same dtype, was measured: see docs/filter.md.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 TOLERANCE = 2.0**-3
 """The largest dropped mass, as a share of what the label leaves to the others, of a token that is filtered."""
@@ -39,12 +42,47 @@ def cut_of(grad_filter: float | str | None, hidden: torch.dtype, weight: torch.d
     return cut * WITH_SOFTCAP if softcap else cut
 
 
-def check_backend(exact_backend: str, sharded: bool) -> None:
+def square_budget(cut: float, tiles: int) -> float:
+    """What masses that a token drops may be, squared and added up, where whole tiles of a row are dropped.
+
+    As a share of ``(1 - p[label])^2``: the square of the bound on the 2-norm above. With no more than this, the sum of
+    as many masses as there are ``tiles`` is at most `TOLERANCE`.
+    """
+    return min(cut * TOLERANCE, TOLERANCE**2 / tiles)
+
+
+LEVELS = 16
+"""Thresholds to choose from, each sqrt(1/2) of the one before, from the root of the budget on."""
+
+
+def thresholds(masses: Tensor, budget: float) -> Tensor:
+    """The largest number [n] for which what is not more of a token's masses, squared and added up, is in the budget.
+
+    Args:
+        masses: of tiles, [n, tiles], as shares of what the label leaves to the others.
+        budget: that of `square_budget`.
+    """
+    found = masses.new_zeros(len(masses))
+    for k in reversed(range(LEVELS)):
+        level = (budget * 2.0**-k) ** 0.5
+        stays = (masses.square() * (masses <= level)).sum(1) <= budget
+        found = torch.where(stays, level, found)
+    return found
+
+
+def ranked(z: Tensor, labels: Tensor) -> Tensor:
+    """The vocabulary, int64 [V], by the mean probability that some tokens give to what is not their label.
+
+    Args:
+        z: [n, V], their logits, which are overwritten.
+        labels: [n], int64, within the vocabulary.
+    """
+    z.scatter_(1, labels.unsqueeze(1), float("-inf"))
+    z -= z.logsumexp(1, keepdim=True)
+    return z.logsumexp(0).argsort(descending=True, stable=True)
+
+
+def check_group(sharded: bool) -> None:
     """Raises where there is no filter."""
     if sharded:
         raise ValueError("grad_filter: not available with group (a head in slices); pass grad_filter=None")
-    if exact_backend.partition(":")[0] != "cpu":
-        raise ValueError(
-            f"grad_filter: not available on backend {exact_backend!r}; pass grad_filter=None, or backend='cpu' with "
-            "tensors there"
-        )

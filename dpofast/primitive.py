@@ -137,9 +137,11 @@ def linear_logprob(
             that are more than ``cut * (1 - p[label])``, and the label's; the sum of the others is given back to all
             in shares that the batch decides (nothing is, under a softcap). Tokens where more than an eighth of
             ``1 - p[label]`` would be left out keep everything. "auto": a cut for the dtypes, 2^-14 in bfloat16 and
-            2^-17 in float16 (a quarter of it under a softcap), none in fp32; see docs/filter.md. Log-probs are the
-            same bits. On a CPU only, and without ``group``; where the budget has no room for what is kept, and with a
-            gradient of the entropy, gradients are exact.
+            2^-17 in float16 (a quarter of it under a softcap), none in fp32; see docs/filter.md. On a CPU log-probs are
+            the same bits. On a GPU of compute capability 9, in bfloat16 without a bias or softcap, whole tiles are left
+            out within the same bound, and their mass is given back in equal parts. Elsewhere, where the budget has no
+            room for what is kept, where nothing is gained, and with a gradient of the entropy, gradients are exact. Not
+            with ``group``.
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB, on a GPU a
             sixteenth of its memory if that is more. What fits decides the schedule, see `dpofast.plan`.
         backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.
@@ -255,7 +257,7 @@ class HeadScorer:
         wanted, transform = self.options.grad_filter, self.options.transform
         if wanted is None:
             return 0.0
-        filters.check_backend(self.exact_backend, self.group is not None)
+        filters.check_group(self.group is not None)
         has_grad = any(x is not None and x.requires_grad for x in (hidden, weight, self.bias))
         needed = torch.is_grad_enabled() and has_grad
         return filters.cut_of(wanted, hidden.dtype, weight.dtype, transform[2]) if needed else 0.0
@@ -290,7 +292,7 @@ class HeadScorer:
             n, weight.shape[1], max(1, weight.shape[0]), hidden.dtype, weight.dtype, budget,
             to_hidden=grad and hidden.requires_grad,
             to_weight=grad and (weight.requires_grad or (bias is not None and bias.requires_grad)),
-            outputs=len(names) + ("is_top1" in names),  # it has two running numbers
+            outputs=len(set(names) - {"dropped_mass"}) + ("is_top1" in names),  # it has two running numbers
             entropy="entropy" in names, as_is=weight.stride(1) == 1, keeps=whole,
             fuses=plain and can_fuse(sheet, self.exact_backend, hidden.dtype, weight.dtype, weight.shape[1]),
             filters=filters,

@@ -148,7 +148,7 @@ def store_piece(stats, n, row, mask, piece):
 
 @triton.jit
 def load_row(logps, lse, grad_logps, entropy, grad_entropy, row, mask):
-    """Loads what g needs of each row, each [n]: (z_max, log_sum, c, d_entropy, entropy, g of the label, 1 - p of it).
+    """Loads what g needs of each row, each [n]: (z_max, log_sum, c, d_entropy, entropy, g of the label).
 
     c and d_entropy are the gradients that arrive. lse is [n, 2], z_max and log_sum; grad_logps, and grad_entropy with
     entropy, may be None.
@@ -156,31 +156,29 @@ def load_row(logps, lse, grad_logps, entropy, grad_entropy, row, mask):
     z_max = tl.load(lse + 2 * row, mask, other=0.0)
     log_sum = tl.load(lse + 2 * row + 1, mask, other=0.0)
     logp = tl.load(logps + row, mask, other=0.0)
-    rest = -expm1(logp)  # 1 - p, and nothing cancels for a confident token
     c = tl.zeros(logp.shape, logp.dtype)
     if grad_logps is not None:
         c = tl.load(grad_logps + row, mask, other=0.0)
-    own = c * rest
+    own = -c * expm1(logp)  # 1 - p: nothing cancels for a confident token
     d_entropy, row_entropy = tl.zeros(logp.shape, logp.dtype), tl.zeros(logp.shape, logp.dtype)
     if grad_entropy is not None:
         d_entropy = tl.load(grad_entropy + row, mask, other=0.0)
         row_entropy = tl.load(entropy + row, mask, other=0.0)
         p = tl.exp(logp)
         own -= tl.where(p > 0, d_entropy * p * (logp + row_entropy), 0.0)
-    return z_max, log_sum, c, d_entropy, row_entropy, own, rest
+    return z_max, log_sum, c, d_entropy, row_entropy, own
 
 
 @triton.jit
 def grad_tile(z, is_label, row, scale, inv_cap, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr):
-    """(d loss / d x, p) of a tile: dz/dx (c (onehot - p) - d_entropy p (log p + entropy)); row of `load_row`."""
-    z_max, log_sum, c, d_entropy, entropy, own, _ = row
+    """D loss / d x of a tile: dz/dx (c (onehot - p) - d_entropy p (log p + entropy)); row of `load_row`."""
+    z_max, log_sum, c, d_entropy, entropy, own = row
     log_p = z - z_max[:, None] - log_sum[:, None]
     p = tl.exp(log_p)
     f = tl.broadcast_to(c[:, None], z.shape)
     if ENTROPY:  # log p = -inf where p = 0: a large finite number in its place makes that entry 0 and not NaN
         f += d_entropy[:, None] * (tl.where(log_p > FLOOR_LOGP, log_p, FLOOR_LOGP) + entropy[:, None])
-    g = tl.where(is_label, own[:, None], -p * f) * slope(z, scale, inv_cap, SOFTCAP)
-    return g, p
+    return tl.where(is_label, own[:, None], -p * f) * slope(z, scale, inv_cap, SOFTCAP)
 
 
 @triton.jit

@@ -8,9 +8,6 @@ at a time. Three kernels for each block:
 That is three products, the least there are when nothing is cached. Without g in memory each gradient would need the
 logits for itself, four products; and since a tile of d hidden as wide as H fits in no program, each of its column
 tiles would need them again. Nothing is added up by two programs: no atomics, no locks, the same bits every time.
-
-With `Skip`, a tile of g whose every entry is small is left out of both second products. Entries that matter are few,
-and sorted by their mean probability (``Skip.order``) they share tiles.
 """
 
 from __future__ import annotations
@@ -28,33 +25,22 @@ from dpofast.backends._tensors import element_offsets
 from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved, Transform
 
 
-class Skip(NamedTuple):
-    """Says which tiles of g are left out: those without a label's entry whose every p is < cut (1 - p_label)."""
-
-    cut: float
-    order: Tensor | None = None  # [V] int64, a permutation: the vocabulary as it is cut into tiles
-
-
 @triton.jit(
     do_not_specialize=["n", "v0", "width"],
     do_not_specialize_on_alignment=[
-        "offsets", "bias", "order", "labels", "logps", "lse", "grad_logps", "entropy", "grad_entropy", "d_bias",
-        "counts", "dropped",
+        "offsets", "bias", "labels", "logps", "lse", "grad_logps", "entropy", "grad_entropy", "d_bias",
     ],
 )  # fmt: skip
 def linear_logprob_grad_kernel(
     hidden, offsets, h_stride, weight, w_ld, w_stride, bias,  # as in linear_logprob_forward_kernel
-    order,  # [V] or None: column i of the block is row order[v0 + i] of the weight, or v0 + i
     labels, logps, lse, grad_logps, entropy, grad_entropy,  # as in logprob_grad_kernel
     g, g_ld,  # [n, whole tiles of width], 0 beyond width
     d_bias,  # [tiles of tokens, width], sums over the tokens of each, or None
-    counts,  # FILTER: [tiles of tokens, tiles of width], whether a tile counts
-    dropped,  # FILTER: [tiles of width, n], the sum of p over the tile if it does not count
-    n, v0, width, H, cut, scale: tl.float64, inner: tl.float64, cap: tl.float64,
-    inv_cap: tl.float64, SOFTCAP: tl.constexpr, FILTER: tl.constexpr, DOT: tl.constexpr, EVEN_H: tl.constexpr,
+    n, v0, width, H, scale: tl.float64, inner: tl.float64, cap: tl.float64, inv_cap: tl.float64,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr, EVEN_H: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    tiles, v_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(width, BLOCK_V)
+    tiles = tl.cdiv(n, BLOCK_N)
     job = tl.program_id(0).to(tl.int64)
     n_tile, v_tile = job % tiles, (job // tiles).to(tl.int32)  # programs at work together share rows of the weight
     row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -62,55 +48,38 @@ def linear_logprob_grad_kernel(
     here = (row < n)[:, None] & (column < width)[None, :]
     h_row = token_rows(offsets, row, n, ALIGNED)
     v = v0 + tl.minimum(column, width - 1)
-    if order is not None:
-        v = tl.load(order + v)
     w_row = v.to(tl.int64) * w_ld
     logits = logits_tile(hidden, h_row, h_stride, weight, w_row, w_stride, bias, v, H, DOT, BLOCK_H, EVEN_H)
     z = transformed(logits, scale, inner, cap, SOFTCAP)
     of_row = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row < n)
     label = tl.load(labels + row, row < n, other=-1)
     is_label = v[None, :] == label[:, None]
-    x, p = grad_tile(z, is_label, of_row, scale, inv_cap, SOFTCAP, grad_entropy is not None)
+    x = grad_tile(z, is_label, of_row, scale, inv_cap, SOFTCAP, grad_entropy is not None)
     x = tl.where((column < width)[None, :], x, 0.0)
     tl.store(g + row[:, None] * g_ld + column[None, :], x, mask=(row < n)[:, None])
     if d_bias is not None:
         tl.store(d_bias + n_tile * width + column, tl.sum(tl.where(here, x, 0.0), 0), mask=column < width)
-    if FILTER:
-        _, _, _, _, _, _, rest = of_row  # 1 - p of the label
-        matters = here & (is_label | (p >= cut * rest[:, None]) | (p != p))
-        count = tl.max(tl.max(matters.to(tl.int32), 1), 0)
-        tl.store(counts + n_tile * v_tiles + v_tile, count)
-        mass = tl.where(count > 0, 0.0, tl.sum(tl.where(here, p, 0.0), 1))
-        tl.store(dropped + v_tile.to(tl.int64) * n + row, mass, mask=row < n)
 
 
-@triton.jit(do_not_specialize=["n", "v0", "width"], do_not_specialize_on_alignment=["order", "counts"])
+@triton.jit(do_not_specialize=["n", "v0", "width"])
 def linear_logprob_d_hidden_kernel(
-    g, g_ld, weight, w_ld, w_stride, order, counts, sums,  # sums [n, H] fp32, d hidden so far
+    g, g_ld, weight, w_ld, w_stride, sums,  # sums [n, H] fp32, d hidden so far
     n, v0, width, H,
-    FILTER: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    FIRST: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tiles, v_tiles = tl.cdiv(n, BLOCK_N), tl.cdiv(width, BLOCK_V)
+    tiles = tl.cdiv(n, BLOCK_N)
     job = tl.program_id(0).to(tl.int64)
-    n_tile = job % tiles
-    row = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = job % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     c = (job // tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     g_row = tl.minimum(row, n - 1) * g_ld
     acc = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for k0 in range(0, width, BLOCK_K):
-        count = True
-        if FILTER:
-            count = tl.load(counts + n_tile * v_tiles + k0 // BLOCK_V) != 0
-        if count:
-            k = k0 + tl.arange(0, BLOCK_K)
-            v = v0 + k
-            if order is not None:
-                v = tl.load(order + v, mask=k < width, other=0)
-            left = tl.load(g + g_row[:, None] + k[None, :])
-            w_at = weight + (v.to(tl.int64)[:, None] * w_ld + c.to(tl.int64)[None, :] * w_stride)
-            right = tl.load(w_at, mask=(k < width)[:, None] & (c < H)[None, :], other=0.0)
-            acc = tl.dot(left, right.to(DOT), acc, input_precision="ieee")
+        k = k0 + tl.arange(0, BLOCK_K)
+        left = tl.load(g + g_row[:, None] + k[None, :])
+        w_at = weight + ((v0 + k).to(tl.int64)[:, None] * w_ld + c.to(tl.int64)[None, :] * w_stride)
+        right = tl.load(w_at, mask=(k < width)[:, None] & (c < H)[None, :], other=0.0)
+        acc = tl.dot(left, right.to(DOT), acc, input_precision="ieee")
     at = sums + row[:, None] * H + c[None, :]
     here = (row < n)[:, None] & (c < H)[None, :]
     if not FIRST:
@@ -118,13 +87,12 @@ def linear_logprob_d_hidden_kernel(
     tl.store(at, acc, mask=here)
 
 
-@triton.jit(do_not_specialize=["n", "v0", "width"], do_not_specialize_on_alignment=["offsets", "order", "counts"])
+@triton.jit(do_not_specialize=["n", "width"], do_not_specialize_on_alignment=["offsets"])
 def linear_logprob_d_weight_kernel(
-    g, g_ld, hidden, offsets, h_stride, order, counts, out, out_ld,
-    # out [*, H]: row i is of column i, or of order[v0 + i]
-    n, v0, width, H,
-    FILTER: tl.constexpr, FIRST: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    g, g_ld, hidden, offsets, h_stride, out, out_ld,  # out [width, H]
+    n, width, H,
+    FIRST: tl.constexpr, DOT: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     v_tiles = tl.cdiv(width, BLOCK_V)
     job = tl.program_id(0).to(tl.int64)
@@ -133,23 +101,14 @@ def linear_logprob_d_weight_kernel(
     c = (job // v_tiles).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros((BLOCK_V, BLOCK_C), tl.float32)
     for k0 in range(0, n, BLOCK_K):
-        count = True
-        if FILTER:
-            count = tl.load(counts + (k0 // BLOCK_N) * v_tiles + v_tile) != 0
-        if count:
-            k = k0 + tl.arange(0, BLOCK_K)
-            h_row = token_rows(offsets, k, n, ALIGNED)
-            left = tl.load(
-                g + (k.to(tl.int64)[None, :] * g_ld + column[:, None]), mask=(k < n)[None, :], other=0.0
-            )  # fmt: skip
-            h_at = hidden + (h_row[:, None] + c.to(tl.int64)[None, :] * h_stride)
-            right = tl.load(h_at, mask=(k < n)[:, None] & (c < H)[None, :], other=0.0)
-            acc = tl.dot(left, right.to(DOT), acc, input_precision="ieee")
+        k = k0 + tl.arange(0, BLOCK_K)
+        h_row = token_rows(offsets, k, n, ALIGNED)
+        left = tl.load(g + (k.to(tl.int64)[None, :] * g_ld + column[:, None]), mask=(k < n)[None, :], other=0.0)
+        h_at = hidden + (h_row[:, None] + c.to(tl.int64)[None, :] * h_stride)
+        right = tl.load(h_at, mask=(k < n)[:, None] & (c < H)[None, :], other=0.0)
+        acc = tl.dot(left, right.to(DOT), acc, input_precision="ieee")
     here = (column < width)[:, None] & (c < H)[None, :]
-    out_row = column
-    if order is not None:
-        out_row = tl.load(order + v0 + tl.minimum(column, width - 1))
-    at = out + (out_row.to(tl.int64)[:, None] * out_ld + c[None, :])
+    at = out + (column.to(tl.int64)[:, None] * out_ld + c[None, :])
     if not FIRST:
         acc += tl.load(at, mask=here, other=0.0)
     tl.store(at, acc, mask=here)
@@ -166,54 +125,38 @@ class _Call(NamedTuple):
     transform: Transform
     saved: Saved
     incoming: OutputGrads
-    skip: Skip | None
 
     def shared(self, tile: Tile) -> dict:
-        return {
-            "FILTER": self.skip is not None, "DOT": dot_dtype(self.hidden, self.weight)[1], "BLOCK_N": tile.n,
-            "BLOCK_V": tile.v, "num_warps": tile.warps, "num_stages": tile.stages,
-        }  # fmt: skip
+        return {"DOT": dot_dtype(self.hidden, self.weight)[1], "num_warps": tile.warps, "num_stages": tile.stages}
 
-    @property
-    def order(self) -> Tensor | None:
-        return None if self.skip is None else self.skip.order
-
-    def grad(self, tile: Tile, chunk: slice, v0: int, g: Tensor, to_bias: bool):
-        """Fills g [n, width]; (d bias of these tokens, which tiles count, dropped mass), each None if not wanted."""
+    def grad(self, tile: Tile, chunk: slice, v0: int, g: Tensor, to_bias: bool) -> Tensor | None:
+        """Fills g [n, width]; d bias of these tokens, None if not wanted."""
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         tiles, v_tiles = triton.cdiv(n, tile.n), triton.cdiv(width, tile.v)
         at = self.saved.chunk(chunk)
         grad_logps, grad_entropy = self.incoming.chunk(chunk)
         entropy = None if grad_entropy is None else at.entropy
         d_bias = at.logps.new_empty(tiles, width) if to_bias else None
-        counts = dropped = None
-        if self.skip is not None:
-            counts = torch.empty(tiles, v_tiles, dtype=torch.int32, device=g.device)
-            dropped = at.logps.new_empty(v_tiles, n)
         linear_logprob_grad_kernel[(tiles * v_tiles,)](
             self.hidden, self.offsets[chunk], self.hidden.stride(-1), self.weight, *self.weight.stride(), self.bias,
-            self.order, self.labels[chunk], at.logps, at.lse, grad_logps, entropy, grad_entropy,
-            g, g.stride(0), d_bias, counts, dropped, n, v0, width, n_hidden,
-            0.0 if self.skip is None else self.skip.cut, **grad_factors(self.transform), **self.shared(tile),
+            self.labels[chunk], at.logps, at.lse, grad_logps, entropy, grad_entropy, g, g.stride(0), d_bias,
+            n, v0, width, n_hidden, **grad_factors(self.transform), **self.shared(tile), BLOCK_N=tile.n, BLOCK_V=tile.v,
             EVEN_H=n_hidden % tile.h == 0, ALIGNED=aligned(self.hidden), BLOCK_H=tile.h,
         )  # fmt: skip
-        return None if d_bias is None else d_bias.sum(0), counts, None if dropped is None else dropped.sum(0)
+        return None if d_bias is None else d_bias.sum(0)
 
-    def d_hidden(self, tile: Tile, v0: int, g: Tensor, counts: Tensor | None, sums: Tensor, first: bool) -> None:
+    def d_hidden(self, tile: Tile, v0: int, g: Tensor, sums: Tensor, first: bool) -> None:
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         linear_logprob_d_hidden_kernel[(triton.cdiv(n, tile.n) * triton.cdiv(n_hidden, tile.c),)](
-            g, g.stride(0), self.weight, *self.weight.stride(), self.order, counts, sums, n, v0, width, n_hidden,
-            **self.shared(tile), FIRST=first, BLOCK_C=tile.c, BLOCK_K=tile.k,
+            g, g.stride(0), self.weight, *self.weight.stride(), sums, n, v0, width, n_hidden, **self.shared(tile),
+            FIRST=first, BLOCK_N=tile.n, BLOCK_C=tile.c, BLOCK_K=tile.k,
         )  # fmt: skip
 
-    def d_weight(
-        self, tile: Tile, chunk: slice, v0: int, g: Tensor, counts: Tensor | None, out: Tensor, order: Tensor | None,
-        first: bool,
-    ) -> None:  # fmt: skip
+    def d_weight(self, tile: Tile, chunk: slice, g: Tensor, out: Tensor, first: bool) -> None:
         (n, width), n_hidden = g.shape, self.weight.shape[1]
         linear_logprob_d_weight_kernel[(triton.cdiv(width, tile.v) * triton.cdiv(n_hidden, tile.c),)](
-            g, g.stride(0), self.hidden, self.offsets[chunk], self.hidden.stride(-1), order, counts, out, out.stride(0),
-            n, v0, width, n_hidden, **self.shared(tile), FIRST=first, ALIGNED=aligned(self.hidden), BLOCK_C=tile.c,
+            g, g.stride(0), self.hidden, self.offsets[chunk], self.hidden.stride(-1), out, out.stride(0), n, width,
+            n_hidden, **self.shared(tile), FIRST=first, ALIGNED=aligned(self.hidden), BLOCK_V=tile.v, BLOCK_C=tile.c,
             BLOCK_K=tile.k,
         )  # fmt: skip
 
@@ -225,15 +168,14 @@ class _Call(NamedTuple):
     def once(self, tile: Tile, chunk: slice, width: int) -> None:
         """Every product of one block, for a choice of tiles: what it makes is thrown away."""
         g = self.scratch(tile, chunk.stop - chunk.start, width)[:, :width]
-        counts = self.grad(tile, chunk, 0, g, False)[1]
-        self.d_hidden(tile, 0, g, counts, g.new_empty(g.shape[0], self.weight.shape[1], dtype=torch.float32), True)
-        self.d_weight(tile, chunk, 0, g, counts, g.new_empty(width, self.weight.shape[1]), None, True)
+        self.grad(tile, chunk, 0, g, False)
+        self.d_hidden(tile, 0, g, g.new_empty(g.shape[0], self.weight.shape[1], dtype=torch.float32), True)
+        self.d_weight(tile, chunk, g, g.new_empty(width, self.weight.shape[1]), True)
 
 
 def linear_logprob_backward(
-    problem: Problem, chunks: list[slice], block: int, saved: Saved, incoming: OutputGrads, grads: InputGrads,
-    skip: Skip | None = None,
-) -> Tensor | None:  # fmt: skip
+    problem: Problem, chunks: list[slice], block: int, saved: Saved, incoming: OutputGrads, grads: InputGrads
+) -> None:
     """Fills those of ``grads`` that are given.
 
     Args:
@@ -243,48 +185,37 @@ def linear_logprob_backward(
         saved: logps [n], lse [n, 2] (z_max and log_sum), and entropy [n] where a gradient of it arrives.
         grads: hidden's are sums in fp32, [tokens of ``chunks``, H]; of weight's and bias's, every element is written
             once.
-        skip: tiles to leave out; None: exact.
-
-    Returns:
-        With ``skip``, the mass sum_v p_v that was dropped, [tokens of ``chunks``].
     """
     hidden, weight, _, positions, labels, transform = problem[:6]
     sums, grad_weight, grad_bias = grads[:3]
     n_vocab, n_hidden = weight.shape
     offsets = element_offsets(hidden, positions)
-    call = _Call(hidden, offsets, weight, problem.wide_bias(), labels, transform, saved, incoming, skip)
+    call = _Call(hidden, offsets, weight, problem.wide_bias(), labels, transform, saved, incoming)
     start, longest = chunks[0].start, chunks[0].stop - chunks[0].start
     block = min(block, n_vocab)
     d_weight = None
     if grad_weight is not None and len(chunks) > 1:
         d_weight = torch.empty(block, n_hidden, dtype=torch.float32, device=hidden.device)
-    dropped = None if skip is None else saved.logps.new_zeros(chunks[-1].stop - start)
     with on(hidden.device):
         shape, dtype = (longest, block, n_hidden), dot_dtype(hidden, weight)[0]
-        plain = is_plain(problem) and skip is None and incoming.entropy is None
+        plain = is_plain(problem) and incoming.entropy is None
         tile = choose_tile("backward", hidden.device, dtype, plain, shape, lambda t: call.once(t, chunks[0], block))
         scratch = call.scratch(tile, longest, block)
         for v0 in range(0, n_vocab, block):
             v1 = min(v0 + block, n_vocab)
-            place = slice(v0, v1) if call.order is None else call.order[v0:v1]
             d_bias = None
             for i, chunk in enumerate(chunks):
                 g = scratch[: chunk.stop - chunk.start, : v1 - v0]
-                mine = slice(chunk.start - start, chunk.stop - start)
-                b, counts, mass = call.grad(tile, chunk, v0, g, grad_bias is not None)
-                if mass is not None:
-                    dropped[mine] += mass
+                b = call.grad(tile, chunk, v0, g, grad_bias is not None)
                 if sums is not None:
-                    call.d_hidden(tile, v0, g, counts, sums[mine], v0 == 0)
+                    call.d_hidden(tile, v0, g, sums[chunk.start - start : chunk.stop - start], v0 == 0)
                 if d_weight is not None:
-                    call.d_weight(tile, chunk, v0, g, counts, d_weight, None, i == 0)
+                    call.d_weight(tile, chunk, g, d_weight, i == 0)
                 elif grad_weight is not None:
-                    out = grad_weight[v0:] if call.order is None else grad_weight
-                    call.d_weight(tile, chunk, v0, g, counts, out, call.order, True)
+                    call.d_weight(tile, chunk, g, grad_weight[v0:], True)
                 if b is not None:
                     d_bias = b if i == 0 else d_bias + b
             if d_weight is not None:
-                grad_weight[place] = d_weight[: v1 - v0].to(grad_weight.dtype)
+                grad_weight[v0:v1] = d_weight[: v1 - v0].to(grad_weight.dtype)
             if grad_bias is not None:
-                grad_bias[place] = d_bias.to(grad_bias.dtype)
-    return dropped
+                grad_bias[v0:v1] = d_bias.to(grad_bias.dtype)

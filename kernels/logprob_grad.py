@@ -64,7 +64,7 @@ def logprob_grad_kernel(
     z = transformed(logits, scale, inner, cap, SOFTCAP)
     saved = load_row(logps, lse, grad_logps, entropy, grad_entropy, row, row >= 0)
     is_label = v[None, :] == (tl.load(labels + row) - v0)[:, None]
-    g, _ = grad_tile(z, is_label, saved, scale, inv_cap, SOFTCAP, grad_entropy is not None)
+    g = grad_tile(z, is_label, saved, scale, inv_cap, SOFTCAP, grad_entropy is not None)
     if out_offsets is not None:
         start = tl.load(out_offsets + row)
     else:

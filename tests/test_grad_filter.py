@@ -13,7 +13,6 @@ from torch.testing import assert_close
 
 import dpofast
 from dpofast import grad_filter, losses
-from dpofast.backends import registry
 from dpofast.plan import cpu
 
 CUT = 2.0**-9
@@ -389,12 +388,22 @@ def test_a_compiled_call_has_the_same_bits(cpu_backend):
     assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
-@pytest.mark.parametrize("name", ["torch"])
-def test_other_backends_refuse_it(name):
-    p = case().to(torch.float32)
-    with pytest.raises(ValueError, match=f"grad_filter: not available on backend '{name}'; pass grad_filter=None"):
-        ours(p, "auto", backend=name)
-    assert registry.get(name)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 20.0}, {"n": 1}], ids=str)
+@pytest.mark.parametrize("how", ["auto", CUT])
+def test_where_there_is_no_filter_gradients_are_exact(how, options, backend):
+    if backend.startswith("cpu:"):
+        pytest.skip("it has one")
+    p = case(**options)
+    p = p.to(torch.float32 if how == CUT else torch.bfloat16)
+    got, exact = (ours(p, value, backend=backend) for value in (how, None))
+    assert not got["dropped_mass"].any()
+    for name, x in exact.items():
+        assert torch.equal(got[name], x), name
+
+
+def test_a_head_in_slices_has_no_filter():
+    with pytest.raises(ValueError, match="grad_filter: not available with group"):
+        grad_filter.check_group(sharded=True)
 
 
 @pytest.mark.parametrize("value", ["high", 0.0, 1.0, -1e-3, math.nan, True, (0.1,)], ids=str)

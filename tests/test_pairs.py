@@ -323,6 +323,15 @@ def test_nobody_counts_a_pairs_tokens_where_everything_is_kept():
     assert pairs_schedule(frozen, choose(frozen, CPU), CPU, never, HOST) is None
 
 
+@pytest.mark.parametrize("backend", (CPU, "torch"))
+def test_a_filter_goes_first_where_there_is_one(backend, forced):
+    batch = Batch()
+    leaves = batch.hidden.bfloat16().requires_grad_(), batch.weight.bfloat16().requires_grad_()
+    options = {"ref_logps": batch.ref_logps.float(), "grad_filter": "auto", "backend": backend}
+    dpofast.linear_dpo_loss(*leaves, batch.labels, **options).loss.backward()
+    assert bool(forced) == (backend == "torch")
+
+
 def test_it_is_not_taken_where_nothing_is_gained():
     assert asked(dtype=FP16) is None  # its small gradients need the backward's factor
     assert asked(to_weight=False) is None

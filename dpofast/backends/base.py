@@ -187,7 +187,7 @@ class Backend(Protocol):
     ) -> dict[str, Tensor]:
         """``logps``, ``lse`` in two parts, and the statistics among ``outputs``; fills ``cache``.
 
-        With a filter of gradients, which only those on a CPU are given (`dpofast.grad_filter`), ``dropped_mass``, too.
+        With a filter of gradients (`dpofast.grad_filter`), ``dropped_mass``, too.
         """
 
     def fold(self, problem: Problem, schedule: Schedule, outputs: tuple[str, ...]) -> Tensor:

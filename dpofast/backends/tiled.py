@@ -13,6 +13,7 @@ the tile again, and its ``g`` holds the incoming gradients already.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -33,6 +34,7 @@ from dpofast.backends.base import (
 from dpofast.backends.base import chunk as chunk_of
 from dpofast.plan import Schedule, cached_columns
 from dpofast.plan.schedule import up
+from dpofast.plan.tiled import skip_bytes, skip_tiles
 
 
 class Tile(NamedTuple):
@@ -55,6 +57,27 @@ class Exps(NamedTuple):
 
     def tile(self, v0: int, v1: int) -> Tensor:
         return columns_of(self.e, v0, v1)
+
+
+class Kept(NamedTuple):
+    """What a filter of gradients leaves for the backward, beside e and the factors of its rows."""
+
+    order: Tensor  # [V] int64, which row of the weight each column of e is
+    weight: Tensor  # [V, H], in that order
+    spread: Tensor  # [N], what every entry of a row of e gets back of what was dropped of the row
+    of_tokens: Tensor  # the tiles of e that matter, row by row; see `dpofast.kernels.linear_skip.Marks`
+    of_vocab: Tensor  # and column by column
+
+    @classmethod
+    def within(cls, cache: Tensor, n: int, weight: Tensor) -> Kept:
+        """Views of the end of ``cache``."""
+        (v, h), (rows, columns) = weight.shape, skip_tiles(n, weight.shape[0])
+        sizes = skip_bytes(n, h, v, weight.itemsize)
+        kinds = torch.int64, weight.dtype, torch.float32, torch.int32, torch.int32
+        shapes = (v,), (v, h), (n,), (rows, 1 + columns), (columns, 1 + rows)
+        parts = cache[cache.numel() - sum(sizes) :].split_with_sizes(sizes)
+        views = (x.view(kind)[: math.prod(shape)] for x, kind, shape in zip(parts, kinds, shapes, strict=True))
+        return cls(*(x.view(shape) for x, shape in zip(views, shapes, strict=True)))
 
 
 class Passes(Protocol):
@@ -108,6 +131,18 @@ class Passes(Protocol):
 
         Called only where `dpofast.plan.can_fuse` says so.
         """
+
+    def skipping(self, problem: Problem, e: Tensor, factor: Tensor, kept: Kept) -> dict[str, Tensor]:
+        """As `fused`, with e in an order of the vocabulary that is chosen here, and the dropped mass; fills ``kept``.
+
+        This and the next two are called only where a schedule filters and `dpofast.plan.can_fuse` says so.
+        """
+
+    def skip_to_hidden(self, e: Tensor, kept: Kept, sums: Tensor) -> None:
+        """``sums = e weight`` of the tiles of e that matter, with what is given back of the others."""
+
+    def skip_to_weight(self, e: Tensor, scaled: Tensor, kept: Kept, grad: Tensor) -> None:
+        """``grad = e^T scaled``, likewise, in the order of the weight."""
 
     def logits_forward(self, problem: LogitsProblem, outputs: tuple[str, ...]) -> dict[str, Tensor]:
         """Does what `dpofast.backends.base.Backend.logits_forward` does."""
@@ -177,6 +212,9 @@ class _Loops:
 
     def forward(self, outputs: tuple[str, ...], cache: Tensor) -> dict[str, Tensor]:
         problem, schedule, passes = self.problem, self.schedule, self.passes
+        if schedule.filters:
+            rows, _, factors = self.cached(cache)
+            return passes.skipping(problem, rows, factors, Kept.within(cache, problem.n_tokens, problem.weight))
         if schedule.is_fused:
             return self.fused(cache)
         logits = self.tile_memory(problem.wide)
@@ -227,6 +265,10 @@ class _Loops:
         if from_saved and jacobian is not None:
             self.put(slice(0, self.problem.n_tokens), jacobian, grads, factors, incoming.logps)
             return
+        if self.schedule.filters:
+            kept = Kept.within(saved.cache, self.problem.n_tokens, self.problem.weight)
+            self.from_kept(cached, kept, (factors, incoming.logps), grads)
+            return
         if not grads.of_head or self.schedule.splits_backward:
             for chunk in self.chunks if grads.hidden is not None else ():
                 sums = self.sums(chunk.stop - chunk.start)
@@ -274,6 +316,18 @@ class _Loops:
             self.passes.product(e.T, torch.cat((high, (c - high).to(self.dtype)), -1), two)
             sums = two.sum(-1)
             grads.bias[: e.shape[1]] = sums + grads.bias[: e.shape[1]] if grads.adds else sums
+
+    def from_kept(self, e: Tensor, kept: Kept, scales: tuple[Tensor, ...], grads: InputGrads) -> None:
+        """Both products with the tiles of ``e`` that matter."""
+        n, h = self.problem.n_tokens, self.problem.n_hidden
+        if grads.hidden is not None:
+            sums = self.empty(n, h)
+            self.passes.skip_to_hidden(e, kept, sums)
+            self.put(slice(0, n), sums, grads, *scales)
+        if grads.weight is not None:
+            scaled = self.empty(n, h, dtype=self.dtype)
+            self.passes.scale_rows(self.problem.hidden, self.problem.positions, scales, scaled, None)
+            self.passes.skip_to_weight(e, scaled, kept, grads.weight)
 
     def recompute(
         self, first: int, chunks: list[slice], saved: Saved, incoming: OutputGrads, grads: InputGrads

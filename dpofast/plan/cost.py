@@ -53,6 +53,13 @@ FUSED_CYCLES = 4650
 """Cycles of the exponentials in the epilogue of a 128 x 256 tile (`linear_keep`): 0.84 of a bf16 product's speed at
 H 1024, 0.94 at H 4096, as measured on that H100."""
 FUSED_COLUMNS = 128  # of the vocabulary, that have a sum and a shift of their own there
+RANKING_TOKENS = 128
+"""Tokens, at most, that go first where a filter skips tiles, to bring the vocabulary into an order."""
+MATTERS = 0.3
+"""The share of tiles that a filter is assumed to multiply, since only the data can tell."""
+SKIP_SPEED = 0.8
+"""The speed of a product that skips tiles, of those that it does multiply, to cuBLAS's: never measured. The kernel that
+it is like, `linear_keep`, reaches 0.84 to 0.94 with the exponentials."""
 TORCH_PASSES = 6  # times the bytes of a kernel of our own, for passes that are written in PyTorch
 
 
@@ -238,10 +245,21 @@ class Pass(NamedTuple):
         return self.count * (PASS_LATENCY + moved + issued)
 
 
+class Skipping(NamedTuple):
+    """A product of tiles, of which only those that matter to a filter are multiplied."""
+
+    whole: Product
+    writes: int  # bytes of its result
+
+    def seconds(self, device: DataSheet, traits: TiledTraits) -> float:
+        multiplied = MATTERS / SKIP_SPEED * self.whole.seconds(device, traits)
+        return max(multiplied, PRODUCT_LATENCY + self.writes / (BANDWIDTH_SHARE * device.bandwidth))
+
+
 class Phase(NamedTuple):
     """Forward or backward: what the device does, and how much of it the host issues one by one."""
 
-    work: list[Product | Pass]
+    work: list[Product | Pass | Skipping]
     launches: int
     chunks: int
     last: Product | None = None  # of a size that the host cannot be late for: it follows all the others
@@ -262,7 +280,7 @@ class _Counter:
         self.columns = self.v if schedule.keeps_jacobian else columns  # of g, that are cached
         self.parts = ceil_div(self.n, schedule.token_chunk or self.n)
         self.logits = self.cached = self.operands = self.launches = 0
-        self.work: list[Product | Pass] = []
+        self.work: list[Product | Pass | Skipping] = []
         self.phases: list[Phase] = []
         self.chunk = ceil_div(self.n, self.parts)
         self.fused = schedule.is_fused
@@ -316,6 +334,8 @@ class _Counter:
             if self.columns < v:
                 self.passes(v - self.columns, 0)
         self.launches += self.parts
+        if self.schedule.filters:
+            self.rank_and_mark()
         issued = self.launches
         if self.columns:
             self.cached += n * self.columns * e  # stored by the pass that folds
@@ -326,6 +346,30 @@ class _Counter:
         last = self.work[-1] if self.schedule.keeps_jacobian else None
         last = last._replace(count=1) if isinstance(last, Product) else None
         self.end_phase(issued, self.parts, last)
+
+    def rank_and_mark(self) -> None:
+        """What a filter adds to a forward: the head in an order of its own, and the masses of tiles."""
+        e, a, first = self.traits.elem, self.traits.acc, min(self.n, RANKING_TOKENS)
+        self.work.append(Product(1, first, self.v, self.h, a))
+        self.work.append(Pass(1, first * self.v, 0, 8 * a))
+        self.work.append(Pass(1, self.v * self.h, 0, 2 * e))
+        self.work.append(Pass(1, self.n * ceil_div(self.v, FUSED_COLUMNS), 0, 4 * a))
+        self.operands += 3 * self.v * self.h * e
+        self.launches += 8  # some forty operations of PyTorch, which take the host less than a pass over tiles
+
+    def from_kept(self) -> None:
+        """The backward of the tiles that matter."""
+        n, h, v, e, a = self.n, self.h, self.v, self.traits.elem, self.traits.acc
+        weight = self.request.weight_dtype.itemsize
+        if self.request.to_hidden:
+            self.work.append(Pass(1, v * h, 0, e))  # all rows of the head are added up
+            self.work.append(Skipping(Product(1, n, h, v, a), n * h * a))
+        if self.request.to_weight:
+            self.work.append(Skipping(Product(1, v, h, n, weight), v * h * weight))
+        self.over_tokens(34)
+        self.cached += int(MATTERS * n * v * e) * self.request.n_grads
+        self.operands += v * h * (e + weight) + n * h * (e + a)
+        self.launches += 5
 
     def from_cached(self) -> None:
         """The backward of what was cached."""
@@ -372,6 +416,8 @@ def _counted(schedule: Schedule, columns: int, request: Request, traits: TiledTr
     before = counter.launches
     if schedule.keeps_jacobian:
         counter.over_tokens(24)  # scaled, rounded, and put where it belongs
+    elif schedule.filters:
+        counter.from_kept()
     else:
         if columns:
             counter.from_cached()

@@ -34,6 +34,7 @@ class Prediction(NamedTuple):
     core_flops: float | None = None
     kernel_flops: float | None = None
     otherwise: str | None = None
+    kept: float | None = None  # the share of entries, or of tiles, that a filter is assumed to keep
 
     @property
     def chosen(self) -> Considered:
@@ -50,7 +51,7 @@ def on_cpu(request: Request, chosen: Schedule, isa: str, threads: int, kept: flo
     floor = (1 + request.n_grads) * request.flops / (here.kernel * threads)
     machine = peers.Cpu(here, rates.mm(request.hidden_dtype, threads)) if with_peers else None
     core, kernel = rates.peak(isa, request.hidden_dtype, request.weight_dtype)
-    return Prediction(tuple(found.values()), floor, machine, core, kernel)
+    return Prediction(tuple(found.values()), floor, machine, core, kernel, kept=kept if chosen.filters else None)
 
 
 def _considered_on_cpu(
@@ -82,7 +83,8 @@ def on_tiles(request: Request, chosen: Schedule, backend: str, device: DataSheet
         return Prediction(considered, None, None)
     machine = peers.Gpu(device, request.hidden_dtype.itemsize)
     floor = cost.floor_seconds(device, request, traits)
-    return Prediction(considered, floor, machine, otherwise=_otherwise(request, traits, device, taken))
+    kept = cost.MATTERS if chosen.filters else None
+    return Prediction(considered, floor, machine, otherwise=_otherwise(request, traits, device, taken), kept=kept)
 
 
 def _considered_on_tiles(
@@ -90,8 +92,9 @@ def _considered_on_tiles(
 ) -> Considered:
     s = candidate.schedule
     columns, _ = cached_columns(s, request.n_tokens, request.n_vocab, traits.elem)
+    products = 1 + cost.MATTERS * request.n_grads if s.filters else s.products(request.n_grads)
     return Considered(
-        s.name, s.block, s.token_chunk, s.products(request.n_grads), candidate.memory,
+        s.name, s.block, s.token_chunk, products, candidate.memory,
         int(cost.traffic(s, columns, request, traits).total), candidate.seconds if device.sms else None, s == chosen,
     )  # fmt: skip
 

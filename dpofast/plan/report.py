@@ -78,7 +78,8 @@ class Plan(NamedTuple):
                  f"(products alone, {source})")
             )  # fmt: skip
         if self.kept is not None:
-            lines.append(("filter", f"keeps {self.kept:.2%} of the entries: assumed, since only the data can tell"))
+            what = "entries" if self.backend.startswith("cpu") else "tiles"
+            lines.append(("filter", f"keeps {self.kept:.2%} of the {what}: assumed, since only the data can tell"))
         if len(self.considered) > 1:
             found = zip(("considered", *[""] * len(self.considered)), predict.lines(self.considered), strict=False)
             lines.extend(found)
@@ -163,7 +164,8 @@ def plan(
             exponentiate themselves (block 0).
         longest_pair: completion tokens of the longest pair of a preference loss, which then may run by whole pairs.
         grad_filter: as for `linear_logprob`.
-        kept: the share of entries that such a filter keeps, in [0, 1]: it depends on the data.
+        kept: the share of entries that such a filter keeps, in [0, 1]: it depends on the data. For a GPU a share of
+            tiles is assumed, `dpofast.plan.cost.MATTERS`.
         with_peers: whether to say what other libraries' ways would take.
         positions: tokens of the batch with prompts and padding, which some of them work on; default ``n_tokens``.
 
@@ -172,8 +174,8 @@ def plan(
         GPU by the model of `dpofast.plan.cost`, None for "torch" on a CPU.
 
     Raises:
-        ValueError: for an unknown dtype or backend, sizes below 1, a budget that cannot be met, a filter where there
-            is none, or peers where nothing is known of the device.
+        ValueError: for an unknown dtype or backend, sizes below 1, a budget that cannot be met, or peers where
+            nothing is known of the device.
 
     Example:
         >>> import dpofast
@@ -184,8 +186,6 @@ def plan(
     torch_dtype = _checked(sizes, dtype, kept)
     exact, sheet = _device(device, backend)
     cut = filters.cut_of(grad_filter, torch_dtype, torch_dtype, 0.0)
-    if cut:
-        filters.check_backend(exact, False)
     request = Request(
         n_tokens, hidden_size, vocab_size, torch_dtype, torch_dtype,
         parse_bytes(memory_budget, default=sheet.default_budget), train_hidden, train_head,
@@ -202,7 +202,7 @@ def plan(
         str(torch_dtype).removeprefix("torch."), threads, schedule.block, schedule.token_chunk, request.budget,
         schedule.cache_bytes, schedule.workspace_bytes, taken.products, 1 + request.n_grads, taken.bytes_moved,
         taken.seconds, found.floor_seconds, found.core_flops, found.kernel_flops, found.otherwise, pairs,
-        found.considered, others, _gradient_bytes(request), kept if schedule.filters else None,
+        found.considered, others, _gradient_bytes(request), found.kept,
         schedule.scores_fused,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ class Schedule(NamedTuple):
 
     @property
     def filters(self) -> bool:
-        """The cache is the entries that a filter keeps or, where they are too many, exponentials."""
+        """The cache is the entries that a filter keeps or, where they are too many, and on a GPU, exponentials."""
         return self.name == "filtered"
 
     @property

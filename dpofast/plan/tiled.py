@@ -19,10 +19,17 @@ SMALLEST_CHUNK = 1024
 NARROWEST = 64
 """Vocabulary rows of the narrowest tile, and what the width of every tile is a multiple of: no product of cuBLAS has a
 narrower one. Not compared with others."""
+_ALIGNMENT = 256  # bytes, that of memory which PyTorch hands out on a GPU
 STATS_BYTES = 8 * 8
 """Bytes of running statistics a token: at most eight numbers of eight bytes."""
 TRACED_TILE_BYTES = 256 << 20
 """The largest tile of `first_fit`: beyond `TILE_MIB`'s measured 150 MB nothing is gained."""
+SKIP_ROWS = 128
+"""Tokens of a tile that a filter keeps or skips (`dpofast.kernels.linear_skip.ROWS`); it has `cost.FUSED_COLUMNS`."""
+SKIP_HIDDEN = 256
+"""Columns of d hidden or d weight that one program sums there."""
+SKIP_PROGRAMS = 512
+"""Programs of a product there, if they can be so many: about four for each multiprocessor of an H100. Not tuned."""
 AS_FAST = 1.02
 """A schedule that needs less memory is taken where its predicted time is longer by no more than this share."""
 
@@ -44,6 +51,23 @@ def cached_columns(schedule: Schedule, n: int, v: int, elem: int) -> tuple[int, 
     fit, whole = (schedule.cache_bytes - n * max(elem, 4)) // (n * elem), up(v, 8)
     columns = 0 if schedule.is_fused else fit // schedule.block * schedule.block
     return (v, whole) if fit >= whole else (columns, columns)
+
+
+def skip_tiles(n: int, v: int) -> tuple[int, int]:
+    """The tiles of e that a filter keeps or skips: rows of them, and columns."""
+    return ceil_div(n, SKIP_ROWS), ceil_div(v, cost.FUSED_COLUMNS)
+
+
+def skip_splits(n: int, h: int) -> int:
+    """Into how many parts each sum of d hidden is cut where tiles are skipped."""
+    return min(8, ceil_div(SKIP_PROGRAMS, ceil_div(n, SKIP_ROWS) * ceil_div(h, SKIP_HIDDEN)))
+
+
+def skip_bytes(n: int, h: int, v: int, elem: int) -> list[int]:
+    """Bytes of the fields of `dpofast.backends.tiled.Kept`, which lie at the end of a cache."""
+    rows, columns = skip_tiles(n, v)
+    sizes = 8 * v, elem * v * h, 4 * n, 4 * rows * (1 + columns), 4 * columns * (1 + rows)
+    return [up(size, _ALIGNMENT) for size in sizes]
 
 
 class _Needs:
@@ -82,6 +106,15 @@ class _Needs:
         c, parts = self.chunk, ceil_div(self.v, cost.FUSED_COLUMNS)
         return self._tokens(c) + 2 * parts * c * self.t.acc + STATS_BYTES * c + g_rows * c * self.t.elem
 
+    def filtered(self):
+        """Bytes of a forward and a backward that skip tiles: masses of tiles; sums of d hidden, in parts."""
+        t, n, h = self.t, self.n, self.h
+        splits = skip_splits(n, h)
+        ranking = 3 * min(n, cost.RANKING_TOKENS) * self.v * t.acc  # logits, and what their sums need beside them
+        forward = max(ranking, self.fused()) + 32 * self.v
+        backward = self._sums(n) + n * h * (t.acc * (splits if splits > 1 else 0) + t.elem)
+        return max(forward, backward)
+
 
 def _host_sizes(n, v, acc, tile_bytes):
     """(tokens, vocabulary rows) of tiles worth considering: ``tile_bytes``, down to an eighth, and the narrowest."""
@@ -104,6 +137,8 @@ def _gpu_sizes(n, v, acc, budget):
 def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
     """Schedules whose product exponentiates itself, for all tokens at once or as many as the budget has room for."""
     r = request
+    if r.filters and r.n_grads:
+        yield from _filtered(r, traits)
     factors, found = r.n_tokens * traits.acc, False
     for halvings in range(1 if r.to_weight else max(1, r.n_tokens.bit_length())):
         chunk = -(-r.n_tokens >> halvings)
@@ -123,6 +158,15 @@ def _fused(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
         if cache + workspace <= r.budget:
             found = True
             yield Schedule(name, 0, chunk, cache, workspace, float(name == "cached"))
+
+
+def _filtered(request: Request, traits: TiledTraits) -> Iterator[Schedule]:
+    """The schedule that keeps e, and multiplies those tiles of it that matter."""
+    n, h, v = request.n_tokens, request.n_hidden, request.n_vocab
+    cache = up(n * up(v, 8) * traits.elem + n * traits.acc, _ALIGNMENT) + sum(skip_bytes(n, h, v, traits.elem))
+    workspace = _Needs(n, h, v, traits, n, 0).filtered()
+    if request.keeps and cache + workspace <= request.budget:
+        yield Schedule("filtered", 0, n, cache, workspace, 1.0)
 
 
 def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], every: bool = False) -> Iterator[Schedule]:
@@ -282,7 +326,8 @@ def _for_fewer(schedule: Schedule, about: int, request: Request, traits: TiledTr
     chunk = ceil_div(request.n_tokens, ceil_div(about, schedule.token_chunk))
     if schedule.block == 0:
         fused = _fused(request, traits)
-        return next((s for s in fused if s.token_chunk >= chunk and s.token_chunk <= 2 * chunk), None)
+        same = (s for s in fused if s.name == schedule.name)
+        return next((s for s in same if s.token_chunk >= chunk and s.token_chunk <= 2 * chunk), None)
     found = _schedules(request, traits, (chunk, schedule.block))
     kind = schedule.name, schedule.scores_fused
     return next((s for s in found if (s.name, s.scores_fused) == kind), None)

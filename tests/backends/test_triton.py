@@ -20,12 +20,11 @@ import triton.language as tl
 from dpofast.kernels import device, launch
 from dpofast.kernels import linear_logprob_backward as backwards
 from dpofast.kernels import linear_logprob_forward as forwards
-from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
 from numerics import EVERYTHING, SCHEDULES, problem, run_forced
 
 import dpofast
 from dpofast.backends import registry
-from dpofast.backends.base import InputGrads, OutputGrads, Problem, Saved
+from dpofast.backends.base import Problem
 from dpofast.backends.triton import TritonBackend, TritonPasses
 from dpofast.plan import Schedule
 
@@ -317,96 +316,6 @@ def test_rows_with_logits_of_minus_inf_under_gradients_of_logps_and_entropy_at_o
     numerics.assert_close(got, want, {"logps": 1e-5, "entropy": 1e-5, "d logits": 1e-6})
 
 
-def case_of_g(n: int, h: int, v: int, spread: float):
-    """Operands of a backward, their g, p and 1 - p_label in fp64; some entries of p are far smaller than others."""
-    p = problem(n, h, v, masked=False)
-    p.weight.mul_(spread)
-    z = p.hidden.double() @ p.weight.double().T
-    log_p = z.log_softmax(-1)
-    logps = log_p.gather(1, p.labels[:, None])
-    g = -log_p.exp()
-    g.scatter_add_(1, p.labels[:, None], torch.ones(n, 1, dtype=FP64))
-    z_max = z.amax(-1)
-    lse = torch.stack((z_max, z.logsumexp(-1) - z_max), -1)
-    saved = Saved(logps.squeeze(1).float(), lse.float())
-    return p, saved, z, p.grad_logps[:, None] * g, log_p.exp(), -logps.expm1()
-
-
-def backward(p, saved, skip=None, block=64, chunk=0):
-    n, (v, h) = len(p.labels), p.weight.shape
-    out = torch.full((n, h), math.nan), torch.full((v, h), math.nan), torch.full((v,), math.nan)
-    chunks = [slice(i, min(n, i + (chunk or n))) for i in range(0, n, chunk or n)]
-    of = Problem(p.hidden, p.weight, None, torch.arange(n), p.labels)
-    dropped = linear_logprob_backward(
-        of, chunks, block, saved, OutputGrads(p.grad_logps.float()), InputGrads(*out), skip
-    )
-    return *out, dropped
-
-
-@pytest.mark.parametrize("chunk", (0, 16))
-@pytest.mark.parametrize("sort", (False, True), ids=("as they come", "sorted by mean probability"))
-def test_skipped_tiles_are_those_below_the_cut(sort, chunk):
-    n, h, v, cut = 40, 16, 200, 1e-3
-    p, saved, _, g, prob, rest = case_of_g(n, h, v, spread=2.0)
-    order = prob.mean(0).argsort(descending=True) if sort else torch.arange(v)
-    want_g, want_dropped, skipped = g[:, order].clone(), torch.zeros(n, dtype=FP64), 0
-    matters = (prob >= cut * rest) | (torch.arange(v) == p.labels[:, None])
-    for b0 in range(0, v, 64):
-        for v0 in range(b0, min(v, b0 + 64), TILE.v):
-            columns = order[v0 : v0 + TILE.v]
-            for n0 in range(0, n, TILE.n):
-                if not matters[n0 : n0 + TILE.n, columns].any():
-                    want_g[n0 : n0 + TILE.n, v0 : v0 + TILE.v] = 0
-                    want_dropped[n0 : n0 + TILE.n] += prob[n0 : n0 + TILE.n, columns].sum(-1)
-                    skipped += 1
-    assert skipped >= (3 if sort else 0) and (want_g != 0).any()
-    back = order.argsort()
-    d_hidden, d_weight, d_bias, dropped = backward(p, saved, Skip(cut, order if sort else None), chunk=chunk)
-    torch.testing.assert_close(d_hidden.double(), want_g[:, back] @ p.weight.double(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(d_weight.double(), want_g[:, back].T @ p.hidden.double(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(d_bias.double(), g.sum(0), rtol=1e-4, atol=1e-5)  # of all tiles: it needs no product
-    torch.testing.assert_close(dropped.double(), want_dropped, rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize("what", ("label", "NaN"))
-def test_a_label_or_a_nan_keeps_its_tile(what):
-    """Tokens that are certain of entries 40 and 100, so that tiles 0, 2 and 4 (of 32 entries) matter to nobody."""
-    p = problem(16, 8, 160, masked=False)
-    p.hidden[:] = 1.0
-    p.weight[:] = 0.01 * torch.randn(160, 8, generator=torch.Generator().manual_seed(1))
-    p.weight[[40, 100]] += 3.0
-    p.labels[:] = 40
-    if what == "label":
-        p.labels[5] = 130  # its own p is e^-24
-    z = p.hidden.double() @ p.weight.double().T
-    log_p = z.log_softmax(-1)
-    logps = log_p.gather(1, p.labels[:, None]).squeeze(1)
-    lse = torch.stack((z.amax(-1), z.logsumexp(-1) - z.amax(-1)), -1)
-    g = -p.grad_logps[:, None] * log_p.exp()
-    g[torch.arange(16), p.labels] = -p.grad_logps * logps.expm1()
-    counts = torch.zeros(160, dtype=torch.bool)
-    for tile in (1, 3, *((4,) if what == "label" else ())):
-        counts[32 * tile : 32 * tile + 32] = True
-    if what == "NaN":
-        p.hidden[5] = math.nan
-    d_hidden, d_weight, _, dropped = backward(p, Saved(logps.float(), lse.float()), Skip(1e-6), block=160)
-    if what == "NaN":
-        assert d_weight.isnan().all()
-        return
-    want = torch.where(counts, g, 0.0)
-    torch.testing.assert_close(d_hidden.double(), want @ p.weight.double(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(d_weight.double(), want.T @ p.hidden.double(), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(dropped.double(), torch.where(counts, 0.0, log_p.exp()).sum(-1), rtol=1e-4, atol=0)
-
-
-def test_a_cut_of_0_is_exact():
-    p, saved, *_ = case_of_g(20, 16, 100, spread=1.0)
-    exact = backward(p, saved)
-    d_hidden, d_weight, d_bias, dropped = backward(p, saved, Skip(0.0))
-    assert torch.equal(d_hidden, exact[0]) and torch.equal(d_weight, exact[1]) and torch.equal(d_bias, exact[2])
-    assert not dropped.any() and exact[3] is None
-
-
 # Tiles.
 
 
@@ -423,7 +332,7 @@ def test_tiles_are_fixed_unless_tuning_is_asked_for(monkeypatch):
 
 
 def test_second_products_go_through_whole_blocks_of_a_tile():
-    """They load no more of g than was written, and a skipped tile is a whole number of their steps."""
+    """They load no more of g than was written."""
     every = {tile for arch in launch.TILES.values() for tiles in arch.values() for tile in tiles}
     assert all(tile.v % tile.k == 0 and tile.n % tile.k == 0 for tile in every if tile.k)
     assert all(64 % tile.h == 0 for tile in every if tile.plain)  # as is_plain has it
@@ -457,15 +366,6 @@ def test_a_tile_for_plain_calls_is_taken_by_no_other(what, general, monkeypatch)
     changes = {name: what[name](getattr(p, name)) for name in ("hidden", "weight") if name in what}
     on("recompute", numerics.dataclasses.replace(p, **changes), what.get("outputs", ()))
     assert found == {kernel: kernel not in general for kernel in ("forward", "backward")}
-
-
-def test_a_tile_for_plain_calls_is_not_taken_where_tiles_are_skipped(monkeypatch):
-    p, saved, *_ = case_of_g(20, 64, 100, spread=1.0)
-    found = []
-    monkeypatch.setattr(backwards, "choose_tile", lambda *a: (found.append(a[3]), TILE)[1])
-    for skip in (None, Skip(0.0)):
-        backward(p, saved, skip)
-    assert found == [True, False]
 
 
 def test_tuning_times_once_for_each_kernel_dtype_and_class_of_shape(monkeypatch):

@@ -27,10 +27,10 @@ SNAPSHOT = Path(__file__).parent / "triton_resources.txt"
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_120": 120}
 SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}  # bytes a block can have
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma.sync"}
-KEPT = {("sm_90", "bf16"), ("sm_90", "fp16")}  # where linear_keep runs
+KEPT = {("sm_90", "bf16"), ("sm_90", "fp16")}  # where linear_keep runs, and linear_skip
 COLUMNS = ("arch", "kernel", "dtype", "tile", "flags", "registers", "stack", "local", "shared", "product")
-OPTIONAL = {"bias", "offsets", "out_offsets", "order", "partials", "grad_entropy", "d_bias", "e"}  # None, or not
-EVERY_FLAG = ("bias", "softcap", "extra", "entropy", "order")
+OPTIONAL = {"bias", "offsets", "out_offsets", "order", "partials", "grad_entropy", "d_bias", "e", "column"}  # or None
+EVERY_FLAG = ("bias", "softcap", "extra", "entropy")
 
 
 class Case(NamedTuple):
@@ -147,8 +147,8 @@ def tiles_of(case: Case):
 
 def launches_of(case: Case) -> list[Launch]:
     import torch
-    from dpofast.kernels import linear_keep
-    from dpofast.kernels.linear_logprob_backward import Skip, linear_logprob_backward
+    from dpofast.kernels import linear_keep, linear_skip
+    from dpofast.kernels.linear_logprob_backward import linear_logprob_backward
     from dpofast.kernels.linear_logprob_forward import linear_logprob_forward
 
     from dpofast.backends.base import InputGrads, LogitsProblem, OutputGrads, Problem, Saved, Transform
@@ -182,10 +182,9 @@ def launches_of(case: Case) -> list[Launch]:
         hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype)
         problem = Problem(hidden, weight, bias, positions, labels, transform)
         linear_logprob_forward(problem, stats, bool(outputs), 2)
-        skip = Skip(1e-6, torch.arange(v)) if has("order") else None
         chunks = [slice(0, 32), slice(32, n)] if has("chunks") else [slice(0, n)]
         grads = InputGrads(torch.empty(n, h), torch.empty(v, h, dtype=dtype), torch.empty(v) if has("bias") else None)
-        linear_logprob_backward(problem, chunks, v // 2 if has("blocks") else v, saved, incoming, grads, skip)
+        linear_logprob_backward(problem, chunks, v // 2 if has("blocks") else v, saved, incoming, grads)
 
     def exponentiating():
         packed, weight, z_label = torch.empty(n, h, dtype=dtype), torch.empty(v, h, dtype=dtype), one
@@ -197,12 +196,21 @@ def launches_of(case: Case) -> list[Launch]:
             factor = None if e is None else one
             linear_keep.seal(partials, e, labels, 1.0, one, torch.empty(n, 2), factor)
 
+    def skipping():
+        e, right = torch.empty(n, v, dtype=dtype), torch.empty(n, h, dtype=dtype)
+        lists, row = torch.empty(1, 1 + v // linear_skip.WIDTH, dtype=torch.int32), torch.empty(h)
+        linear_skip.d_hidden(e, torch.empty(v, h, dtype=dtype), lists, one, row, torch.empty(2, n, h))
+        grad = torch.empty(v, h, dtype=dtype)
+        linear_skip.d_weight(e, right, lists, row, torch.arange(v), grad)
+        masses = torch.empty(linear_keep.tiles(v), n)
+        linear_skip.mark(linear_keep.Partials(one, masses, masses), one, torch.ones(n, 2), labels, 1e-6)
+
     if case.dtype == "fp64":  # has products by torch.mm
         return recorded(passes_over_logits)
     with tiles_of(case) as taken:
         launches = recorded(passes_over_logits) + recorded(fused)
     if (case.arch, case.dtype) in KEPT and not (case.flags or case.tile):
-        launches += recorded(exponentiating)
+        launches += recorded(exponentiating) + recorded(skipping)
         taken["keep"] = linear_keep.FORM
     return [each._replace(tile=_named(taken.get(_use(each)))) for each in launches]
 
@@ -301,7 +309,8 @@ def test_every_kernel_is_compiled_for_every_dtype_and_architecture(part):
             kernels = {kernel for a, kernel, d, *_ in rows if (a, d) == (arch, dtype)}
             passes = {"logprob_fold", "logprob_merge", "logprob_keep", "logprob_grad"}
             fused = {f"linear_logprob_{name}" for name in ("forward", "grad", "d_hidden", "d_weight")}
-            kept = {"pack_tokens", "linear_keep", "seal"} if (arch, dtype) in KEPT else set()
+            kept = {"pack_tokens", "linear_keep", "seal", "threshold", "mark", "skip_product"}
+            kept = kept if (arch, dtype) in KEPT else set()
             assert kernels == (passes if dtype == "fp64" else passes | fused | kept), (what, arch, dtype)
 
 
@@ -319,7 +328,8 @@ def test_nothing_spills_and_shared_memory_fits(part):
 def test_products_of_16_bits_run_on_tensor_cores_and_those_of_fp32_do_not(part):
     for what, rows in _both(part).items():
         for (arch, kernel, dtype, *_), (*_, product) in rows.items():
-            expected = TENSOR_CORE[arch] if kernel.startswith("linear") and dtype in ("bf16", "fp16") else "-"
+            multiplies = kernel.startswith("linear") or kernel == "skip_product"
+            expected = TENSOR_CORE[arch] if multiplies and dtype in ("bf16", "fp16") else "-"
             assert product == expected, (what, arch, kernel, dtype)
 
 

@@ -51,6 +51,27 @@ def test_a_filtered_training_is_compared_with_exact_ones(monkeypatch):
     assert distances[0] > 0 and distances[1] == 0
 
 
+def test_tiles_of_a_filter_are_counted():
+    from dpofast.bench import report, tiles
+    from dpofast.bench.record import Record, Results
+    from dpofast.bench.workloads import States
+
+    n, v = 300, 2000
+    hidden = torch.zeros(n, 16)
+    hidden[:, 0] = torch.linspace(0, 1, n)  # from flat to steep
+    weight = 0.1 * torch.randn(v, 16, generator=torch.Generator().manual_seed(0))
+    weight[::20, 0] = 12.0
+    states = States("tiny", hidden, weight, torch.arange(n) * 20 % v)
+    with numerics.threads(1):
+        records = [r for row in tiles.tiles(states, Record("filter", workload="tiny")) for r in row]
+    found = {r.metric: r.value for r in records if r.case == "2^-12"}
+    assert 0.05 < found["union of 128 tokens"] <= found["union of 256 tokens"] <= 1
+    assert 0 < found["tiles, ranked"] < found["tiles, as the head has it"] <= 1  # a twentieth, spread over all tiles
+    assert 0 < found["error of d hidden, mean"] <= found["error of d hidden, p99"] < 0.1
+    assert 0 < found["error of d weight"] < 0.1 and 0 < found["dropped share, mean"] < 1 / 8
+    assert report.tiles_table(Results({}, records)).count("\n") == 2 + len(tiles.CUTS)
+
+
 def test_shares_of_the_prompt_are_timed_in_three_ways(tmp_path, monkeypatch):
     import tiny
 

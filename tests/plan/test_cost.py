@@ -169,12 +169,14 @@ def test_nothing_is_kept_at_any_price():
 
 
 @pytest.mark.parametrize("wanted", [(False, False), (True, False), (True, True), (False, True)])
-@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
-def test_a_gpu_keeps_every_budget(backend, wanted):
+@pytest.mark.parametrize(("backend", "filters"), [("cuda", False), ("cuda", True), ("triton", False), ("torch", False)])
+def test_a_gpu_keeps_every_budget(backend, filters, wanted):
     """Also where the number of tokens is not one that is looked for."""
     for n in (1, 7, 500, 1000, 1027, 8191, 20000):
         for exponent in range(22, 34, 2):
-            request = Request(n, 1024, 50257, BF16, BF16, 1 << exponent, *wanted, fuses=backend == "cuda")
+            request = Request(
+                n, 1024, 50257, BF16, BF16, 1 << exponent, *wanted, fuses=backend == "cuda", filters=filters
+            )
             try:
                 s = choose(request, backend, device=H100)
             except ValueError:
@@ -183,7 +185,49 @@ def test_a_gpu_keeps_every_budget(backend, wanted):
             assert s.cache_bytes + s.workspace_bytes <= request.budget and 1 <= s.token_chunk <= n
             assert choose(request, backend, device=H100) == s
             columns, _ = cached_columns(s, n, 50257, TRAITS.elem)
-            assert not s.is_fused or columns == (50257 if s.name == "cached" else 0)
+            assert not s.is_fused or columns == (50257 if s.keeps_exps else 0)
+
+
+def plan_filtered(*shape: int, dtype: str = "bf16", device: str = "h100", **options):
+    return dpofast.plan(*shape, dtype, device=device, grad_filter="auto", **options)
+
+
+@pytest.mark.parametrize("train_head", (True, False))
+def test_a_filter_skips_tiles_where_that_is_predicted_to_pay(train_head):
+    p = plan_filtered(8192, 4096, 151936, train_head=train_head)
+    exact = dpofast.plan(8192, 4096, 151936, "bf16", device="h100", train_head=train_head)
+    assert p.schedule == "filtered" and p.block == 0 and p.kept == cost.MATTERS
+    assert p.products == pytest.approx(1 + cost.MATTERS * (1 + train_head))
+    assert p.predicted_seconds < 0.85 * exact.predicted_seconds and exact.kept is None
+    assert p.cache_bytes + p.workspace_bytes <= p.memory_budget
+    assert "of the tiles: assumed" in str(p)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((1000, 1024, 32000), {}), ((8192, 4096, 151936), {"memory_budget": "3GiB"}),
+     ((8192, 4096, 151936), {"device": "a100"}), ((8192, 4096, 151936), {"dtype": "fp32"}),
+     ((8192, 4096, 151936), {"train_hidden": False, "train_head": False})],
+    ids=("few tokens", "no room", "no kernel", "exact anyway", "a score"),
+)  # fmt: skip
+def test_where_a_filter_does_not_pay_the_schedule_is_that_of_exact_gradients(shape, options):
+    exact = dpofast.plan(*shape, **({"dtype": "bf16", "device": "h100"} | options))
+    found = plan_filtered(*shape, **options)
+    for name in ("schedule", "block", "token_chunk", "cache_bytes", "products", "predicted_seconds", "kept"):
+        assert getattr(found, name) == getattr(exact, name), name
+
+
+def test_the_more_tiles_matter_the_less_a_filter_gains(monkeypatch):
+    """As docs/filter.md has it: the predicted time for shares of tiles, against exact gradients."""
+    ratios = []
+    for share in (0.1, 0.3, 0.6, 1.0):
+        monkeypatch.setattr(cost, "MATTERS", share)
+        tiled._best.cache_clear()
+        request = Request(8192, 4096, 151936, BF16, BF16, 5 << 30, fuses=True, filters=True)
+        seconds = {c.schedule.name: c.seconds for c in tiled.candidates(request, TRAITS, H100) if c.schedule.is_fused}
+        ratios.append(round(seconds["filtered"] / seconds["cached"], 2))
+    tiled._best.cache_clear()
+    assert ratios == [0.48, 0.64, 0.88, 1.2]
 
 
 @pytest.mark.parametrize(
