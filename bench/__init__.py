@@ -8,6 +8,7 @@ In a checkout ``python -m`` meets the sources in ./dpofast, which have no benchm
 """
 
 NAMES = (
-    "all", "head", "filter", "filter_training", "pairs", "hardware", "step", "prompt", "trainer", "cost", "sweep",
-    "data", "gpu", "gpu_gemm", "gpu_kernels", "gpu_profile", "gpu_smoke", "gpu_steps", "report", "page", "csv",
+    "all", "head", "filter", "filter_training", "pairs", "hardware", "calls", "step", "prompt", "trainer", "cost",
+    "sweep", "data", "gpu", "gpu_gemm", "gpu_kernels", "gpu_profile", "gpu_smoke", "gpu_steps", "report", "page",
+    "csv",
 )  # fmt: skip

@@ -25,8 +25,8 @@ from dpofast.bench.record import Record
 from dpofast.bench.tiles import tiles
 from dpofast.bench.workloads import FLAT, MODELS, States, load
 
-AUTO, CUT = 'grad_filter="auto"', "grad_filter=2**-15"
-FILTERS = {"fp32": (CUT, 2.0**-15), "bf16": (AUTO, "auto")}  # in fp32 "auto" is exact
+AUTO, CUT = 'grad_filter="auto"', "grad_filter=2**-14"
+FILTERS = {"fp32": (CUT, 2.0**-14), "bf16": (AUTO, "auto")}  # in fp32 "auto" is exact
 CUTS = (12, 14, 15, 16, 18, 20, 24)  # 2**-12 and so on
 BUDGET = "4GiB"
 

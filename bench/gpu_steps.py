@@ -54,6 +54,7 @@ class Step:
         facts = Record("steps", "time", shape=self.shape, provider="dpofast", backend=backend, dtype="bf16")
         tile = schedule.token_chunk, schedule.block
         facts = facts._replace(head="trained" if trained else "frozen", schedule=schedule.name, tile=tile)
+        facts = facts._replace(case="scored by the fused product" if schedule.scores_fused else "")
         provider = ours(ignore_index=None, backend=backend)
         step, _ = training_step(provider, self.hidden, self.weight, self.labels, trained)
         planned, primitive.chosen = primitive.chosen, lambda *args, **kwargs: schedule
@@ -70,8 +71,11 @@ def cases(n: int, h: int, v: int, fuses: bool, tiles: tuple[float, ...], older: 
     for megabytes in tiles if fuses else tiles[1:]:
         yield forced("cached", n, h, v, n, megabytes), "cuda"
         yield forced("jacobian", n, h, v, n, megabytes), "cuda"
+    recompute = forced("recompute", n, h, v, n, tiles[2])
+    if fuses:
+        yield recompute._replace(scores_fused=True), "cuda"
     for backend in ("cuda", "triton") if older else ("cuda",):
-        yield forced("recompute", n, h, v, n, tiles[2]), backend
+        yield recompute, backend
 
 
 def host(device: torch.device, n: int, h: int, v: int, count: int) -> Iterator[list[Record]]:

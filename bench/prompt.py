@@ -47,12 +47,35 @@ def losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> dict[
     return dict(zip(WAYS, (plain, lambda: ours(False), lambda: ours(True)), strict=True))
 
 
-def tokens_left(inputs: dict[str, Tensor]) -> float:
-    """The share of tokens that rows [prefix, rest of chosen, rest of rejected] have."""
+def lengths_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Tokens of each sequence, and of what each pair begins with."""
     ids, there = inputs["input_ids"], inputs["attention_mask"].bool()
     (chosen, rejected), (a, b) = ids.chunk(2), there.chunk(2)
-    prefix = ((chosen == rejected) & a & b).long().cumprod(-1).sum()
-    return ((there.sum() - prefix) / there.sum()).item()
+    return there.sum(-1), ((chosen == rejected) & a & b).long().cumprod(-1).sum(-1)
+
+
+def tokens_left(inputs: dict[str, Tensor]) -> float:
+    """The share of tokens that rows [prefix, rest of chosen, rest of rejected] have."""
+    lengths, prefix = lengths_of(inputs)
+    return ((lengths.sum() - prefix.sum()) / lengths.sum()).item()
+
+
+def work_left(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> float:
+    """The share of multiply-adds that rows [prefix, rest of chosen, rest of rejected] have.
+
+    They are of the body's weights for each token, of attention over what it sees, and of the head for the tokens that
+    count, which are the same.
+    """
+    config, weights = model.config, sum(m.weight.numel() for m in model.model.modules() if isinstance(m, nn.Linear))
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim  # to see one token
+    lengths, prefix = (x.double() for x in lengths_of(inputs))
+    head = model.lm_head.weight.numel() * (labels[:, 1:] != IGNORE).sum()
+
+    def body(tokens: Tensor) -> Tensor:
+        """Sequences of so many tokens, or what the first tokens of some have in it."""
+        return (weights * tokens + attention * tokens * (tokens + 1) / 2).sum()
+
+    return ((body(lengths) - body(prefix) + head) / (body(lengths) + head)).item()
 
 
 def measure(folder: Path, length: int, share: int, rounds: int) -> Iterator[list[Record]]:
@@ -68,6 +91,7 @@ def measure(folder: Path, length: int, share: int, rounds: int) -> Iterator[list
     facts = Record("prompt", workload="SmolLM2", dtype="fp32", case=f"{share} % prompt")
     yield [
         facts.of("tokens / unshared", tokens_left(inputs), provider=WAYS[2]),
+        facts.of("work / unshared", work_left(model, inputs, labels), provider=WAYS[2]),
         *(facts.of("time / plain PyTorch", _ratio(took[way], took[WAYS[0]]), provider=way) for way in WAYS[1:]),
         facts.of("time / unshared", _ratio(took[WAYS[2]], took[WAYS[1]]), provider=WAYS[2]),
     ]
@@ -88,7 +112,7 @@ def main() -> None:
         in_a_process_of_its_own(step.write_smollm2, Path(name), args.length, (args.length // 2, args.length // 2))
         for share in SHARES:
             results.add(measure(Path(name), args.length, share, args.rounds))
-    results.save(out)
+            results.save(out)
 
 
 if __name__ == "__main__":

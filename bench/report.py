@@ -92,6 +92,18 @@ def step_name(facts: Record) -> str:
     return ", ".join(filter(None, (facts.workload, facts.case, facts.dtype)))
 
 
+def calls_table(results: Results) -> str:
+    """A row for each call, a column for each way to the logits."""
+    found = results.where(suite="calls")
+    ways = {"the product exponentiates": True, "tiles of logits": False}
+    rows = []
+    for case in dict.fromkeys(r.case for r in found):
+        of = {bool(r.tile): r.value for r in found if r.case == case}
+        goal = goal_text(r for r in found if r.case == case)
+        rows.append((case, goal, *(f"{of[fused]:.2f} ms" for fused in ways.values())))
+    return table(("host time, launches emulated", "goal", *ways), rows)
+
+
 def step_table(results: Results) -> str:
     rows = []
     for r in results.where(metric="time / before"):
@@ -156,11 +168,12 @@ def prompt_table(results: Results) -> str:
     for r in results.where(metric="tokens / unshared"):
         facts = {"case": r.case, "metric": "time / plain PyTorch"}
         unshared, shared = (results.value(**facts, provider=provider) for provider in ("dpofast", SHARED))
-        ratio = results.value(case=r.case, metric="time / unshared")
-        rows.append((r.case, *(f"{x:.2f}" for x in (r.value, ratio, unshared, shared))))
+        work, ratio = (results.value(case=r.case, metric=f"{what} / unshared") for what in ("work", "time"))
+        rows.append((r.case, *(f"{x:.2f}" for x in (r.value, work, ratio, unshared, shared))))
     header = (
         "sequence",
         "tokens left",
+        "multiply-adds left",
         "time, shared / unshared",
         "dpofast, unshared / plain PyTorch",
         "shared / plain PyTorch",
@@ -344,7 +357,8 @@ def data_table(results: Results) -> str:
 
 
 TABLES: dict[str, Callable[[Results], str]] = {
-    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "step": step_table, "steps": steps_table,
+    "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "calls": calls_table,
+    "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "tiles": tiles_table, "pairs": pairs_table, "prompt": prompt_table,
     "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "data": data_table,
     "all": all_table,
@@ -409,6 +423,9 @@ def draw_prompt(results: Results) -> Any:
     ):
         values = [r.value for r in results.where(metric="time / plain PyTorch", provider=provider)]
         axes.plot(shares, values, color=colour, marker="o", label=name)
+    unshared = results.where(metric="time / plain PyTorch", provider="dpofast")
+    counted = [r.value * work.value for r, work in zip(unshared, results.where(metric="work / unshared"), strict=True)]
+    axes.plot(shares, counted, color="#1b7f5c", linewidth=0.8, linestyle="--", label="by its multiply-adds")
     axes.axhline(1.0, color="#555555", linewidth=0.8, linestyle=":", label="plain PyTorch")
     axes.set_xlabel("share of the prompt in a sequence, %")
     axes.set_ylabel("time of a step")

@@ -167,7 +167,7 @@ def sizes(sizes: Any, total: int, of: str) -> tuple[int, ...]:
     if not isinstance(sizes, (list, tuple)) or any(isinstance(n, bool) or not isinstance(n, int) for n in sizes):
         raise wrong("sizes", shown(sizes), "an int, or a list of them, one for each list", TypeError)
     if min(sizes, default=1) < 1:
-        raise wrong("sizes", f"{min(sizes)} among them", "integers >= 1")
+        raise wrong("sizes", f"{min(sizes)} among them", "integers >= 1; a list without an answer is left out")
     if sum(sizes) != total:
         raise wrong("sizes", f"{sum(sizes)} in all", f"{total}, as many as there are in {of}")
     return tuple(sizes)

@@ -2,12 +2,15 @@
 
 The gradient of a token's log-prob by its logits is ``onehot(label) - p``, and nearly all of ``p`` sits in few entries
 of the vocabulary. With a cut c those are kept whose probability is more than ``c * (1 - p[label])``, and the label's.
-The sum of the others, the dropped mass, is given to all entries in equal parts. What that costs:
+The sum of the others, the dropped mass, is given back to all entries, in the shares in which some tokens of the batch
+dropped it. What that costs:
 
 - Let d be the dropped mass as a share of ``1 - p[label]``. Each dropped entry is at most c of that, and their sum is d
-  of it: so of the gradient of a token's logits, the error in the 2-norm is at most ``sqrt(c * d)`` of the gradient.
-- d is at most `TOLERANCE`: a token with more, whose distribution is flat, keeps everything. So the error is at most
-  ``sqrt(c * TOLERANCE)`` for every token: 2.0e-3 with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
+  of it: so its 2-norm is at most ``sqrt(c * d)`` of that of the gradient of a token's logits.
+- d is at most `TOLERANCE`: a token with more, whose distribution is flat, keeps everything.
+- The squares of the shares add up to at most ``c / TOLERANCE``, with some equal parts if they must. So what is given
+  back is no longer either, and the error is at most ``2 * sqrt(c * TOLERANCE)`` of the gradient for every token: 5.5e-3
+  with the cut of bfloat16, which rounds one entry by up to 3.9e-3.
 
 On a GPU whole tiles are left out, within the same bound: see `square_budget` and `dpofast.kernels.linear_skip`.
 
@@ -22,7 +25,7 @@ from torch import Tensor
 TOLERANCE = 2.0**-3
 """The largest dropped mass, as a share of what the label leaves to the others, of a token that is filtered."""
 
-AUTO = {torch.bfloat16: 2.0**-15, torch.float16: 2.0**-17}
+AUTO = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-17}
 """The cuts of ``grad_filter="auto"``: errors of d hidden and d weight below half of plain PyTorch's in the dtype of the
 gradients. In fp32 and fp64 half of the vocabulary would be kept, which costs more than everything: they are exact."""
 WITH_SOFTCAP = 2.0**-2

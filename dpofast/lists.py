@@ -273,7 +273,7 @@ def list_preference_loss(
         scores: how good each answer is, as the data have it ``[N]``, more for a better one. "lipo_lambda" and "listnet"
             need them; "plackett_luce" takes answers from the best to the worst if they are None, and those of equal
             scores do not compete; "softmax_dpo" takes none. For "lipo_lambda" they are exponents of 2 in a gain: in
-            [0, 1] in the paper, small integers in search.
+            [0, 1] in the paper, small integers in search; see below.
         loss_type: a key of `LIST_LOSSES`, or a list of them.
         beta: > 0, a number or one per list ``[L]``.
         interleaved: False: one list lies after the other. True: the first answers of all lists, then the second answers
@@ -285,8 +285,18 @@ def list_preference_loss(
             ``{loss_type: value}`` gives an option to some.
 
     Returns:
-        A scalar, or ``[L]`` for reduction="none". "plackett_luce" and "lipo_lambda" need memory for the square of the
-        size of each list.
+        A scalar, or ``[L]`` for reduction="none"; 0 for a list of one answer, which counts in the mean, and for no
+        lists. "plackett_luce" and "lipo_lambda" need memory for the square of the size of each list.
+
+    "lipo_lambda" is a logistic loss of every two answers of which i is better than j, weighed by what exchanging them
+    would change in DCG, with their places in the order that the policy has them in::
+
+        gain, discount = 2**scores - 1, 1 / torch.log2(1 + rank)  # rank from 1, of r = logps - ref_logps, falling
+        for i, j with scores[i] > scores[j]:
+            loss += abs(gain[i] - gain[j]) * abs(discount[i] - discount[j]) * -F.logsigmoid(beta * (r[i] - r[j]))
+
+    The weights have no gradient. The paper's discount is log(1 + rank); its base, 2 here as in DCG, is a factor of the
+    loss. No sum is divided by the number of answers or by the ideal DCG.
 
     Raises:
         ValueError, TypeError: as `preference_loss`; sizes that do not add up; scores that are missing, or that no loss

@@ -134,13 +134,13 @@ def linear_logprob(
         outputs: names of optional statistics, fields of `LogprobOutput`: "entropy" (differentiable),
             "log_sum_sq_probs", "mean_logits", "is_top1", "dropped_mass".
         grad_filter: None: gradients are exact. A cut in (0, 1): they are made from those entries of a token's softmax
-            that are more than ``cut * (1 - p[label])``, and the label's; the sum of the others is given to all in
-            equal parts (nothing is, under a softcap). Tokens where more than an eighth of ``1 - p[label]`` would be
-            left out keep everything. "auto": a cut for the dtypes, 2^-15 in bfloat16 and 2^-17 in float16 (a quarter
-            of it under a softcap), none in fp32; see docs/filter.md. On a CPU log-probs are the same bits. On a GPU of
-            compute capability 9, in bfloat16 without a bias or softcap, whole tiles are left out within the same bound.
-            Elsewhere, where the budget has no room for what is kept, where nothing is gained, and with a gradient of
-            the entropy, gradients are exact. Not with ``group``.
+            that are more than ``cut * (1 - p[label])``, and the label's; the sum of the others is given back to all
+            in shares that the batch decides (nothing is, under a softcap). Tokens where more than an eighth of
+            ``1 - p[label]`` would be left out keep everything. "auto": a cut for the dtypes, 2^-14 in bfloat16 and
+            2^-17 in float16 (a quarter of it under a softcap), none in fp32; see docs/filter.md. On a CPU log-probs are
+            the same bits. On a GPU of compute capability 9, in bfloat16 without a bias or softcap, whole tiles are
+            left out within the same bound. Elsewhere, where the budget has no room for what is kept, where nothing is
+            gained, and with a gradient of the entropy, gradients are exact. Not with ``group``.
         memory_budget: workspace beyond inputs, outputs and gradients: bytes or "512MiB"; default 1 GiB, on a GPU a
             sixteenth of its memory if that is more. What fits decides the schedule, see `dpofast.plan`.
         backend: "auto", "cpu", "cpu:<instruction set>", "cuda" or "torch"; environment: ``DPOFAST_BACKEND``.

@@ -41,6 +41,7 @@ class SequenceLossOutput(NamedTuple):
         accuracy: of lists, the share of those of two or more whose best answer has the largest reward.
         entropy, mean_token_accuracy, chosen_logits, rejected_logits: as in `DPOLossOutput`, None unless
             ``metrics=True``; rejected are all sequences that are not chosen.
+        aux_loss: of a mixture's routers, from `dpofast.integrations.models.model_list_loss`; its share is in ``loss``.
     """
 
     loss: Tensor
@@ -54,6 +55,7 @@ class SequenceLossOutput(NamedTuple):
     mean_token_accuracy: Tensor | None = None
     chosen_logits: Tensor | None = None
     rejected_logits: Tensor | None = None
+    aux_loss: Tensor | None = None
 
     def metrics(self) -> dict[str, Tensor]:
         """The numbers that trainers log, under TRL's names: scalar tensors of this rank, without gradient."""
@@ -69,6 +71,7 @@ class SequenceLossOutput(NamedTuple):
             "logits/rejected": self.rejected_logits,
             "entropy": self.entropy,
             "mean_token_accuracy": self.mean_token_accuracy,
+            "aux_loss": self.aux_loss,
         }
         return {name: value.detach() for name, value in values.items() if value is not None}
 

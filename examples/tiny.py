@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
 
 
-def model() -> LlamaForCausalLM:
+def model(words: int = len(WORDS)) -> LlamaForCausalLM:
     torch.set_num_threads(1)  # products this small are slower on several
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(WORDS),
+            vocab_size=words,
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=2,

@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 # numerics.py, emu/ and others, which --import-mode=importlib does not put there; and the examples, which are tested
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "examples")]
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path += [str(Path(__file__).parent), str(EXAMPLES), str(EXAMPLES / "preference")]
 pytest.register_assert_rewrite("numerics", "training")
 
 import numerics  # noqa: E402

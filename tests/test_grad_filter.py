@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import dpofast
 from dpofast import grad_filter, losses
+from dpofast.plan import cpu
 
 CUT = 2.0**-9
 DOUBLE = torch.float64
@@ -42,7 +43,27 @@ def case(n=150, h=40, v=3000, spread=6.0, bias=False, seed=0, **options) -> Case
     return Case(hidden, weight * spread / math.sqrt(h), labels, c, b, options)
 
 
-def definition(p: Case, cut: float) -> dict[str, Tensor]:
+def first_tokens(p: Case, backend: str) -> list[int]:
+    """Those that a kernel of ``backend`` takes first; few tokens have none."""
+    panel, n = cpu.TRAITS[backend.partition(":")[2], p.hidden.dtype, p.weight.dtype].panel, len(p.labels)
+    panels = -(-n // panel)
+    count = panel * -(-panels // cpu.PANELS_A_FIRST_PANEL) if panels >= cpu.FIRST_PANELS else 0
+    return [i * n // count for i in range(count)]
+
+
+def shares(dropped: Tensor, cut: float) -> Tensor:
+    """What each entry gets of the mass that is given back; ``dropped`` [S, V] in shares of q = 1 - p[label]."""
+    v, most = dropped.shape[1], cut / grad_filter.TOLERANCE
+    equal = torch.full((v,), 1 / v, dtype=DOUBLE)
+    if most <= 1 / v or not dropped.sum() > 0:
+        return equal
+    found = dropped.sum(0) / dropped.sum()
+    squares = (found**2).sum()
+    part = 1 if squares <= most else math.sqrt((most - 1 / v) / (squares - 1 / v))
+    return part * found + (1 - part) * equal
+
+
+def definition(p: Case, cut: float, backend: str) -> dict[str, Tensor]:
     """Gradients and the dropped mass, in fp64 from the inputs' values."""
     hidden, weight = p.hidden.double(), p.weight.double()
     x = hidden @ weight.T + (0 if p.bias is None else p.bias.double())
@@ -59,7 +80,8 @@ def definition(p: Case, cut: float) -> dict[str, Tensor]:
     keeps, dropped = keeps | dense, dropped * ~dense
     g = (-others * keeps).scatter(1, p.labels.unsqueeze(1), left) * slope
     if not softcap:
-        g = g - dropped * slope / z.shape[1]
+        first = first_tokens(p, backend)
+        g = g - dropped * slope * shares((others * ~keeps / left)[first], cut)
     g = g * p.c.unsqueeze(1)
     return {"hidden": g @ weight, "weight": g.T @ hidden, "bias": g.sum(0), "dropped_mass": dropped.squeeze(1)}
 
@@ -119,7 +141,7 @@ def test_where_entries_have_no_room_exponentials_are_kept_and_nothing_is_dropped
 @pytest.mark.parametrize("of", OPTIONS.values(), ids=OPTIONS)
 def test_gradients_are_those_of_the_definition(cpu_backend, of):
     p = case(**of)
-    want = definition(p, CUT)
+    want = definition(p, CUT, cpu_backend)
     assert 0 < want["dropped_mass"].max() < 0.125
     assert_as_defined(ours(p, CUT, backend=cpu_backend), want, 1e-12)
 
@@ -129,12 +151,12 @@ def test_so_are_those_of_some_inputs_alone(cpu_backend, train):
     p = case(bias=True)
     got = ours(p, CUT, train, backend=cpu_backend)
     assert set(train) <= set(got)
-    assert_as_defined(got, definition(p, CUT), 1e-12)
+    assert_as_defined(got, definition(p, CUT, cpu_backend), 1e-12)
 
 
 def test_so_are_those_of_strided_inputs_and_of_labels_that_do_not_count(cpu_backend):
     p = case()
-    want = definition(p, CUT)
+    want = definition(p, CUT, cpu_backend)
     hidden = torch.zeros(10, 30, 2 * p.hidden.shape[1], dtype=DOUBLE)[..., ::2]
     labels = torch.full((10, 30), -100)
     counts = torch.arange(300).view(10, 30) % 2 == 1
@@ -161,7 +183,7 @@ def flat_and_peaked(**more) -> tuple[Case, Tensor]:
 def test_flat_tokens_keep_everything_beside_others_that_do_not(cpu_backend, of):
     p, flat = flat_and_peaked(**of)
     p = p._replace(c=p.c.abs() + 0.1)
-    want = definition(p, CUT)
+    want = definition(p, CUT, cpu_backend)
     got = ours(p, CUT, backend=cpu_backend)
     assert (got["dropped_mass"][flat] == 0).all() and (got["dropped_mass"][~flat] > 0).sum() > 60
     assert_as_defined(got, want, 1e-12)
@@ -179,7 +201,7 @@ def test_no_token_is_further_off_than_promised(cpu_backend, cut):
     p = Case(z, torch.eye(v, dtype=DOUBLE), z.argsort(-1)[:, :: -7 % v][:, 0], torch.ones(200, dtype=DOUBLE), None, {})
     got, exact = ours(p, cut, ("hidden",), backend=cpu_backend), ours(p, None, ("hidden",), backend=cpu_backend)
     off = (got["hidden"] - exact["hidden"]).norm(dim=1) / exact["hidden"].norm(dim=1)
-    assert off.max() <= math.sqrt(cut * grad_filter.TOLERANCE)
+    assert off.max() <= 2 * math.sqrt(cut * grad_filter.TOLERANCE)
     assert (off > 1e-3 * math.sqrt(cut * grad_filter.TOLERANCE)).sum() > 20  # some of it is used
     assert got["hidden"].sum(1).abs().max() < 1e-12  # as the exact gradient, it adds up to zero
 
@@ -197,7 +219,7 @@ def test_each_dtype_adds_its_own_rounding_only(cpu_backend, hidden, weight):
     p = case(h=130, bias=True)
     p = p._replace(hidden=p.hidden.to(hidden), weight=p.weight.to(weight), bias=p.bias.to(weight))
     got = ours(p, CUT, backend=cpu_backend)
-    want = definition(p, CUT)
+    want = definition(p, CUT, cpu_backend)
     assert_as_defined(
         got, want | {"hidden": want["hidden"], "weight": want["weight"]}, rtol=of_rounding(hidden, weight)
     )
@@ -251,7 +273,7 @@ def test_flat_states_are_exact(cpu_backend):
 def test_a_budget_decides_how_many_are_filtered_and_never_what_is_right(cpu_backend, budget):
     p = case(n=400)
     got = ours(p.to(torch.float32), CUT, backend=cpu_backend, memory_budget=budget)
-    exact, filtered = definition(p, 0.0), definition(p, CUT)
+    exact, filtered = (definition(p.to(torch.float32), cut, cpu_backend) for cut in (0.0, CUT))
     dense = got["dropped_mass"] == 0
     want = torch.where(dense.unsqueeze(1), exact["hidden"], filtered["hidden"])
     assert_as_defined(got, {"hidden": want}, 2e-5)
@@ -263,7 +285,7 @@ def test_a_panel_without_room_keeps_everything(cpu_backend):
     p = case(n=400, spread=14.0)
     crowded = (torch.arange(400) > 50) & (torch.arange(400) < 75)
     p = p._replace(hidden=torch.where(crowded.unsqueeze(1), p.hidden * 0.15, p.hidden))
-    want, cut, filtered = definition(p, 0.0), 2.0**-30, set()
+    want, cut, filtered = definition(p, 0.0, cpu_backend), 2.0**-30, set()
     for budget in range(2 << 20, 10 << 20, 1 << 19):
         got = ours(p, cut, backend=cpu_backend, memory_budget=budget)
         filtered.add((got["dropped_mass"] > 0).sum().item())

@@ -29,6 +29,7 @@ struct Kept {
   const Shape<K>& s;
   int64_t pieces, room;  // entries that a region has room for: one of each panel and piece, which one thread at a time fills
   acc* dropped;          // [n]: mass
+  acc* share;            // [v]: of the dropped mass that is given back, what each row of the vocabulary gets; they add up to 1
   uint32_t* used;        // [panels, pieces]: entries in a region; kFull: more than there is room for
   Segment* segments;     // [blocks, panels]
   acc* z;                // [panels, pieces, room]
@@ -43,6 +44,7 @@ struct Kept {
     pieces = groups < kPieces ? groups : kPieces;
     const int64_t regions = s.panels * pieces;
     dropped = arena.take<acc>(s.n);
+    share = arena.take<acc>(s.v);
     used = arena.take<uint32_t>(regions);
     segments = arena.take<Segment>(s.blocks * s.panels);
     bytes = kFilterHeader + arena.used + 128;
@@ -54,6 +56,7 @@ struct Kept {
   }
 
   int64_t piece_of(int64_t b) const { return b * s.block / kGroupRows % pieces; }
+  int64_t capacity() const { return s.panels * pieces * room; }
   int64_t region_of(int64_t b, int64_t panel) const { return panel * pieces + piece_of(b); }
   Segment& segment(int64_t b, int64_t panel) const { return segments[b * s.panels + panel]; }
   bool is_dense(int64_t t) const { return dropped[t] == kDense; }

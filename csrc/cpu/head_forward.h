@@ -27,6 +27,13 @@ struct Forward {
   acc *tiles, *shift;
   std::optional<Filter<K>> filter;  // what it keeps goes to the cache in place of exponentials
 
+  // A forward of these computes no statistics, but what tokens drop, as shares of what their labels leave to the others.
+  struct Dropped {
+    const acc *least, *log_others;  // [n_padded]: z that are kept are more than `least`; log sum_{u != label} e^{z_u}
+    acc* sums;                      // [panels, v]
+  };
+  std::optional<Dropped> dropped;
+
   explicit Forward(const ForwardArgs& args, const Kept<K>* kept = nullptr)
       : a(args),
         s(a.problem),
@@ -69,6 +76,7 @@ struct Forward {
     for_steps(
         threads, 1 + rounds * apart, [&](int64_t step) { return n_tasks(step); },
         [&](int64_t step, int64_t i, int thread) { task(step, i, thread); });
+    if (dropped) return;
     finish_rows(stats, s.n, s.v, {a, a.stats});
     if (filter)
       for_tasks(threads, s.panels, [&](int64_t panel, int) {
@@ -137,7 +145,9 @@ struct Forward {
                        Transform<V>(a.problem.temperature, a.problem.logit_scale, a.problem.softcap)};
     const int64_t width = s.width(panel), t0 = panel * s.P, tokens = s.tokens(panel), v0 = b * s.block + r0;
     fold.prepare(c, width, n_rows, v0, t0, tokens);
-    if (jacobian) {
+    if (dropped) {
+      sum_dropped(c, width, n_rows, v0, panel);
+    } else if (jacobian) {
       add_to_jacobian(fold, c, b, r0, n_rows, panel, thread);
     } else if (b < cached_blocks) {
       const CacheBlock<K> cache(s, a.cache, b);
@@ -146,6 +156,19 @@ struct Forward {
     } else {
       fold(c, width, n_rows, v0, t0, tokens, Nowhere{});
       if (filter) (*filter)(c, width, n_rows, b, panel, thread);
+    }
+  }
+
+  void sum_dropped(const acc* c, int64_t width, int64_t rows, int64_t v0, int64_t panel) const {
+    const acc *least = dropped->least + panel * s.P, *log_others = dropped->log_others + panel * s.P;
+    for (int64_t r = 0; r < rows; ++r) {
+      acc sum = 0, share[V::W];
+      for (int64_t t = 0; t < width; t += V::W) {
+        V::store(share, V::exp(V::sub(V::load(c + r * width + t), V::load(log_others + t))));
+        for (int64_t i = 0; i < V::W; ++i)
+          if (c[r * width + t + i] <= least[t + i]) sum += share[i];
+      }
+      dropped->sums[panel * s.v + v0 + r] = sum;
     }
   }
 
@@ -183,7 +206,8 @@ struct Forward {
 };
 
 // The forward with a filter. Some tokens of all parts of the batch go first: where on these the filter would keep so much,
-// or leave so many tokens to the dense way, that exact gradients are cheaper, the call is one for exact gradients.
+// or leave so many tokens to the dense way, that exact gradients are cheaper, the call is one for exact gradients. They also
+// say how the mass that tokens drop is given back: in the shares in which they dropped it themselves.
 template <class K>
 struct Filtered {
   using acc = typename K::acc;
@@ -193,6 +217,7 @@ struct Filtered {
   Arena arena;  // of the tokens that go first
   ForwardArgs first;
   int64_t *offsets, *labels;
+  acc *least, *log_others;  // Forward::Dropped
 
   // What a kept entry costs of its part in a dense product: loads and stores where a product has multiply-adds. Not tuned.
   static constexpr double kEntryCost = 3;
@@ -206,6 +231,8 @@ struct Filtered {
     labels = arena.take<int64_t>(n);
     first.logps = arena.take<acc>(n);
     first.lse = arena.take<acc>(2 * n);
+    least = arena.take<acc>(n);
+    log_others = arena.take<acc>(n);
     for (void*& statistic : first.statistics) statistic = nullptr;
     first.outputs = 0;
     first.problem.token_offsets = offsets;
@@ -227,6 +254,7 @@ struct Filtered {
     std::memset(a.cache, 0, kFilterHeader);
     *static_cast<int64_t*>(a.cache) = filters;
     if (filters) {
+      find_shares(kept);
       all.run();
     } else {
       ForwardArgs exact = a;
@@ -256,11 +284,44 @@ struct Filtered {
       fullest = std::max(fullest, int64_t(kept.used[i]));
     }
     for (int64_t i = 0; i < some.blocks * some.panels; ++i) entries += kept.segments[i].count;
-    for (int64_t t = 0; t < n; ++t) n_dense += kept.is_dense(t);
+    for (int64_t t = 0; t < n; ++t) {
+      const acc *lse = static_cast<const acc*>(first.lse) + 2 * t, logp = static_cast<const acc*>(first.logps)[t];
+      n_dense += kept.is_dense(t);
+      log_others[t] = lse[0] + (lse[1] + std::log(-std::expm1(logp)));
+      least[t] = kept.is_dense(t) ? -acc(INFINITY) : log_others[t] + acc(std::log(a.grad_filter));
+    }
     const double share = double(entries) / (double(n) * double(s.v)), dense = double(n_dense) / double(n);
     // Of a product: entries, against all; a dense token makes its logits again, and then has all entries.
     const bool is_cheaper = kEntryCost * share + (1 + kEntryCost) * dense < 1;
     return is_cheaper && 2 * fullest <= all.room;  // others may have twice as many
+  }
+
+  // Equal parts, as much as it takes for the squares of the shares to add up to no more than cut / tolerance: then what a
+  // token is given back is no longer, in the 2-norm, than what it dropped may be. The rest is as the first tokens dropped it.
+  void find_shares(const Kept<K>& all) {
+    const double equal = 1 / double(s.v), most = a.grad_filter / a.tolerance;
+    for (int64_t v = 0; v < s.v; ++v) all.share[v] = acc(equal);
+    if (!first.problem.n || a.problem.softcap > 0 || most <= equal || Shape<K>(first.problem).panels * s.v > all.capacity())
+      return;
+    ForwardArgs again = first;
+    again.cache = nullptr;
+    again.cache_bytes = 0;
+    Forward<K> call(again);
+    acc* const sums = all.z;  // not in use yet
+    call.dropped = {least, log_others, sums};
+    call.run();
+    double total = 0, squares = 0;
+    for (int64_t v = 0; v < s.v; ++v) {
+      double sum = 0;
+      for (int64_t panel = 0; panel < call.s.panels; ++panel) sum += sums[panel * s.v + v];
+      sums[v] = acc(sum);
+      total += sum;
+      squares += sum * sum;
+    }
+    if (!(total > 0)) return;
+    const double found = squares / (total * total);
+    const double part = found <= most ? 1 : std::sqrt((most - equal) / (found - equal));
+    for (int64_t v = 0; v < s.v; ++v) all.share[v] = acc(part * sums[v] / total + (1 - part) * equal);
   }
 };
 

@@ -11,9 +11,9 @@
 // their gradients, stays in a cache. A row's entries come in a fixed order, so that no sum depends on the threads: of the
 // filtered tokens, then their labels, then of the tokens that keep everything, whose logits are made again.
 //
-// What a token dropped is put back as its mean: -mass / V in every row of the vocabulary. Then the gradient of its logits adds
-// up to zero, as the exact one does, and the error of d hidden is that of W's rows from their mean. Under a softcap, where
-// the gradient does not add up to zero, nothing is put back.
+// What a token dropped is given back to all rows of the vocabulary, in the shares that the forward found. Then the gradient of
+// its logits adds up to zero, as the exact one does, and the error of d hidden is that of the dropped rows of W from their mean
+// over these shares. Under a softcap, where the gradient does not add up to zero, nothing is given back.
 #pragma once
 
 template <class K>
@@ -34,9 +34,10 @@ struct Sparse {
   Arena arena;
   const int64_t ld, chunks;     // of rows of H columns, padded to whole chunks
   const int64_t room;           // entries at a time
-  acc *coef, *spread;           // [n]: gradients that arrived, times the transform's scale; what is added to every entry of g
+  acc *coef, *spread;           // [n]: gradients that arrived, times the transform's scale; what all entries of g share
+  const acc* share = nullptr;   // [v]: Kept
   acc *hidden, *grad;           // [n, ld]
-  acc *weight_sum, *mean_grad;  // [ld]: sum of W's rows; sum of spread * hidden
+  acc *weight_sum, *mean_grad;  // [ld]: sum of share * W's rows; sum of spread * hidden
   elem *dense_packed, *weight_rows;
   acc *tiles, *rows_scratch;
   int64_t *dense, *dense_offsets;  // tokens that keep everything, and where their hidden states are
@@ -77,6 +78,7 @@ struct Sparse {
   }
 
   void run(const Kept<K>& kept) {
+    share = kept.share;
     prepare(kept);
     Problem some = a.problem;
     some.n = n_dense;
@@ -129,7 +131,7 @@ struct Sparse {
         continue;
       }
       ++label_blocks[a.problem.labels[t] / s.block];
-      if (!transform.has_cap) spread[t] = -coef[t] * kept.dropped[t] / acc(s.v);
+      if (!transform.has_cap) spread[t] = -coef[t] * kept.dropped[t];
       mean_bias += spread[t];
     }
     int64_t n = 0;
@@ -196,7 +198,7 @@ struct Sparse {
     if (n_dense) put_dense(of_dense, b, thread, put);
     if (!a.grad_bias) return;
     for (int64_t r = 0; r < rows; ++r) {
-      acc sum = mean_bias;
+      acc sum = share[v0 + r] * mean_bias;
       for (int64_t i = row_start(b, r); i < row_end(b, r); ++i) sum += g[i];
       static_cast<acc*>(a.grad_bias)[v0 + r] = sum;
     }
@@ -260,7 +262,7 @@ struct Sparse {
       else
         read_row<Wide>(s.problem.weight, s.problem.weight_dtype, offset, s.problem.weight_col_stride, n, kChunk, scratch_row);
       DPOFAST_UNROLL
-      for (int j = 0; j < kVectors; ++j) sum[j] = V::add(sum[j], V::load(from + j * V::W));
+      for (int j = 0; j < kVectors; ++j) sum[j] = V::fma(V::set1(share[v]), V::load(from + j * V::W), sum[j]);
       add_row(from, first, last, grad + k0);
     });
     DPOFAST_UNROLL
@@ -285,14 +287,14 @@ struct Sparse {
     const int64_t last_block = first_block + kBlocks < after ? first_block + kBlocks : after;
     const int64_t n = s.h - k0 < kChunk ? s.h - k0 : kChunk;
     for_rows(first_block, last_block, [&](int64_t v, int64_t first, int64_t last) {
-      sum_rows(first, last, k0, scratch_row);
+      sum_rows(share[v], first, last, k0, scratch_row);
       write_row<K>(a.grad_weight, a.grad_weight_dtype, v * s.h + k0, scratch_row, n);
     });
   }
-  DPOFAST_NOINLINE void sum_rows(int64_t first, int64_t last, int64_t k0, acc* out) const {
+  DPOFAST_NOINLINE void sum_rows(acc part, int64_t first, int64_t last, int64_t k0, acc* out) const {
     reg sum[kVectors];
     DPOFAST_UNROLL
-    for (int j = 0; j < kVectors; ++j) sum[j] = V::load(mean_grad + k0 + j * V::W);
+    for (int j = 0; j < kVectors; ++j) sum[j] = V::mul(V::set1(part), V::load(mean_grad + k0 + j * V::W));
     for (int64_t i = first; i < last; ++i) {
       const reg x = V::set1(g[i]);
       const acc* const from = hidden + int64_t(tokens[i]) * ld + k0;

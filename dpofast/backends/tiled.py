@@ -56,7 +56,7 @@ class Exps(NamedTuple):
     block: int  # columns of a tile
 
     def tile(self, v0: int, v1: int) -> Tensor:
-        return self.e[:, v0:v1]
+        return columns_of(self.e, v0, v1)
 
 
 class Kept(NamedTuple):
@@ -222,8 +222,8 @@ class _Loops:
         e_rows = self.empty(self.longest, up(problem.n_vocab, 8), dtype=self.dtype) if jacobian is not None else None
         results = []
         for chunk in self.chunks:
-            n, labels = chunk.stop - chunk.start, problem.labels[chunk]
-            e = e_rows[:n, : problem.n_vocab] if e_rows is not None else None if cached is None else cached[chunk]
+            n, labels = chunk.stop - chunk.start, chunk_of(problem.labels, chunk)
+            e = e_rows[:n, : problem.n_vocab] if e_rows is not None else chunk_of(cached, chunk)
             columns = 0 if e is None else e.shape[1]
             exps = Exps(e, self.empty(-(-columns // schedule.block), n), schedule.block) if columns else None
             stats = passes.new_stats(n, problem.wide, problem.hidden.device)
@@ -231,7 +231,7 @@ class _Loops:
                 passes.fold(tile, stats, outputs, exps if tile.v0 < columns else None)
             results.append(passes.finish(stats, labels, problem.n_vocab, outputs))
             if exps is not None:
-                passes.seal(exps, labels, problem.transform, stats, results[-1], factors[chunk])
+                passes.seal(exps, labels, problem.transform, stats, results[-1], chunk_of(factors, chunk))
             if jacobian is not None:
                 self.times_weight(e, jacobian[chunk])
         return _concatenated(results)
@@ -243,9 +243,8 @@ class _Loops:
         results = []
         for chunk in self.chunks:
             n = chunk.stop - chunk.start
-            e = cached[chunk] if cached is not None else room[:n, : self.problem.n_vocab] if room is not None else None
-            factor = None if factors is None else factors[chunk]
-            results.append(self.passes.fused(self.problem.chunk(chunk), e, factor))
+            e = room[:n, : self.problem.n_vocab] if room is not None else chunk_of(cached, chunk)
+            results.append(self.passes.fused(self.problem.chunk(chunk), e, chunk_of(factors, chunk)))
             if jacobian is not None:
                 self.times_weight(e, jacobian[chunk])
         return _concatenated(results)
@@ -307,7 +306,7 @@ class _Loops:
             self.passes.scale_rows(self.problem.hidden, self.problem.positions, scales, scaled, None)
             step = self.problem.n_vocab if self.is_written(grads.weight) else self.schedule.block
             for v0, v1 in self.vocabulary(0, e.shape[1], step):
-                operands, part = (e[:, v0:v1].T, scaled), chunk_of(grads.weight, slice(v0, v1))
+                operands, part = (columns_of(e, v0, v1).T, scaled), chunk_of(grads.weight, slice(v0, v1))
                 self.passes.accumulate(part, *operands) if grads.adds else self.into(*operands, part)
         if grads.bias is not None:
             # Two columns that add up to c, so that a product of 16-bit operands loses nothing of it.
@@ -372,7 +371,7 @@ class _Loops:
         # All rows of the weight in one product, unless they are converted.
         step = self.problem.n_vocab if self.problem.weight.dtype == self.dtype else self.schedule.block
         for v0, v1 in self.vocabulary(0, g.shape[1], step):
-            operands = g[:, v0:v1], self.slice_of_weight(v0, v1)
+            operands = columns_of(g, v0, v1), self.slice_of_weight(v0, v1)
             self.passes.accumulate(out, *operands) if v0 else self.passes.product(*operands, out)
 
     def into(self, left: Tensor, right: Tensor, out: Tensor) -> None:
@@ -427,6 +426,11 @@ class _Loops:
         rows = cache.view(dtype).as_strided((n, columns), (stride, 1))
         factors = cache[end : end + n * wide.itemsize].view(wide)
         return (None, rows, factors) if self.schedule.keeps_jacobian else (rows, None, factors)
+
+
+def columns_of(x: Tensor, v0: int, v1: int) -> Tensor:
+    """``x[:, v0:v1]``; ``x`` itself, which is sooner done, if that is all of it."""
+    return x if v0 == 0 and v1 >= x.shape[1] else x[:, v0:v1]
 
 
 def _concatenated(results: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from dpofast.checks import wrong
+from dpofast.checks import shown, wrong
 from dpofast.data import formats, sources
 from dpofast.data.records import BadRow, Record, Skipped
 
 
-def read(source: Any, *, format: str | None = None, on_error: str = "raise") -> Records:
+def read(
+    source: Any, *, format: str | None = None, on_error: str = "raise", check: Callable[[Record], Any] | None = None
+) -> Records:
     """The records of files or rows, in whatever format they are.
 
     Equivalent, for a file of JSON lines, to::
@@ -26,6 +28,8 @@ def read(source: Any, *, format: str | None = None, on_error: str = "raise") -> 
             lines; rows as `datasets` has them; any iterable of mappings.
         format: a key of `FORMATS`; None: that of the first row.
         on_error: "raise" stops at the first bad row; "skip" leaves it out and lists it in ``skipped``.
+        check: called with each record; one that it refuses by a `BadRow` is a bad row too. With an `Encoder`, "skip"
+            leaves out what truncation leaves nothing of.
 
     Returns:
         `Records`.
@@ -44,7 +48,9 @@ def read(source: Any, *, format: str | None = None, on_error: str = "raise") -> 
         raise wrong("format", f"{format!r}", f"None or one of {', '.join(formats.FORMATS)}")
     if on_error not in ("raise", "skip"):
         raise wrong("on_error", f"{on_error!r}", '"raise" or "skip"')
-    return Records(sources.open_source(source), format, on_error == "skip")
+    if check is not None and not callable(check):
+        raise wrong("check", shown(check)[:80], "None or a function of a record, such as an Encoder", TypeError)
+    return Records(sources.open_source(source), format, on_error == "skip", check)
 
 
 class Records:
@@ -57,8 +63,11 @@ class Records:
         skipped: the rows left out by the last pass, as ``(file, line, reason)``.
     """
 
-    def __init__(self, opened: list[Any], format: str | None, skip: bool) -> None:
+    def __init__(
+        self, opened: list[Any], format: str | None, skip: bool, check: Callable[[Record], Any] | None
+    ) -> None:
         self._sources, self._format, self._skip, self._given = opened, format, skip, format is not None
+        self._check = check
         self.skipped: list[Skipped] = []
         self._ends: np.ndarray | None = None
         self._kept: np.ndarray | None = None
@@ -129,4 +138,6 @@ class Records:
                     "split the file by format"
                 )  # fmt: skip
             self._format = found
+        if self._check is not None:
+            self._check(record)
         return record

@@ -5,13 +5,14 @@ Nothing here knows a format. A row is a mapping, or the `BadRow` that says why a
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +21,7 @@ from dpofast.checks import shown, wrong
 from dpofast.data.records import BadRow
 
 BOM, BOM_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+ARRAY_LIMIT = 1 << 30  # bytes of a JSON array, whose rows take a few times as much in memory
 
 
 # JSON
@@ -107,7 +109,7 @@ class Lines:
         if self._starts is None:
             if self.name.endswith(".gz"):
                 raise TypeError(
-                    f"source: got {self.name}, which can be read in its order alone; gunzip it to pick rows"
+                    f"source: got {self.name}, which can be read in its order alone; gunzip it to pick or shuffle rows"
                 )
             self._stamp = _stamp(self.name)
             starts, blank, place = array("q"), array("q"), 0
@@ -128,8 +130,13 @@ def _stamp(path: str) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _opened(path: str) -> BinaryIO:
-    return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            yield file  # type: ignore[misc]
+    except (EOFError, zlib.error) as error:
+        raise OSError(f"source: {path} is damaged, or was not written to its end: {error}") from error
 
 
 class Rows:
@@ -234,6 +241,12 @@ def _open_path(path: str) -> Any:
 
 def _array(path: str) -> list[Any]:
     """The rows of a JSON array, which is in memory as a whole."""
-    name = Path(path)
-    content = gzip.decompress(name.read_bytes()) if path.endswith(".gz") else name.read_bytes()
+    with _opened(path) as file:
+        content = file.read(ARRAY_LIMIT + 1)
+    if len(content) > ARRAY_LIMIT:
+        size = f"{ARRAY_LIMIT / 2**30:g} GiB"
+        raise wrong(
+            "source", f"{path}, a JSON array of more than {size}, which is read as a whole",
+            "a smaller one, or JSON lines; write them by jq -c '.[]'",
+        )  # fmt: skip
     return decode(content.removeprefix(BOM), path)

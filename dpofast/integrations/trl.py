@@ -7,6 +7,8 @@ it also makes TRL drop prompt and padding before the product, which TRL itself d
 In TRL 1.8 to 1.10 the DPO and KTO trainers call a Liger loss object instead, with ``use_liger_kernel=True``; there
 `patch` replaces these objects, for trainers that are built after it.
 
+With ``grad_filter`` gradients are made from the entries of the softmax that matter: see docs/filter.md.
+
 With ``share_prompt=True`` the DPO trainer also runs the prompt of each pair once, in policy and reference: see
 `dpofast.integrations.models.share_prompt` and docs/shared_prompt.md.
 
@@ -31,7 +33,7 @@ import trl
 from torch import Tensor
 from trl import DPOTrainer as _TrlDPOTrainer
 
-from dpofast.checks import flag
+from dpofast import checks
 from dpofast.integrations.liger import LigerFusedLinearDPOLoss, LigerFusedLinearKTOLoss
 from dpofast.integrations.models.sharing import check_refuse
 from dpofast.integrations.models.sharing import share_prompt as sharing
@@ -62,8 +64,11 @@ _TESTED = (
 class _LogprobFunction:
     """Stands where TRL's autograd function stands."""
 
-    @staticmethod
+    grad_filter: float | str | None = None
+
+    @classmethod
     def apply(
+        cls,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -89,6 +94,7 @@ class _LogprobFunction:
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=final_logit_softcapping,
+            grad_filter=cls.grad_filter,
             outputs=tuple(name for name in _STATISTICS if name in outputs),
         )
         if hasattr(weight, "ds_id") and out.logps.requires_grad:
@@ -198,7 +204,20 @@ def _replace(replacements: Sequence[tuple[Any, str, Any]]) -> None:
         setattr(owner, name, value)
 
 
-def patch(*, share_prompt: bool = False, refuse: str = "error") -> None:
+def _filtering(grad_filter: float | str | None) -> list[tuple[type, str, Any]]:
+    """What to set for trainers to filter gradients."""
+    checks.grad_filter(grad_filter)
+    if grad_filter is None:
+        return []
+    if not hasattr(importlib.import_module("trl.trainer.utils"), "add_fused_lm_head"):
+        raise ImportError(
+            f"trl {trl.__version__}: has no fused head (trl.trainer.utils.add_fused_lm_head), which grad_filter is an "
+            "option of; pass grad_filter=None, or use trl 1.15 or later"
+        )
+    return [(_LogprobFunction, "grad_filter", grad_filter)]
+
+
+def patch(*, share_prompt: bool = False, refuse: str = "error", grad_filter: float | str | None = None) -> None:
     """Let every TRL trainer compute its log-probabilities with dpofast. Once is enough; twice does no harm.
 
     With TRL >= 1.15 it counts for trainers that exist already, too: TRL looks its function up at each call.
@@ -208,15 +227,19 @@ def patch(*, share_prompt: bool = False, refuse: str = "error") -> None:
             added by a second call.
         refuse: of models and batches that have no shared form, as in `dpofast.integrations.models.share_prompt`:
             "error" raises at the first step, "warn" warns once and runs them unshared.
+        grad_filter: None (exact gradients), "auto" or a cut, as in `linear_logprob`; it may be added, or changed, by a
+            second call. Log-probabilities and metrics stay exact; on a CPU only.
 
     Raises:
         ImportError: the installed TRL, whatever its version, has no function that this dpofast knows; nothing is
             patched.
-        ValueError: a refuse of another name.
+        ValueError, TypeError: a refuse of another name; a grad_filter that `linear_logprob` would not take.
     """
-    flag("share_prompt", share_prompt)
+    checks.flag("share_prompt", share_prompt)
     check_refuse(refuse)
+    filtering = _filtering(grad_filter)
     replacements = [] if _originals else list(_replacements())
+    replacements += filtering
     if share_prompt and _TrlDPOTrainer not in [owner for owner, _, _ in _originals]:
         replacements += _sharing_calls(refuse)
     _replace(replacements)
@@ -229,12 +252,14 @@ def unpatch() -> None:
 
 
 @contextmanager
-def patched(*, share_prompt: bool = False, refuse: str = "error") -> Iterator[None]:
+def patched(
+    *, share_prompt: bool = False, refuse: str = "error", grad_filter: float | str | None = None
+) -> Iterator[None]:
     """`patch` for the length of a ``with``; inside an outer `patch` or `patched` it changes nothing."""
     if _originals:
         yield
         return
-    patch(share_prompt=share_prompt, refuse=refuse)
+    patch(share_prompt=share_prompt, refuse=refuse, grad_filter=grad_filter)
     try:
         yield
     finally:
@@ -244,14 +269,22 @@ def patched(*, share_prompt: bool = False, refuse: str = "error") -> Iterator[No
 class DPOTrainer(_TrlDPOTrainer):
     """TRL's DPOTrainer computing with dpofast, and no other trainer in the process.
 
-    Same arguments, same numbers, same checkpoints; ``share_prompt`` and ``refuse`` are as in `patch`, for this trainer.
-    The backward needs no patch: autograd knows the op by then.
+    Same arguments, same numbers, same checkpoints; ``share_prompt``, ``refuse`` and ``grad_filter`` are as in `patch`,
+    for this trainer. The backward needs no patch: autograd knows the op by then.
     """
 
-    def __init__(self, *args: Any, share_prompt: bool = False, refuse: str = "error", **kwargs: Any) -> None:
-        flag("share_prompt", share_prompt)
+    def __init__(
+        self,
+        *args: Any,
+        share_prompt: bool = False,
+        refuse: str = "error",
+        grad_filter: float | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        checks.flag("share_prompt", share_prompt)
         check_refuse(refuse)
         self._refuse = refuse if share_prompt else None
+        self._filtering = _filtering(grad_filter)
         with patched():
             super().__init__(*args, **kwargs)
 
@@ -265,5 +298,8 @@ class DPOTrainer(_TrlDPOTrainer):
         """A method of TRL's, with dpofast inside."""
         if self._refuse is not None:
             method = _with_shared_prompts(method, self._refuse)
-        with patched():
+        with patched(), ExitStack() as stack:
+            for owner, name, value in self._filtering:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
             return method(self, *args, **kwargs)

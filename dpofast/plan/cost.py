@@ -13,8 +13,10 @@ data sheets. What it takes for granted:
 - Of 33 whole steps measured (four shapes, cached and jacobian, tiles of 25 MB to 1.2 GB) 32 are within 15 %, with the
   host times of that day, and one is 16 % off. Three mixed ones at N 5735 and 8192 are predicted 9 to 13 % too short;
   mixed ones of H around 1024, in which the host was the slower, up to a third.
-- Fused steps of four workloads, trained and frozen, were 1 to 9 % longer than predicted. Small budgets at H ~1024, in
-  tiles of a few MB, took up to 40 % longer.
+- Fused steps of four workloads, trained and frozen, were from 2 % shorter to 14 % longer than predicted. Small
+  budgets at H ~1024, in tiles of a few MB, took up to 40 % longer.
+- Bare products of H ~1024 alone were 3 to 18 % shorter than predicted, of H 4096 up to 10 % longer: clocks fall in a
+  long run. A ratio to them is off by as much: 1.23 is predicted for N 1638, where 1.30 to 1.36 was measured.
 - Not measured: other devices, and chunks below 410 tokens.
 
 Predictions, never measurements: `bench/gpu.sh` holds them against a real device.
@@ -281,7 +283,7 @@ class _Counter:
         self.work: list[Product | Pass | Skipping] = []
         self.phases: list[Phase] = []
         self.chunk = ceil_div(self.n, self.parts)
-        self.fused = not schedule.block
+        self.fused = schedule.is_fused
 
     def end_phase(self, launches: int, chunks: int, last: Product | None = None) -> None:
         self.phases.append(Phase(self.work, launches, chunks, last))
@@ -292,7 +294,7 @@ class _Counter:
         self.work.append(Pass(1, self.n * self.h, 0, n_bytes))
 
     def pieces(self, width: int) -> int:
-        return ceil_div(width, self.schedule.block or width)
+        return 1 if self.fused else ceil_div(width, self.schedule.block)
 
     def tiles(self, width: int) -> None:
         """Every tile of ``width`` columns made once."""
@@ -340,6 +342,7 @@ class _Counter:
             self.launches += self.parts  # and sealed
         if self.schedule.keeps_jacobian:
             self.times_weight(v, self.parts)
+        self.fused = not self.schedule.block  # what follows may have tiles
         last = self.work[-1] if self.schedule.keeps_jacobian else None
         last = last._replace(count=1) if isinstance(last, Product) else None
         self.end_phase(issued, self.parts, last)

@@ -93,7 +93,7 @@ class Layout:
         panels = ceil_div(self.n, self.t.panel)
         pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
         segments = self._bytes(4 * panels * pieces) + self._bytes(8 * panels * self.blocks)
-        return FILTER_HEADER + self._bytes(self.n * self.t.acc) + segments + 128
+        return FILTER_HEADER + self._bytes(self.n * self.t.acc) + self._bytes(self.v * self.t.acc) + segments + 128
 
     def filtered_forward(self):
         """`forward` with a filter, or of the tokens that go first."""
@@ -102,7 +102,7 @@ class Layout:
             return self._forward_with_filter()
         n, acc = self.t.panel * ceil_div(panels, PANELS_A_FIRST_PANEL), self.t.acc
         first = Layout(self.request._replace(outputs=0), self.t, self.block, n, self.threads)
-        own = 2 * self._bytes(8 * n) + self._bytes(n * acc) + self._bytes(2 * n * acc)
+        own = 2 * self._bytes(8 * n) + 3 * self._bytes(n * acc) + self._bytes(2 * n * acc)
         return max(self._forward_with_filter(), own + first._forward_with_filter())
 
     def _forward_with_filter(self):

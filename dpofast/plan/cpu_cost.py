@@ -132,13 +132,15 @@ class _Counter:
         return work.plus(**self._first_tokens()._asdict()) if self.samples else work
 
     def _first_tokens(self) -> Work:
-        """Those that a filter asks whether it pays."""
+        """Those that a filter asks whether it pays, and then what they drop."""
         panels = ceil_div(self.request.n_tokens, self.traits.panel)
         if panels < FIRST_PANELS:
             return Work()
         share = ceil_div(panels, PANELS_A_FIRST_PANEL) / panels
         n_logits = share * self.n * self.v
-        return self._over_head(1).plus(logits=share * self._flops(self.h), fold=n_logits, scan=n_logits)
+        return self._over_head(1 + self.filters).plus(
+            logits=(1 + self.filters) * share * self._flops(self.h), fold=(1 + self.filters) * n_logits, scan=n_logits
+        )
 
     def backward(self) -> Work:
         r = self.request

@@ -53,6 +53,7 @@ class Plan(NamedTuple):
     peers: tuple[Peer, ...] = ()  # other libraries' ways, if they were asked for
     gradient_bytes: int = 0
     kept: float | None = None  # the share of entries that a filter is assumed to keep
+    scores_fused: bool = False  # the forward has no tiles: its product exponentiates
 
     @property
     def on_gpu(self) -> bool:
@@ -64,8 +65,7 @@ class Plan(NamedTuple):
             ("problem", f"{self.n_tokens} completion tokens, H {self.hidden_size}, V {self.vocab_size}, {self.dtype}"),
             ("backend", self.backend if self.on_gpu else f"{self.backend}, {self.threads} threads"),
             ("schedule", self.schedule),
-            ("tiles", (f"{self.block} vocabulary rows a block, " if self.block else "none, the product exponentiates; ")
-             + (f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once")),
+            ("tiles", self._tiles()),
             ("products", f"{self.products:.2f} (the least for these gradients: {self.floor_products})"),
             ("memory", f"{self.cache_bytes / mib:.1f} MiB cache + {self.workspace_bytes / mib:.1f} MiB workspace, "
              f"budget {self.memory_budget / mib:.1f} MiB"),
@@ -98,6 +98,12 @@ class Plan(NamedTuple):
             lines.append(("amx", amx))
         table = "\n".join(f"{name:<12} {text}" for name, text in lines)
         return f"{table}\n\n{self.peers_table()}" if self.peers else table
+
+    def _tiles(self) -> str:
+        exponentiates = "the product exponentiates"
+        rows = f"{self.block} vocabulary rows a block, " if self.block else f"none, {exponentiates}; "
+        tokens = f"{self.token_chunk} tokens a chunk" if self.token_chunk else "all tokens at once"
+        return rows + tokens + (f"; none in the forward, {exponentiates}" if self.scores_fused else "")
 
     def peers_table(self) -> str:
         """Other libraries' ways, beside this one: the peak is above the inputs, with the gradients."""
@@ -197,6 +203,7 @@ def plan(
         schedule.cache_bytes, schedule.workspace_bytes, taken.products, 1 + request.n_grads, taken.bytes_moved,
         taken.seconds, found.floor_seconds, found.core_flops, found.kernel_flops, found.otherwise, pairs,
         found.considered, others, _gradient_bytes(request), found.kept,
+        schedule.scores_fused,
     )  # fmt: skip
 
 

@@ -31,6 +31,11 @@ class Request(NamedTuple):
     filters: bool = False  # gradients may leave entries out: what is kept for the backward are the others
 
     @property
+    def is_plain(self) -> bool:
+        """Nothing is asked but log-probs and their gradients, in a call whose product may exponentiate itself."""
+        return self.fuses and not self.entropy and not self.outputs
+
+    @property
     def n_grads(self) -> int:
         return self.to_hidden + self.to_weight
 
@@ -49,16 +54,16 @@ class Schedule(NamedTuple):
     cache_bytes: int  # kept from the forward to the backward
     workspace_bytes: int  # the larger of forward's and backward's, without the cache
     cached_share: float  # of the vocabulary
+    scores_fused: bool = False  # the forward's product exponentiates itself, and the backward has tiles of ``block``
 
     @classmethod
     def of(cls, name: str, sizes: Sequence[int]) -> Schedule:
-        """The schedule that an op is told of by its name, and ``sizes`` block, token_chunk and cache_bytes."""
-        block, token_chunk, cache_bytes = sizes
-        return cls(name, block, token_chunk, cache_bytes, 0, 0.0)
+        """The schedule that an op is told of by its name, and `sizes`, of which the last may be left out."""
+        return cls(name, sizes[0], sizes[1], sizes[2], 0, 0.0, len(sizes) > 3 and sizes[3] > 0)
 
     @property
     def sizes(self) -> list[int]:
-        return [self.block, self.token_chunk, self.cache_bytes]
+        return [self.block, self.token_chunk, self.cache_bytes, int(self.scores_fused)]
 
     @property
     def keeps_jacobian(self) -> bool:
@@ -82,7 +87,7 @@ class Schedule(NamedTuple):
     @property
     def is_fused(self) -> bool:
         """The forward is one launch a chunk of tokens: a product whose epilogue folds and exponentiates its results."""
-        return self.block == 0
+        return self.scores_fused or self.block == 0
 
     @property
     def splits_backward(self) -> bool:

@@ -173,21 +173,31 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], eve
     """The schedules that fit with one size of tile; unless ``every``, only those that none is always better than."""
     r, need = request, _Needs(request.n_tokens, request.n_hidden, request.n_vocab, traits, *size)
     factors = r.n_tokens * traits.acc
+    fuses = r.is_plain and r.keeps and need.chunk >= min(r.n_tokens, 128)
 
     def schedule(name: str, workspace: int, cache: int = 0, share: float = 0.0) -> Schedule:
         return Schedule(name, size[1], need.chunk, cache, workspace, share)
 
+    def again(name: str, backward: int) -> Iterator[Schedule]:
+        """What makes logits again, after a score without any where that fits."""
+        for forward, fused in ((need.fused(), True), (need.forward(), False)):
+            if (fuses or not fused) and max(forward, backward) <= r.budget:
+                yield schedule(name, max(forward, backward))._replace(scores_fused=fused)
+                if not every:
+                    return
+
     if not r.to_weight:
         jacobian, v = r.n_tokens * r.n_hidden * traits.acc + factors, r.n_vocab
-        again = need.recompute(True, False) if r.entropy else need.chunk * r.n_hidden * traits.acc
-        whole = max(need.forward(v, v), again)
+        backward = need.recompute(True, False) if r.entropy else need.chunk * r.n_hidden * traits.acc
+        whole = max(need.forward(v, v), backward)
         if r.keeps and r.to_hidden and jacobian + whole <= r.budget and need.chunk >= min(r.n_tokens, 128):
             yield schedule("jacobian", whole, jacobian)
             if not every:
                 return
-        workspace = max(need.forward(), need.recompute(True, False) if r.to_hidden else 0)
-        if workspace <= r.budget:
-            yield schedule("recompute" if r.to_hidden else "score", workspace)
+        if r.to_hidden:
+            yield from again("recompute", need.recompute(True, False))
+        elif need.forward() <= r.budget:
+            yield schedule("score", need.forward())
         return
     recompute = need.recompute(r.to_hidden, True)
     everything = r.n_tokens * up(r.n_vocab, 8) * traits.elem + factors
@@ -201,13 +211,10 @@ def _schedules(request: Request, traits: TiledTraits, size: tuple[int, int], eve
     columns = max(0, r.budget - mixed - factors) // (r.n_tokens * traits.elem) // size[1] * size[1]
     if r.keeps and 0 < columns < r.n_vocab:
         yield schedule("mixed", mixed, columns * r.n_tokens * traits.elem + factors, columns / r.n_vocab)
-    workspace = max(need.forward(), recompute)
-    if workspace <= r.budget:
-        yield schedule("recompute", workspace)
-    elif r.to_hidden:
-        workspace = max(need.forward(), need.recompute(False, True), need.recompute(True, False))
-        if workspace <= r.budget:
-            yield schedule("recompute-split", workspace)
+    found = list(again("recompute", recompute))
+    if not found and r.to_hidden:
+        found = list(again("recompute-split", max(need.recompute(False, True), need.recompute(True, False))))
+    yield from found
 
 
 class Candidate(NamedTuple):
@@ -240,7 +247,7 @@ def candidates(request: Request, traits: TiledTraits, device: DataSheet, every: 
         for schedule in _schedules(request, traits, size, every):
             found = True
             yield candidate(schedule)
-    if request.fuses and not request.entropy and not request.outputs:
+    if request.is_plain:
         yield from map(candidate, _fused(request, traits))
 
 
@@ -298,7 +305,7 @@ def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
     """
     traits = tiled_traits(backend, request.hidden_dtype, request.weight_dtype)
     n, v = request.n_tokens, request.n_vocab
-    if request.fuses and not request.entropy and not request.outputs:
+    if request.is_plain:
         for schedule in _fused(request, traits):
             return schedule
     fits, most = None, TRACED_TILE_BYTES if device.sms else device.l2_bytes // 2
@@ -317,9 +324,10 @@ def first_fit(request: Request, backend: str, device: DataSheet) -> Schedule:
 def _for_fewer(schedule: Schedule, about: int, request: Request, traits: TiledTraits) -> Schedule | None:
     """What was chosen for ``about`` tokens, for the somewhat fewer of the request, in as many chunks."""
     chunk = ceil_div(request.n_tokens, ceil_div(about, schedule.token_chunk))
-    if schedule.is_fused:
+    if schedule.block == 0:
         fused = _fused(request, traits)
         same = (s for s in fused if s.name == schedule.name)
         return next((s for s in same if s.token_chunk >= chunk and s.token_chunk <= 2 * chunk), None)
     found = _schedules(request, traits, (chunk, schedule.block))
-    return next((s for s in found if s.name == schedule.name), None)
+    kind = schedule.name, schedule.scores_fused
+    return next((s for s in found if (s.name, s.scores_fused) == kind), None)

@@ -74,9 +74,12 @@ class Config:
     lora_dropout: float = _option(0.0, "dropout of the adapter's inputs", SHARE)
     lora_targets: list[str] = _option(["all-linear"], "modules that get an adapter")
 
-    precision: str = _option("fp32", "fp32, or bf16: autocast, and a LoRA's frozen weights", _of("fp32", "bf16"))
+    last_layers: int = _option(
+        0, "train the last layers alone, with a LoRA its adapters in them; 0 trains all", NOT_NEGATIVE
+    )
+    precision: str = _option("fp32", "fp32, or bf16: autocast, and frozen weights of layers", _of("fp32", "bf16"))
     dropout: bool = _option(False, "keep the model's own dropout while training")
-    share_prompt: bool = _option(False, "run the prompt of a pair once (docs/shared_prompt.md)")
+    share_prompt: bool = _option(False, "run the prompt of a pair, or of a list, once (docs/shared_prompt.md)")
     grad_filter: str = _option("", "auto or a number: gradients of the entries that matter (docs/filter.md)", FILTER)
     memory_budget: str = _option("", "workspace of the head, such as 256MiB")
     gradient_checkpointing: bool = _option(False, "compute activations twice instead of keeping them")
@@ -134,9 +137,9 @@ class Config:
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
         """What a run that is resumed would do otherwise, each as ``name: was X, is Y``."""
-        now = self.as_dict()
+        was, now = {**Config().as_dict(), **before}, self.as_dict()
         names = [name for name in now if name not in FREE_TO_CHANGE + PATHS]
-        return [f"{n}: was {before.get(n)!r}, is {now[n]!r}" for n in names if before.get(n) != now[n]]
+        return [f"{n}: was {was[n]!r}, is {now[n]!r}" for n in names if was[n] != now[n]]
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

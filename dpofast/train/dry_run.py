@@ -27,7 +27,7 @@ def dry_run(config: Config) -> str:
     disable_progress_bar()  # of files read
     here = ranks.start(config.device)
     objective = objective_of(config)
-    feed = Feed(config, here, objective.answers, objective.has_kl)
+    feed = Feed(config, here, objective)
     policy = model.trained(config, None).to(here.device)
     batch = feed.step()[0].to(here.device)
     references = torch.zeros(len(batch.labels), device=here.device) if objective.needs_reference else None

@@ -56,7 +56,7 @@ class Training:
         self.ranks, self.screen, self.stop = context
         self.out, self.root = Path(config.out), Path(config.out) / "checkpoints"
         self.objective = objective_of(config)
-        self.feed = Feed(config, self.ranks, self.objective.answers, self.objective.has_kl)
+        self.feed = Feed(config, self.ranks, self.objective)
         self.total = steps_of(config, self.feed.records)
         self.position = state.Position()
         self.resumed = self._find_checkpoint()
@@ -113,6 +113,7 @@ class Training:
         model.load_optimizer(self.called, self.optimizer, kept["optimizer"])
         self.scheduler.load_state_dict(kept["scheduler"])
         self.feed.load_state_dict(kept["feed"])
+        self.objective.load_state_dict(kept.get("objective", {}))
         state.set_random_numbers(kept["random"][self.ranks.rank])
 
     # What the loss compares with
@@ -215,6 +216,7 @@ class Training:
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.advance(scored, self.ranks)
         entry |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": norm.item()}
         self.scheduler.step()
         self._advance(entry, tokens, time.perf_counter() - began)
@@ -259,6 +261,8 @@ class Training:
             return False
         entry: dict[str, Any] = {"step": self.position.step, "eval/records": len(values["loss"])}
         for name, found in values.items():
+            if not found:
+                continue
             measure = share_and_error if name.endswith("accuracies") else mean_and_error
             entry[f"eval/{name}"], entry[f"eval/{name}/error"] = measure(found)
         self._write(entry | {"eval/seconds": time.perf_counter() - began})
@@ -300,12 +304,12 @@ class Training:
         kept = {
             "config": self.config.as_dict(), "identity": dict(self.identity), "position": state.as_dict(self.position),
             "optimizer": optimizer, "scheduler": self.scheduler.state_dict(),
-            "feed": self.feed.state_dict(), "random": random,
+            "feed": self.feed.state_dict(), "objective": self.objective.state_dict(), "random": random,
         }  # fmt: skip
 
         def fill(folder: Path) -> None:
             model.save(self.bare, weights, self.feed.tokenizer, folder)
-            torch.save(kept, folder / checkpoint.STATE)
+            state.save(kept, folder)
 
         step = self.position.step
         target = checkpoint.write(self.root, step, fill, self._expected_bytes())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +25,24 @@ class Batch:
 
     Attributes:
         inputs, labels: ``[N, T]``, for `dpofast.integrations.models.model_logprob`.
+        sizes: answers of each record, ``records`` of them.
+        scores: ``[N]``, of each answer, nan in records without; or None where no record has any.
         margin, weight, good: ``[records]``, or None where no record has one; good is bool.
         keys: a hash of each sequence.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    records: int
+    sizes: tuple[int, ...]
+    scores: Tensor | None = None
     margin: Tensor | None = None
     weight: Tensor | None = None
     good: Tensor | None = None
     keys: list[bytes] = field(default_factory=list)
+
+    @property
+    def records(self) -> int:
+        return len(self.sizes)
 
     @property
     def tokens(self) -> int:
@@ -45,15 +53,27 @@ class Batch:
             return None if x is None else x.to(device)
 
         inputs = {name: x.to(device) for name, x in self.inputs.items()}
-        columns = {name: moved(getattr(self, name)) for name in ("margin", "weight", "good")}
+        columns = {name: moved(getattr(self, name)) for name in ("scores", "margin", "weight", "good")}
         return replace(self, inputs=inputs, labels=self.labels.to(device), **columns)
 
 
 def collate(records: Sequence[Encoded], pad: int) -> Batch:
-    """Some records of as many answers each as a batch."""
+    """Some records as a batch."""
+    if any(record.scores is not None for record in records):
+        records = [x if x.scores is not None else x._replace(scores=(math.nan,) * len(x.answers)) for x in records]
     batch = data.collate(records, pad_token_id=pad)
     keys = keys_of(batch.input_ids, batch.attention_mask, batch.targets)
-    return Batch(batch.inputs, batch.targets, len(records), batch.margins, batch.weights, batch.labels, keys)
+    columns = batch.scores, batch.margins, batch.weights, batch.labels
+    return Batch(batch.inputs, batch.targets, tuple(batch.sizes.tolist()), *columns, keys)
+
+
+class Needs(Protocol):
+    """What a loss asks of the data. ``mismatches``: a second answer to each prompt, that of another record."""
+
+    mismatches: bool
+
+    def expect(self, record: Record) -> None:
+        """Raise for a record that it cannot learn from."""
 
 
 class Feed:
@@ -62,14 +82,16 @@ class Feed:
     Files are read again in each epoch, by line, and only what is at work is in memory.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, answers: int = 2, mismatches: bool = False) -> None:
-        self.config, self.ranks, self.answers = config, ranks, answers
+    def __init__(self, config: Config, ranks: Ranks, needs: Needs) -> None:
+        self.config, self.ranks, self.needs = config, ranks, needs
         self.tokenizer = model.load_tokenizer(config.model)
         self._encode = Encoder(self.tokenizer, max_length=config.max_length, truncation=config.truncation)
+        check = self._encode if config.on_error == "skip" else None  # what it refuses has no place in the order
         found = [
-            data.read(paths, on_error=config.on_error) if paths else () for paths in (config.data, config.eval_data)
+            data.read(paths, on_error=config.on_error, check=check) if paths else ()
+            for paths in (config.data, config.eval_data)
         ]
-        self._train, self._held_out = (Mismatched(each) if mismatches and each else each for each in found)
+        self._train, self._held_out = (Mismatched(each) if needs.mismatches and each else each for each in found)
         self.records = len(found[0])
         self.skipped = [bad for each in found if each for bad in each.skipped]
         if config.batch_size % (config.micro_batch * ranks.world):
@@ -120,11 +142,7 @@ class Feed:
 
     def _batch(self, records: Sequence[Record]) -> Batch:
         for record in records:
-            single = record.label is not None
-            if (self.answers == 1) != single or (not single and len(record.answers) != self.answers):
-                expected = "chosen and rejected" if self.answers == 2 else "a completion with a label"
-                got = "a label" if single else f"{len(record.answers)} answers"
-                raise ValueError(f"data: {record.where}: got {got}, expected {expected}, which the loss needs")
+            self.needs.expect(record)
         return collate([self._encode(record) for record in records], padding_of(self.tokenizer))
 
 
@@ -143,7 +161,7 @@ class Mismatched:
         if not 0 <= i < len(self):
             raise IndexError(i)
         record, other = self._records[i], self._records[(i + 1) % len(self)]
-        return replace(record, answers=(record.answers[0], other.answers[0]))
+        return replace(record, answers=(record.answers[0], other.answers[0]), scores=None)
 
 
 def padding_of(tokenizer: Any) -> int:

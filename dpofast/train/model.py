@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpofast.checks import wrong
 from dpofast.train.config import Config
+from dpofast.train.freezing import freeze_below, halve_frozen_products, layers_of, places_of_adapters
 from dpofast.train.ranks import Ranks
 
 _DROPOUT = ("attention_dropout", "dropout", "activation_dropout", "resid_dropout", "p")
@@ -59,11 +60,15 @@ def trained(config: Config, checkpoint: Path | None) -> nn.Module:
     """The model to train, as it begins or as ``checkpoint`` has it."""
     if config.lora_rank == 0:
         model = load(config.model if checkpoint is None else str(checkpoint), config)
+        if config.last_layers:
+            freeze_below(model, config.last_layers)
+            if config.precision == "bf16" and not config.shard:  # FSDP2 wants one dtype in a layer
+                halve_frozen_products(model)
     else:
         model = _with_adapter(load(config.model, config), config, checkpoint)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.lora_rank:
+        if config.lora_rank and not config.last_layers:
             model.enable_input_require_grads()
     model.train()
     if not config.dropout:
@@ -78,7 +83,7 @@ def wrapped(model: nn.Module, config: Config, ranks: Ranks) -> nn.Module:
         return model
     if not config.shard:
         return DistributedDataParallel(model)
-    for layer in _layers(model):
+    for layer in layers_of(model).values():
         fully_shard(layer)
     return fully_shard(model)
 
@@ -118,19 +123,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, kept: dic
 
 def save(model: nn.Module, weights: dict[str, Any] | None, tokenizer: Any, folder: Path) -> None:
     """Save the model as Transformers does, or its adapter as PEFT does, and the tokenizer."""
-    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+    except SafetensorError as error:  # its word for a write that fails
+        raise OSError(f"the model: {error}") from error
     tokenizer.save_pretrained(folder)
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the model's body, which Transformers calls by the name of their class."""
-    names = set(getattr(_base_of(model), "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def _base_of(model: nn.Module) -> nn.Module:
-    """The model of Transformers inside PEFT's."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -142,15 +141,14 @@ def _with_adapter(base: nn.Module, config: Config, checkpoint: Path | None) -> n
 
     if checkpoint is not None:
         return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-    targets = config.lora_targets
     return get_peft_model(
         base,
         LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha or 2 * config.lora_rank,
             lora_dropout=config.lora_dropout,
-            target_modules=targets[0] if targets == ["all-linear"] else targets,
             task_type="CAUSAL_LM",
+            **places_of_adapters(base, config.lora_targets, config.last_layers),
         ),
     )
 

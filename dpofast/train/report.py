@@ -15,7 +15,8 @@ from dpofast.train.config import Config
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 _TRAINING, _HELD_OUT = "#0072B2", "#D55E00"
 _WINDOW = 10  # steps in a running mean: a single batch is too small to read anything from
-_CURVES = (("loss", "Loss"), ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"))
+_CURVES = (("loss", "Loss"), ("rewards/margins", "Reward margin"), ("rewards/accuracies", "Reward accuracy"),
+           ("rewards/ndcg", "Reward nDCG"))  # fmt: skip
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import nn
 
 from dpofast.data import Encoded, Encoder, read
 from dpofast.train.feed import Batch, collate, padding_of
+from dpofast.train.ranking import first_is_best, ndcg
 from dpofast.train.report import mean_and_error, share_and_error
 
 
@@ -31,7 +33,8 @@ def score(model: nn.Module, reference: nn.Module | None, records: Iterable[Encod
     Yields:
         ``where``; ``logps`` and ``lengths`` of the answers; with a reference ``rewards``, beta times the log-ratios.
         Of several answers also ``logps/correct``, ``average/correct`` and ``rewards/correct``: whether the first is
-        above all others, by its log-prob, by that over its length, by its reward; of a pair its ``margin`` in rewards.
+        above all others, by its log-prob, by that over its length, by its reward; where they have scores
+        ``logps/ndcg`` and so on, as `dpofast.train.ranking.ndcg`; of a pair its ``margin`` in rewards.
     """
     for _, group in itertools.groupby(records, key=lambda record: len(record.answers)):
         while part := list(itertools.islice(group, options.micro_batch)):
@@ -66,17 +69,16 @@ def _line(record: Encoded, logps: Sequence[float], ref_logps: Sequence[float] | 
     if ref_logps is not None:
         line["rewards"] = [beta * (a - b) for a, b in zip(logps, ref_logps)]
     if len(lengths) > 1:
-        line["logps/correct"] = _first_is_best(logps)
-        line["average/correct"] = _first_is_best([a / n for a, n in zip(logps, lengths)])
-        if ref_logps is not None:
-            line["rewards/correct"] = _first_is_best(line["rewards"])
+        orders = {"logps": logps, "average": [a / n for a, n in zip(logps, lengths)], "rewards": line.get("rewards")}
+        for name, values in orders.items():
+            if values is not None:
+                line[f"{name}/correct"] = first_is_best(values)
+                gain = math.nan if record.scores is None else ndcg(values, record.scores)
+                if not math.isnan(gain):
+                    line[f"{name}/ndcg"] = gain
     if len(lengths) == 2 and ref_logps is not None:
         line["margin"] = line["rewards"][0] - line["rewards"][1]
     return line
-
-
-def _first_is_best(values: Sequence[float]) -> bool:
-    return values[0] > max(values[1:])
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, float]]:
@@ -86,9 +88,9 @@ def table(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float, flo
         for name in ("logps", "rewards"):
             for who, value in zip(_names(line), line.get(name, ())):
                 columns.setdefault(f"{name}/{who}", []).append(value)
-        for name in ("margin", "logps/correct", "average/correct", "rewards/correct"):
-            if name in line:
-                columns.setdefault(name, []).append(float(line[name]))
+        for name, value in line.items():
+            if name == "margin" or name.endswith(("/correct", "/ndcg")):
+                columns.setdefault(name, []).append(float(value))
     measures = {name: share_and_error if name.endswith("/correct") else mean_and_error for name in columns}
     return [(name, len(values), *measures[name](values)) for name, values in columns.items()]
 
@@ -142,16 +144,18 @@ def _score_files(args: argparse.Namespace) -> None:
         for name, folder in (("model", args.model), ("reference", args.reference))
     )
     encode, lines = Encoder(tokenizer, max_length=args.max_length), []
-    records = map(encode, read(args.data, on_error=args.on_error))
+    records = read(args.data, on_error=args.on_error, check=encode if args.on_error == "skip" else None)
     draft = args.out and args.out.with_name(args.out.name + ".unfinished")
     with contextlib.ExitStack() as files:
         out = sys.stdout if draft is None else files.enter_context(draft.open("w", encoding="utf-8"))
-        for line in score(policy, reference, records, args):
+        for line in score(policy, reference, map(encode, records), args):
             lines.append(line)
             print(json.dumps(line), file=out)
     if draft is not None:
         draft.replace(args.out)
-    shown = Table(title=f"{len(lines)} records")
+    for bad in records.skipped:
+        print(f"dpofast score: left out {bad.file}:{bad.line}: {bad.reason}", file=sys.stderr)
+    shown = Table(title=f"{len(lines)} records" + (f", {len(records.skipped)} left out" if records.skipped else ""))
     for name in ("", "records", "mean", "standard error"):
         shown.add_column(name, justify="right" if name else "left")
     for name, count, mean, error in table(lines):

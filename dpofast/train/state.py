@@ -91,6 +91,14 @@ def newest(root: Path) -> tuple[Path | None, list[str]]:
     return None, notes
 
 
+def save(kept: Mapping[str, Any], folder: Path) -> None:
+    """Keep this beside the model."""
+    try:
+        torch.save(kept, folder / checkpoint.STATE)
+    except RuntimeError as error:  # torch's word for a write that fails
+        raise OSError(f"{checkpoint.STATE}: {error}") from error
+
+
 def load(folder: Path) -> dict[str, Any]:
     """What `dpofast.train` kept beside the model; tensors, numbers and text, never code."""
     return torch.load(folder / checkpoint.STATE, weights_only=True, map_location="cpu")

@@ -153,11 +153,12 @@ def test_the_tensors_device_is_used_whatever_the_current_one_is():
     assert_near(step(*args), exact(*args))
 
 
-SIZES = {  # block, token_chunk and bytes kept of one token and 32001 rows of the head; block 0: fused
+SIZES = {  # block, token_chunk and bytes kept of one token and 32001 rows of the head; block 0, or a last 1: fused
     "cached": (8192, 1, 32008 * 2 + 4),
     "cached, fused": (0, 1, 32008 * 2 + 4),
     "mixed": (8192, 1, 16384 * 2 + 4),
     "recompute": (8192, 1, 0),
+    "recompute, fused": (8192, 1, 0, 1),
     "recompute-split": (8192, 1, 0),
     "jacobian": (8192, 1, 256 * 4 + 4),
     "jacobian, fused": (0, 1, 256 * 4 + 4),

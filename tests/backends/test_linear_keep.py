@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -20,7 +21,8 @@ from dpofast.backends.base import InputGrads, OutputGrads, Saved, Transform
 from dpofast.backends.base import Problem as HeadProblem
 from dpofast.backends.gpu import GpuPasses
 from dpofast.backends.tiled import TiledBackend
-from dpofast.plan import Schedule
+from dpofast.plan import Request, Schedule, cost
+from dpofast.plan import choose as plan
 from dpofast.plan.schedule import up
 
 if kernels.TensorDescriptor is None:
@@ -300,10 +302,13 @@ def test_what_is_supported():
         )
 
 
-@pytest.mark.parametrize("name", ("cached", "jacobian", "score"))
-def test_the_loops_that_run_on_it(name):
+BLOCKS = {"cached": 0, "jacobian": 0, "score": 0, "recompute": 64, "recompute-split": 128}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_loops_that_run_on_it(name, monkeypatch):
     """Forward and backward of a whole call, in chunks of tokens, against the reference."""
-    n, n_hidden, v, chunk = 70, 24, 523, 40 if name == "jacobian" else 70
+    n, n_hidden, v, chunk = 70, 24, 523, 70 if name in ("cached", "score") else 40
     given = problem(n, n_hidden, v, scale=0.25)  # fp16 could not hold more
     hidden = given.hidden.view(1, n + 5, n_hidden)
     positions = given.offsets // n_hidden
@@ -312,8 +317,11 @@ def test_the_loops_that_run_on_it(name):
     cache = torch.empty(
         n * (up(v, 8) * 2 if name == "cached" else n_hidden * 4) + n * 4, dtype=torch.uint8, device=DEVICE
     )
-    how = Schedule.of(name, (0, chunk, 0 if name == "score" else cache.numel()))
-    values = engine.forward(case, how, (), cache)
+    keeps = BLOCKS[name] == 0 and name != "score"
+    how = Schedule.of(name, (BLOCKS[name], chunk, cache.numel() if keeps else 0, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuPasses, "fold", None)  # no tile of the forward is folded
+        values = engine.forward(case, how, (), cache)
 
     exact = [x.double().requires_grad_() for x in (hidden, given.weight)]
     c = torch.randn(n, device=DEVICE)
@@ -323,8 +331,61 @@ def test_the_loops_that_run_on_it(name):
     torch.testing.assert_close(values["lse"].sum(1).double(), given.z().logsumexp(1), rtol=1e-5, atol=1e-5)
     if name == "score":
         return
-    grads = InputGrads(torch.zeros_like(hidden), torch.zeros_like(given.weight) if name == "cached" else None)
+    grads = InputGrads(torch.zeros_like(hidden), None if name == "jacobian" else torch.zeros_like(given.weight))
     engine.backward(case, how, Saved(**values, cache=cache), OutputGrads(c), grads)
     for got, want in zip(grads[:2], (d_hidden, d_weight)):
         if got is not None:
             assert (got - want).norm() / want.norm() < 0.01
+
+
+def score(hidden: torch.Tensor, weight: torch.Tensor, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    case = HeadProblem(hidden, weight, None, positions, labels)
+    return TiledBackend(GpuPasses(thread_blocks=4)).forward(case, Schedule.of("score", (0, 0, 0)), (), None)["logps"]
+
+
+@pytest.mark.parametrize("given", ("every second column", "a weight off 16 bytes", "rows of three dimensions"))
+def test_operands_are_brought_into_the_shape_that_the_kernels_take(given, monkeypatch):
+    n, n_hidden, v = 6, 16, 150
+    p, positions = problem(n, n_hidden, v), torch.tensor([0, 3, 4, 7, 9, 10], device=DEVICE)
+    hidden = torch.zeros(4, 3, 2 * n_hidden, device=DEVICE, dtype=p.hidden.dtype)
+    hidden[..., ::2] = p.hidden.new_empty(4, 3, n_hidden).normal_()
+    hidden = hidden[..., ::2] if given == "every second column" else hidden[..., ::2].contiguous()
+    weight = torch.zeros(v * n_hidden + 8, device=DEVICE, dtype=p.weight.dtype)
+    weight = weight[1 if "off" in given else 8 :][: v * n_hidden].view(v, n_hidden).copy_(p.weight)
+    if "three" in given:  # not one after the other in memory
+        hidden = hidden.transpose(0, 1)
+    seen, multiply = [], kernels.linear_keep
+    monkeypatch.setattr(kernels, "linear_keep", lambda *args: seen.append(args[:2]) or multiply(*args))
+    got = score(hidden, weight, positions, p.labels)
+    ((packed, multiplied),) = seen
+    assert packed.data_ptr() % 16 == multiplied.data_ptr() % 16 == 0
+    z = hidden.reshape(-1, n_hidden)[positions].double() @ weight.double().T
+    want = z.log_softmax(-1).gather(1, p.labels[:, None]).squeeze(1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_score_allocates_is_planned(monkeypatch):
+    for name in ("pack_tokens", "linear_keep", "seal"):
+        monkeypatch.setattr(kernels, name, lambda *_, **__: None)
+    made: dict[int, torch.Tensor] = {}
+
+    class Allocated(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                made.setdefault(out.untyped_storage().data_ptr(), out)
+            return out
+
+    n, n_hidden, v = 200, 64, 20000
+    given = [torch.empty(n, n_hidden, dtype=torch.bfloat16), torch.empty(v, n_hidden, dtype=torch.bfloat16)]
+    positions, labels = torch.arange(n), torch.zeros(n, dtype=torch.int64)
+    with Allocated():
+        score(*given, positions, labels)
+    known = {x.untyped_storage().data_ptr() for x in (*given, positions, labels)}
+    allocated = sum(x.untyped_storage().nbytes() for pointer, x in made.items() if pointer not in known)
+    request = Request(n, n_hidden, v, torch.bfloat16, torch.bfloat16, 1 << 30, False, False, fuses=True)
+    planned = plan(request, "cuda", device=cost.DEVICES["h100"])
+    assert planned.is_fused and allocated <= planned.workspace_bytes < 1.1 * allocated
+    again = request._replace(to_hidden=True, to_weight=True, budget=allocated * 3)
+    least = plan(again, "cuda", device=cost.DEVICES["h100"])
+    assert least.scores_fused and least.workspace_bytes >= allocated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +59,23 @@ def test_resolve(backend, device, exact):
     if device != "cpu" and torch.version.cuda and hasattr(native.C, "cuda_logprob_fold"):
         exact = "cuda" if backend == "auto" else exact
     assert registry.resolve(backend, device) == exact
+
+
+@pytest.mark.parametrize("name", ("auto", "cuda", "triton", "torch"))
+def test_a_graph_resolves_every_name_of_a_gpu(name, monkeypatch):
+    """torch.compile follows the question for a device that is not here, as if its backends were."""
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        pytest.skip("no Triton")
+    monkeypatch.setattr(native, "C", SimpleNamespace(cuda_logprob_fold=None))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def named(x):
+        return x + len(registry.resolve(name, "cuda"))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(named, fullgraph=True, backend="eager")
+    exact = registry.resolve(name, "cuda")
+    assert exact == ("cuda" if name == "auto" else name) and compiled(torch.zeros(1)) == len(exact)
 
 
 @pytest.mark.parametrize(

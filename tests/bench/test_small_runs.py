@@ -83,6 +83,7 @@ def test_shares_of_the_prompt_are_timed_in_three_ways(tmp_path, monkeypatch):
         (records,) = prompt.measure(tmp_path, 128, 50, rounds=1)
     assert [(r.metric, r.provider) for r in records] == [
         ("tokens / unshared", "dpofast, prompt shared"),
+        ("work / unshared", "dpofast, prompt shared"),
         ("time / plain PyTorch", "dpofast"),
         ("time / plain PyTorch", "dpofast, prompt shared"),
         ("time / unshared", "dpofast, prompt shared"),
@@ -96,6 +97,30 @@ def test_tokens_are_counted_by_pair():
     ids = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [1, 2, 9, 0], [7, 6, 5, 0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0]])
     assert prompt.tokens_left({"input_ids": ids, "attention_mask": mask}) == pytest.approx(10 / 12)
+
+
+def test_work_is_of_weights_of_what_a_token_sees_and_of_a_head_that_is_not_shared():
+    import tiny
+
+    from dpofast.bench import prompt
+
+    model = tiny.model()
+    config, linear = model.config, [m for m in model.model.modules() if isinstance(m, torch.nn.Linear)]
+    ids = torch.tensor([[1, 2, 3, 4, 5], [5, 6, 7, 0, 0], [1, 2, 3, 9, 0], [5, 6, 8, 1, 0]])
+    mask = (ids > 0).long()
+    labels = ids.masked_fill(ids == 0, -100)
+    labels[:, :2] = -100
+
+    def work(first: int, last: int) -> int:
+        """Of the tokens of a sequence from the first to the last."""
+        seen = config.num_hidden_layers * config.num_attention_heads * config.head_dim * 2
+        return sum(sum(m.weight.numel() for m in linear) + seen * (i + 1) for i in range(first, last))
+
+    head = model.lm_head.weight.numel() * (3 + 1 + 2 + 2)
+    apart = work(0, 5) + work(0, 3) + work(0, 4) + work(0, 4) + head
+    shared = work(0, 5) + work(0, 3) + work(3, 4) + work(2, 4) + head
+    found = prompt.work_left(model, {"input_ids": ids, "attention_mask": mask}, labels)
+    assert found == pytest.approx(shared / apart)
 
 
 def test_ways_of_reading_a_file_are_measured_in_processes_of_their_own(tmp_path):

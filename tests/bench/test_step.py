@@ -88,6 +88,42 @@ def test_ways_that_disagree_or_show_nothing_fail(dtype, found, message):
         step.check(ROW[dtype], found)
 
 
+def test_a_row_that_rounds_its_logits_is_held_to_those_in_fp32():
+    """To the loss of these by a few per cent, and the timed one, which is rounded, by what rounding can be."""
+    (row,) = (row for row in step.ROWS if row.truth == "exact")
+    found = outcomes(0.33, 4.5, 0.305, 4.1) | {"exact": step.Outcome(0.3, 4.0)}
+    step.check(row, found)
+    with pytest.raises(RuntimeError, match="loss is 0.305 with dpofast and 0.25 without"):
+        step.check(row, found | {"exact": step.Outcome(0.25, 4.0), "before": step.Outcome(0.25, 4.0)})
+    with pytest.raises(RuntimeError, match="the loss is 0.4, and 0.3 of logits in fp32"):
+        step.check(row, found | {"before": step.Outcome(0.4, 4.0)})
+
+
+def test_logits_of_the_loop_in_bf16_are_not_rounded_where_they_are_the_truth(tmp_path, monkeypatch):
+    """Beside the same loop in fp32, with the model's hidden states rounded and its head: only sums remain."""
+    (row,) = (row for row in step.ROWS if row.truth == "exact")
+    monkeypatch.chdir(ROOT)
+    with numerics.threads(1):
+        step.write_tiny(tmp_path)
+        _, found = step.times(row, tmp_path, 1)
+    assert found.keys() == {"before", "after", "exact"}
+    assert found["after"].loss == pytest.approx(found["exact"].loss, rel=1e-3)
+
+
+def test_what_is_measured_is_saved_before_the_next_row(tmp_path, monkeypatch):
+    def measure(row, _folder, _rounds):
+        if row is not step.ROWS[0]:
+            raise KeyboardInterrupt
+        yield [row.facts.of("time", 1.0, "s", provider=row.provider)]
+
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr(step, "in_a_process_of_its_own", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["step", "--quick", "--out", str(tmp_path / "step.json")])
+    with pytest.raises(KeyboardInterrupt):
+        step.main()
+    assert [r.value for r in record.read(tmp_path / "step.json").where(metric="time")] == [1.0]
+
+
 def test_rows_that_do_not_exist_are_named(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["step", "--rows", "unsloth"])
     with pytest.raises(SystemExit):

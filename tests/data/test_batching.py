@@ -144,6 +144,19 @@ def test_numbers_of_records_come_along(tokenizer):
     assert plain.labels is plain.weights is plain.margins is None
 
 
+def test_sizes_stay_on_the_cpu_and_all_else_moves(tokenizer):
+    batch = data.collate(encoded(tokenizer, tiny.pairs(2)), pad_token_id=0).to("meta")
+    tensors = {name: x.device.type for name, x in vars(batch).items() if isinstance(x, torch.Tensor)}
+    assert tensors.pop("sizes") == "cpu" and set(tensors.values()) == {"meta"}
+
+
+def test_scores_are_those_of_all_records_or_none(tokenizer):
+    scored = {"prompt": "w1 ", "answers": ["w2", "w3"], "scores": [2, 1]}
+    each = [*encoded(tokenizer, [scored]), *encoded(tokenizer, tiny.pairs(1))]
+    assert data.collate(each, pad_token_id=0).scores is None
+    assert data.collate(each[:1], pad_token_id=0).scores.tolist() == [2, 1]
+
+
 def test_tokens_that_do_not_count_have_no_target():
     one = data.Encoded((7, 8), (data.Answer((1, 2, 3), (True, False, True)),))
     assert data.collate([one], pad_token_id=0).targets.tolist() == [[-100, -100, 1, -100, 3]]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -16,6 +20,10 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<|im_start|>", "<|im_end|>"]
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+REASONS = dict(
+    re.findall(r"^\| ([^|`]+) \| `(.+)` \|$", PAGE.partition("| record, met by its token ids |")[2], re.MULTILINE)
+)
 MERGES = [("Ġ", "a"), ("b", "c"), (".", "Ċ"), ("o", "u"), ("ou", "t")]
 
 
@@ -123,6 +131,40 @@ def test_batches_are_those_of_trls_collator(max_length, tokenizer, tmp_path):
     assert (batch.targets != -100).equal(wanted["completion_mask"].bool())
 
 
+def of_trls_collator(rows: list[data.Encoded], mode: str, max_length: int) -> list[list[int]]:
+    """What TRL's collator makes of records that nothing cut: the chosen ones, then the rejected ones."""
+    collators = pytest.importorskip("trl.trainer.dpo_trainer")
+    collate = collators.DataCollatorForPreference(pad_token_id=0, max_length=max_length, truncation_mode=mode)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    parts = [(row.prompt, *(answer.ids for answer in row.answers)) for row in rows]
+    batch = collate([dict(zip(names, map(list, part))) for part in parts])
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])]
+
+
+def test_cutting_the_prompt_is_trls_keep_end_for_answers_of_one_length_that_leave_it_a_token(tokenizer):
+    rows = list(data.read([{"prompt": "12345", "chosen": "678", "rejected": "876"}, TEXTS[1]]))
+    wanted = of_trls_collator([*map(data.Encoder(tokenizer), rows)], "keep_end", 6)
+    batch = data.collate(map(data.Encoder(tokenizer, max_length=6, truncation="prompt"), rows), pad_token_id=0)
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask)] == wanted
+    assert len(wanted[0]) == 6 < 5 + 4  # something was cut
+
+
+def test_trls_keep_end_cuts_the_prompt_of_each_answer_and_the_beginning_of_a_long_one(tokenizer):
+    record = data.normalise({"prompt": "12345", "chosen": "678", "rejected": "9"})
+    (chosen, rejected), few = (
+        of_trls_collator([data.Encoder(tokenizer)(record)], "keep_end", 7),
+        data.Encoder(tokenizer, max_length=7, truncation="prompt")(record),
+    )
+    assert [text(tokenizer, ids) for ids in (chosen, rejected)] == ["345678<eos>", "123459<eos>"]
+    assert [text(tokenizer, few.prompt + answer.ids) for answer in few.answers] == ["345678<eos>", "3459<eos>"]
+    (chosen, _), least = (
+        of_trls_collator([data.Encoder(tokenizer)(record)], "keep_end", 3),
+        data.Encoder(tokenizer, max_length=3, truncation="prompt")(record),
+    )
+    assert text(tokenizer, chosen) == "78<eos>"
+    assert text(tokenizer, least.prompt + least.answers[0].ids) == "567"
+
+
 def test_a_token_across_the_seam_is_the_answers_and_the_whole_is_what_the_tokenizer_makes(tokenizer):
     record = data.normalise(TEXTS[0])
     assert len(tokenizer("bc")["input_ids"]) == 1  # there is something to see
@@ -138,6 +180,17 @@ def test_a_token_across_the_seam_is_the_answers_and_the_whole_is_what_the_tokeni
 def test_the_earliest_answer_decides_the_seam_of_a_list(tokenizer):
     found = data.Encoder(tokenizer)(data.normalise({"prompt": "ab", "answers": ["x", "y", "c"]}))
     assert [text(tokenizer, answer.ids) for answer in found.answers] == ["bx<eos>", "by<eos>", "bc<eos>"]
+
+
+def test_a_token_that_one_answer_joins_counts_in_all_of_them():
+    seamed = bytes_tokenizer()
+    seamed.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}b{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}b{% endif %}"
+    )
+    found = data.Encoder(seamed)(data.normalise({"prompt": talk(("user", "a")), "chosen": "x", "rejected": "c"}))
+    assert text(seamed, found.prompt) == "a" and found.seam == 1
+    assert [counted(seamed, answer) for answer in found.answers] == ["bx", "bc"]
 
 
 def test_only_the_assistants_turns_count(tokenizer):
@@ -184,38 +237,44 @@ def test_truncation_of_the_prompt_takes_its_beginning_first(tokenizer):
     assert text(tokenizer, least.prompt) == "5" and least.cut == data.Cut(4, (2, 0))
 
 
-@pytest.mark.parametrize(
-    ("row", "length", "reason"),
-    [
-        (
-            {"prompt": "12345", "chosen": "6", "rejected": "7"}, 5,
-            "answers[0]: got no token that counts with max_length=5, after a prompt of 5 tokens, expected at least one",
-        ),
-        (
-            {"prompt": "1", "chosen": "666", "rejected": "667"}, 3,
-            "answers: got two that are the same with max_length=3, expected them to differ",
-        ),
-        (
-            {"prompt": "", "chosen": "6", "rejected": "7"}, None,
-            "prompt: got no token, expected at least one; begin it with a BOS token",
-        ),
-        (
-            {"prompt": "b", "chosen": "c", "rejected": "7"}, None,
-            "prompt: got 1 tokens, all joined to the answers, expected one before them; begin it with a BOS token",
-        ),
-    ],
-)  # fmt: skip
-def test_a_record_of_which_nothing_is_left_is_an_error(tokenizer, row, length, reason):
-    with pytest.raises(data.BadRow) as caught:
-        data.Encoder(tokenizer, max_length=length)(data.normalise(row, where="f:9"))
-    assert str(caught.value) == f"data: f:9: {reason}"
+REFUSED = {
+    "truncated to nothing": ({"prompt": "12345", "chosen": "6", "rejected": "7"}, 5),
+    "truncated to the same": ({"prompt": "1", "chosen": "666", "rejected": "667"}, 3),
+    "a prompt without a token": ({"prompt": "", "chosen": "6", "rejected": "7"}, None),
+    "a prompt that a tokenizer joins to its answers": ({"prompt": "b", "chosen": "c", "rejected": "7"}, None),
+    "messages that a template refuses": (TALKS[0], None),
+}
 
 
-def test_a_template_that_refuses_messages_names_the_row(tokenizer):
+def test_every_refused_record_on_the_page_is_tried():
+    assert set(REASONS) == set(REFUSED)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_refused_record_is_an_error_with_the_reason_on_the_page(kind):
+    row, length = REFUSED[kind]
     strict = bytes_tokenizer()
     strict.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(data.BadRow, match="f:9: messages: the chat template refuses them: roles must alternate"):
-        data.Encoder(strict)(data.normalise(TALKS[0], where="f:9"))
+    with pytest.raises(data.BadRow) as caught:
+        data.Encoder(strict, max_length=length)(data.normalise(row, where="f:9"))
+    assert str(caught.value) == f"data: f:9: {REASONS[kind]}"
+
+
+def test_what_an_encoder_refuses_is_skipped_counted_and_listed(tokenizer, tmp_path):
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": "1" * n, "chosen": "6", "rejected": "7"} for n in (4, 5, 2, 9, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], "no row", *rows[1:]]))
+    encode = data.Encoder(tokenizer, max_length=5)
+    records = data.read(path, on_error="skip", check=encode)
+    assert [len(record.prompt) for record in records] == [4, 2, 1] == [len(records[i].prompt) for i in range(3)]
+    assert [(line, reason.partition(":")[0]) for _, line, reason in records.skipped] == [
+        (2, "row"), (3, "answers[0]"), (5, "answers[0]")
+    ]  # fmt: skip
+    assert len(records) == 3 and len(list(data.shuffle(records))) == 3
+    with pytest.raises(data.BadRow, match="rows:2: answers.0.: got no token that counts with max_length=5"):
+        list(data.read(rows, check=encode))
+    with pytest.raises(TypeError, match="check: got int 5, expected None or a function of a record"):
+        data.read(path, check=5)
 
 
 def test_what_a_tokenizer_lacks_is_named(tokenizer):

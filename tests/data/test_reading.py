@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from dpofast import data
+from dpofast.data import sources as sources_module
 
 PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-REASONS = dict(re.findall(r"^\| ([^|`]+) \| (.+) \|$", PAGE.partition("## Bad input")[2], re.MULTILINE))
+TABLE = PAGE.partition("## Bad input")[2].partition("| record, met by")[0]  # of the rows; the other is the encoder's
+REASONS = dict(re.findall(r"^\| ([^|`]+) \| (.+) \|$", TABLE, re.MULTILINE))
 GOOD = b'{"prompt": "a", "chosen": "b", "rejected": "c"}'
 PAIRS = [{"prompt": f"p{i} ", "chosen": f"good {i}", "rejected": f"bad {i}", "margin": i / 2} for i in range(7)]
 
@@ -26,6 +28,7 @@ def pair(prompt=b'"a"', chosen=b'"b"', rejected=b'"c"') -> bytes:
 
 
 ASKED, IMAGE = b'[{"role": "user", "content": "a"}]', b'[{"role": "user", "content": [{"type": "image"}]}]'
+TALK = b'[{"role": "user", "content": "3?"}, {"role": "assistant", "content": "%s"}]'
 BAD = {
     "no JSON": b'{"prompt": "a" "chosen": "b"}',
     "no object": b"3",
@@ -40,6 +43,7 @@ BAD = {
     "empty answer": pair(rejected=b'" "'),
     "no turn of the assistant": pair(ASKED, ASKED),
     "chosen equal to rejected": pair(rejected=b'"b"'),
+    "a prompt that is no prefix": pair(b'"4?"', TALK % b"4", TALK % b"5"),
     "no common prefix": b'{"chosen": "b", "rejected": "c"}',
     "NaN score": b'{"prompt": "a", "answers": ["b", "c"], "scores": [1.0, NaN]}',
     "too few scores": b'{"prompt": "a", "answers": ["b", "c"], "scores": [1.0]}',
@@ -119,6 +123,12 @@ def test_skipping_counts_and_lists_and_leaves_the_good_ones(tmp_path):
     assert len(records.skipped) == len(rows) + 1 - len(good)  # of one pass, not of all
 
 
+def test_asking_for_the_format_lists_nothing(tmp_path):
+    records = data.read(written(tmp_path / "x.jsonl", b"{\n" + GOOD), on_error="skip")
+    assert records.format == "trl" and records.skipped == []
+    assert len(list(records)) == len(records.skipped) == 1
+
+
 def test_nesting_without_end_is_a_bad_row(tmp_path):
     with pytest.raises(data.BadRow, match="nested too deeply"):
         list(data.read(written(tmp_path / "x.jsonl", b'{"a": ' + b"[" * 100_000)))
@@ -130,6 +140,34 @@ def test_a_bad_row_survives_pickling():
 
 
 # Sources
+
+
+def test_an_array_that_would_fill_the_memory_is_refused_and_says_what_to_do(tmp_path, monkeypatch):
+    content = json.dumps(PAIRS).encode()
+    paths = [written(tmp_path / "a.json", content), written(tmp_path / "a.json.gz", gzip.compress(content))]
+    monkeypatch.setattr(sources_module, "ARRAY_LIMIT", len(content))
+    assert [len(data.read(path)) for path in paths] == [7, 7]
+    monkeypatch.setattr(sources_module, "ARRAY_LIMIT", len(content) - 1)
+    for path in paths:
+        with pytest.raises(ValueError, match=re.escape(f"source: got {path}, a JSON array of more than") + ".* jq -c"):
+            data.read(path)
+
+
+def test_a_damaged_gz_is_named(tmp_path):
+    whole = gzip.compress(lines(PAIRS))
+    for name, content in {
+        "short.gz": whole[:-20],
+        "wrong.gz": whole[:12] + bytes([255 - whole[12]]) + whole[13:],
+    }.items():
+        path = written(tmp_path / name, content)
+        with pytest.raises(OSError, match=f"{path}"):
+            list(data.read(path))
+
+
+def test_a_gz_cannot_be_shuffled_and_says_so(tmp_path):
+    path = written(tmp_path / "a.jsonl.gz", gzip.compress(lines(PAIRS)))
+    with pytest.raises(TypeError, match=re.escape(f"got {path}, which can be read in its order alone; gunzip it to")):
+        data.shuffle(data.read(path))
 
 
 def sources(tmp_path):

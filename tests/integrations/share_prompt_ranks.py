@@ -71,6 +71,16 @@ def one_rank_has_nothing_to_share() -> None:
         check(build, wrap, alike=(True, False), ref=wrap)
 
 
+def trl_in_data_parallel() -> None:
+    """TRL's own trainer, launched as users do, with every batch shared."""
+    cost, plan, shared = sharing._cost, sharing._plan, []
+    sharing._cost = lambda hidden_size, rows, width, causal=False: rows
+    sharing._plan = lambda *args: shared.append(plan(*args)) or shared[-1]
+    sharded.same(share_prompt=True)
+    sharing._cost, sharing._plan = cost, plan
+    assert len(shared) == 3 * 2 and None not in shared  # policy and reference
+
+
 def zero3() -> None:
     """By its name alone, for DeepSpeed is slow to import. Its engine shares, and the plain model beside it does not."""
     from ranks import zero3 as deepspeed
@@ -95,7 +105,7 @@ def zero3() -> None:
         shared.clear()
 
 
-CASES = {f.__name__: f for f in (data_parallel, fsdp2, one_rank_has_nothing_to_share, zero3)}
+CASES = {f.__name__: f for f in (data_parallel, fsdp2, one_rank_has_nothing_to_share, trl_in_data_parallel, zero3)}
 
 if __name__ == "__main__":
     launch.main(CASES)

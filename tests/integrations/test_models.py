@@ -24,7 +24,7 @@ from families import FAMILIES, V, build
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments
 
-from dpofast import functional, losses, primitive, sequences
+from dpofast import functional, lists, losses, primitive, sequences
 from dpofast.integrations import models
 
 T = 7
@@ -154,6 +154,128 @@ def test_token_weights_reach_the_loss():
     sums = [sequences.sequence_logps(x, labels[:, 1:], token_weights=weights).chunk(2) for x in (logps, ref_logps)]
     torch.testing.assert_close(out.loss, losses.preference_loss(*sums[0], *sums[1]))
     assert not out.loss.isclose(models.model_dpo_loss(policy, inputs, labels, ref_logps=ref_logps).loss, rtol=1e-3)
+
+
+# Lists
+
+
+def of_lists(sizes: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Answers in blocks of first, second, ...; those of a list begin with the same prompt of 3."""
+    inputs, labels = batch(sum(sizes))
+    record = [b for place in range(max(sizes)) for b, size in enumerate(sizes) if place < size]
+    inputs["input_ids"][:, :3] = inputs["input_ids"][record, :3]
+    return inputs, labels
+
+
+LIST_OPTIONS = [
+    {"margin": 0.3},
+    {"loss_type": "lipo_lambda", "scores": torch.tensor([2.0, 1.0, 1.0, 0.0, 0.0]), "reduction": "none"},
+    {"loss_type": "plackett_luce", "temperature": 0.5, "list_weight": torch.tensor([0.5, 2.0])},
+    {"token_weights": True, "metrics": True},
+]
+
+
+@pytest.mark.parametrize("options", LIST_OPTIONS, ids=lambda options: ", ".join(options))
+def test_the_loss_of_lists_equals_that_of_the_log_probs(options):
+    policy, ref, sizes = build("cohere"), build("cohere", seed=1), [3, 2]
+    inputs, labels = of_lists(sizes)
+    weights = torch.linspace(0.5, 2.0, labels[:, 1:].numel()).view(labels[:, 1:].shape)
+    options = options | ({"token_weights": weights} if "token_weights" in options else {})
+    out = models.model_list_loss(policy, inputs, labels, sizes=sizes, interleaved=True, ref_model=ref, **options)
+    of_head = {name: options.get(name) for name in ("temperature",) if name in options}
+    logps, ref_logps = (
+        sequences.sequence_logps(
+            models.model_logprob(x, inputs, labels, **of_head).logps, labels[:, 1:],
+            token_weights=options.get("token_weights"),
+        )
+        for x in (policy, ref)
+    )  # fmt: skip
+    names = {"list_weight": "weight"}
+    plain = {names.get(n, n): x for n, x in options.items() if n not in ("temperature", "token_weights", "metrics")}
+    wanted = lists.list_preference_loss(logps, sizes, ref_logps=ref_logps, interleaved=True, **plain)
+    torch.testing.assert_close(out.loss, wanted)
+    torch.testing.assert_close(out.ref_logps, ref_logps)
+    assert out.is_chosen.tolist() == [True, True, False, False, False]
+    assert ("logits/chosen" in out.metrics()) == ("metrics" in options)
+    early = models.model_list_loss(
+        policy, inputs, labels, sizes=sizes, interleaved=True, ref_logps=ref_logps, **options
+    )
+    torch.testing.assert_close(early.loss, out.loss)
+
+
+def test_a_list_of_two_is_its_pair():
+    policy, ref, (inputs, labels) = build(), build(seed=1), batch()
+    pair = models.model_dpo_loss(policy, inputs, labels, ref_model=ref)
+    both = models.model_list_loss(policy, inputs, labels, sizes=2, interleaved=True, ref_model=ref)
+    assert both.loss.equal(pair.loss)
+
+
+def test_lists_with_shared_prompts_have_the_same_loss_and_gradients():
+    inputs, labels = of_lists([3, 3])
+    found = []
+    for shared in (False, True):
+        policy = build()
+        out = models.model_list_loss(
+            policy, inputs, labels, sizes=3, interleaved=True, ref_model=build(seed=1), share_prompt=shared
+        )
+        out.loss.backward()
+        found.append([out.loss, *(x.grad for x in policy.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    one = models.model_list_loss(build(), {n: x[:1] for n, x in inputs.items()}, labels[:1], sizes=[1],
+                                 ref_model=build(seed=1), share_prompt=True)  # fmt: skip
+    assert one.loss == 0  # a list of one answer has nothing to share and nothing to learn
+
+
+def test_the_reference_of_an_adapters_lists_is_the_model_without_it():
+    (inputs, labels), base = of_lists([3, 2]), build()
+    torch.manual_seed(0)
+    policy = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    how = {"sizes": [3, 2], "interleaved": True}
+    out = models.model_list_loss(policy, inputs, labels, **how)
+    torch.testing.assert_close(out.loss, models.model_list_loss(policy, inputs, labels, ref_model=base, **how).loss)
+    assert out.rewards.abs().max() > 1e-2
+
+
+def test_the_routers_loss_is_added_to_that_of_lists():
+    policy, (inputs, labels) = mixture(), of_lists([3, 2])
+    how = {"sizes": [3, 2], "interleaved": True, "ref_logps": torch.zeros(5)}
+    out = models.model_list_loss(policy, inputs, labels, **how)
+    bare = models.model_list_loss(policy, inputs, labels, router_aux_loss_coef=0.0, **how)
+    torch.testing.assert_close(out.loss, bare.loss + 0.5 * out.aux_loss)
+    assert out.aux_loss > 0 and out.metrics()["aux_loss"] == out.aux_loss
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"ref_logps": None}, ValueError, "loss_type: 'softmax_dpo' needs a reference model; pass ref_model"),
+        ({"sizes": [3, 3]}, ValueError, "sizes: got 6 in all, expected 5"),
+        ({"sizes": [5, 0]}, ValueError, "sizes: got 0 among them, expected integers >= 1"),
+        ({"share_prompt": True}, ValueError, "share_prompt: got True for lists of 2 to 3 answers"),
+        ({"sizes": 1, "share_prompt": True, "interleaved": False}, ValueError, "share_prompt: got True for lists one"),
+        ({"softcap": 1.0}, TypeError, "softcap: the model's own"),
+        ({"loss_type": "sigmoid"}, ValueError, "loss_type: got 'sigmoid', expected one of lipo"),
+        ({"loss_type": "listnet"}, ValueError, "scores: is None, and loss_type"),
+        ({"label_smoothing": 0.1}, ValueError, "label_smoothing: not defined"),
+        (
+            {"token_weights": torch.ones(5, T)},
+            ValueError,
+            r"token_weights: got shape \(5, 7\), expected \(5, 6\), one for each log-prob.*pass \[:, 1:\]",
+        ),
+    ],
+)
+def test_lists_that_make_no_sense_are_refused(options, kind, message):
+    inputs, labels = of_lists([3, 2])
+    how = {"sizes": [3, 2], "interleaved": True, "ref_logps": torch.zeros(5)} | options
+    with pytest.raises(kind, match=message):
+        models.model_list_loss(build(), inputs, labels, **how)
+
+
+@pytest.mark.parametrize(("shape", "hint"), [((4, T), r"; of weights of the labels' shape pass"), ((4,), "$")])
+def test_the_shape_of_token_weights_is_that_of_the_log_probs(shape, hint):
+    inputs, labels = batch()
+    with pytest.raises(ValueError, match=r"expected \(4, 6\), one for each log-prob that model_logprob returns" + hint):
+        models.model_dpo_loss(build(), inputs, labels, ref_logps=torch.zeros(4), token_weights=torch.ones(shape))
 
 
 # PEFT

@@ -47,7 +47,7 @@ MODELS = {
 EAGER_ONLY = ("gemma2",)
 CASES = [(f, impl) for f in MODELS for impl in ("eager", "sdpa") if impl == "eager" or f not in EAGER_ONLY]
 # tokens of prompt and answers
-PAIRS = [(9, 4, 5), (0, 3, 4), (1, 5, 2), (7, 0, 3), (6, 1, 1), (8, 3, 0), (2, 1, 4)]
+PAIRS = [(9, 4, 5), (0, 3, 4), (1, 5, 2), (7, 0, 3), (6, 1, 1), (8, 3, 0), (2, 1, 4), (5, 3, 3)]
 
 
 # the same with three and with four answers
@@ -197,16 +197,18 @@ def test_in_fp64_they_are_the_same_to_ten_digits(family, implementation, always)
             assert_same(run(model, inputs, labels), wanted, 1e-10)
 
 
-def packed(groups: list[tuple[int, ...]], boundaries: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The sequences of `batch` in one row."""
+def packed(
+    groups: list[tuple[int, ...]], boundaries: bool = True, rows: int = 1
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The sequences of `batch` in so many rows, of the same number of tokens."""
     inputs, labels = batch(groups, positions=True)
     there = inputs.pop("attention_mask").bool()
-    inputs = {name: x[there].unsqueeze(0) for name, x in inputs.items()}
+    inputs = {name: x[there].reshape(rows, -1) for name, x in inputs.items()}
     if boundaries:
         ends = torch.nn.functional.pad(there.sum(1).cumsum(0), (1, 0)).int()
         longest = int(there.sum(1).max())
         inputs |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=longest, max_length_k=longest)
-    return inputs, labels[there].unsqueeze(0)
+    return inputs, labels[there].reshape(rows, -1)
 
 
 @pytest.mark.parametrize(
@@ -229,6 +231,27 @@ def test_sequences_that_are_packed_in_a_row_share_too(family, implementation, gr
         found = models.model_logprob(model, inputs, labels, share_prompt=True, answers=len(groups[0]) - 1).logps
         assert shapes[-1][0] == 3
         assert_close(found, wanted[1], 1e-5, wanted[1], "log-probs")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_sequences_that_are_packed_in_several_rows_share_too(implementation):
+    """Three rows of two: the chosen answers are in one and a half of them."""
+    model = build(attn_implementation=implementation)
+    groups = [(20, 4, 4), (20, 4, 5), (19, 5, 4)]
+    for boundaries in (False, True):
+        inputs, labels = packed(groups, boundaries, rows=3)
+        assert inputs["position_ids"].shape == (3, 48)
+        wanted = run(model, inputs, labels)
+        with models.share_prompt(model):
+            shapes = rows_of(model)
+            assert_same(run(model, inputs, labels), wanted, 1e-5)
+        assert shapes[-1][:2] == (3, 29)
+
+
+def test_a_packed_sequence_begins_with_its_row_and_where_positions_do_not_go_on():
+    found = shared_rows.find_packed(torch.tensor([[0, 1, 0, 1], [2, 3, 7, 8]]))
+    assert found.first.tolist() == [0, 2, 4, 6] and found.length.tolist() == [2, 2, 2, 2]
+    assert shared_rows.find_packed(torch.arange(3)[None]).length.tolist() == [3]
 
 
 def test_packed_sequences_that_are_not_told_or_not_of_groups_are_refused():
@@ -429,7 +452,7 @@ def test_precomputed_references_are_those_of_the_shared_model():
 
 
 def test_wrapped_models_on_two_ranks(tmp_path):
-    cases = {"data_parallel", "fsdp2", "one_rank_has_nothing_to_share"}
+    cases = {"data_parallel", "fsdp2", "one_rank_has_nothing_to_share", "trl_in_data_parallel"}
     script = Path(__file__).with_name("share_prompt_ranks.py")
     assert launch.torchrun(script, 2, tmp_path, *sorted(cases)) == cases
 
@@ -551,6 +574,45 @@ def test_generation_keeps_its_cache():
     assert torch.equal(found, wanted)
 
 
+def test_a_call_that_asks_for_a_cache_runs_as_it_is():
+    model, (inputs, _) = build(), batch([(20, 4, 5)])
+    shapes = rows_of(model)
+    with models.share_prompt(model):
+        out = model(**inputs, use_cache=True)
+        assert shapes[-1][0] == 2 and out.past_key_values.get_seq_length() == inputs["input_ids"].shape[1]
+        assert model(**inputs).past_key_values is None and shapes[-1][0] == 1
+
+
+def test_each_implementation_of_attention_is_proven_by_itself(monkeypatch):
+    model, (inputs, _) = build(attn_implementation="eager"), batch([(20, 4, 5)])
+    proven, prove = [], sharing.prove
+    monkeypatch.setattr(
+        sharing, "prove", lambda body, run: proven.append(body.config._attn_implementation) or prove(body, run)
+    )
+    with models.share_prompt(model):
+        for implementation in ("eager", "sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            model(**inputs)
+    assert proven == ["eager", "sdpa"]
+
+
+def test_a_mask_function_that_somebody_has_set_stays_set(monkeypatch):
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as functions
+
+    made, make = [], functions["sdpa"]
+
+    def own(*args, **kwargs):
+        made.append(1)
+        return make(*args, **kwargs)
+
+    monkeypatch.setitem(functions._local_mapping, "sdpa", own)
+    model, (inputs, _) = build(attn_implementation="sdpa"), batch([(20, 4, 5)])
+    shapes = rows_of(model)
+    with models.share_prompt(model):
+        model(**inputs)
+    assert shapes[-1][0] == 1 and functions["sdpa"] is own and made
+
+
 def test_dropout_is_warned_of_once():
     model, (inputs, _) = build("gpt2", attn_pdrop=0.5).train(), batch([(20, 4, 5)])
     with models.share_prompt(model):
@@ -561,6 +623,16 @@ def test_dropout_is_warned_of_once():
             model(**inputs)
             model.eval()(**inputs)
     assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("options", [{"attention_dropout": 0.5}, {"attention_dropout": 0.0}], ids=str)
+def test_dropout_that_is_a_number_of_the_attention_is_warned_of_too(options):
+    model, (inputs, _) = build(**options).train(), batch([(20, 4, 5)])
+    warned = options["attention_dropout"] > 0
+    with models.share_prompt(model), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model(**inputs)
+    assert any("model: has dropout in training" in str(w.message) for w in seen) == warned
 
 
 def test_with_dropout_answers_share_its_zeros_and_each_sequence_is_trained_as_before():
@@ -590,6 +662,11 @@ def test_noise_on_embeddings_is_warned_of():
     model, (inputs, _) = build().train(), batch([(20, 4, 5)])
     model.model.embed_tokens.neftune_noise_alpha = 5.0  # as Transformers' trainers set it
     with models.share_prompt(model):
+        model.eval()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(**inputs)
+        model.train()
         with pytest.warns(UserWarning, match="model: has NEFTune's noise in training"):
             model(**inputs)
         with warnings.catch_warnings():
@@ -758,8 +835,8 @@ def holed(inputs):
             r"attention_mask: got shape \(4, 1, 27, 27\), expected \[4, 27\]",
         ),
         (
-            shaped(attention_mask=lambda x: None, position_ids=lambda x: torch.arange(27).remainder(9).expand(4, -1)),
-            "position_ids: got positions that restart or jump",
+            shaped(position_ids=lambda x: torch.arange(27).remainder(9).expand(4, -1)),
+            "position_ids: got positions that restart or jump within a row, expected .*pack sequences in rows without",
         ),
         (
             shaped(input_ids=lambda x: None, inputs_embeds=lambda x: torch.zeros(4, 27, 16)),
@@ -777,6 +854,7 @@ def test_inputs_that_have_no_shared_form(change, message):
     changed = change(inputs)
     with models.share_prompt(model), pytest.raises(ValueError, match=message):
         model(**changed)
+    assert "forward" not in vars(model.model)
     wanted = model(**changed)
     with models.share_prompt(model, refuse="warn"), pytest.warns(UserWarning, match=message):
         found = model(**changed)

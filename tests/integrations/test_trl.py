@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from types import SimpleNamespace
 
@@ -21,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from trl.trainer import utils
 
-from dpofast import reference
+from dpofast import linear_logprob, reference
+from dpofast.integrations import models
 from dpofast.integrations import trl as integration
 from dpofast.integrations.models import sharing
 
@@ -309,6 +311,83 @@ def test_sharing_is_added_to_a_patch_and_taken_off_with_it(calls):
     with pytest.raises(ValueError, match="refuse: got str 'never', expected 'error' or 'warn'"):
         integration.patch(share_prompt=True, refuse="never")
     assert (state(), trl.DPOTrainer.compute_loss) == before
+
+
+# DPO with filtered gradients
+
+
+def peaked() -> LlamaForCausalLM:
+    """Most of its mass is on few words, as a trained model's."""
+    model = families.build()
+    model.lm_head.weight.data.mul_(2)
+    return model
+
+
+@pytest.mark.parametrize("subclass", [False, True])
+def test_a_filter_makes_the_gradients_and_leaves_loss_and_metrics(subclass, tokenizer, tmp_path):
+    """Those of `model_dpo_loss` with the same cut, on TRL's own batch."""
+    theirs = dpo(tmp_path, tokenizer, policy=peaked())
+    trainer = functools.partial(integration.DPOTrainer, grad_filter=0.02) if subclass else trl.DPOTrainer
+    ours = dpo(tmp_path, tokenizer, trainer=trainer, policy=peaked())
+    batch = next(iter(theirs.get_train_dataloader()))
+    wanted = theirs.compute_loss(theirs.model, batch)
+    with contextlib.nullcontext() if subclass else integration.patched(grad_filter=0.02):
+        loss = ours.compute_loss(ours.model, batch)
+    loss.backward()
+    assert integration._LogprobFunction.grad_filter is None
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+    found, metrics = (trainer._metrics["eval"] for trainer in (ours, theirs))
+    assert found.keys() == metrics.keys() and "rewards/margins" in found
+    assert all(found[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-6) for name in found)
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    for cut, same in ((0.02, True), (None, False)):
+        model = peaked()
+        out = models.model_dpo_loss(model, inputs, labels, ref_model=families.build(seed=1), grad_filter=cut)
+        out.loss.backward()
+        pairs = [(mine.grad, p.grad) for mine, p in zip(ours.model.parameters(), model.parameters(), strict=True)]
+        error = max(((mine - grad).abs().max() / grad.abs().max()).item() for mine, grad in pairs)
+        assert error < 1e-4 if same else error > 1e-2, error
+
+
+def test_a_filter_is_added_to_a_patch_and_taken_off_with_it(calls, tokenizer, tmp_path):
+    (hidden, weight, _), targets = function_inputs(torch.bfloat16)
+
+    def grads(function) -> list[torch.Tensor]:
+        return torch.autograd.grad(function(8 * hidden, weight, targets).sum(), [hidden, weight])
+
+    def fused(*inputs) -> torch.Tensor:
+        head, rows, wanted = inputs
+        return utils._ChunkedLogProbFunction.apply(head, rows, None, wanted, 1.0, 16)[0]
+
+    integration.patch()
+    exact, filtered = (
+        grads(lambda *x, cut=cut: linear_logprob(*x, ignore_index=None, grad_filter=cut).logps)
+        for cut in (None, "auto")
+    )
+    assert not any(map(torch.equal, exact, filtered))
+    assert all(map(torch.equal, grads(fused), exact))
+    integration.patch(grad_filter="auto")
+    integration.patch(share_prompt=True)
+    assert all(map(torch.equal, grads(fused), filtered))
+    integration.patch(grad_filter=0.5)
+    assert not all(map(torch.equal, grads(fused), filtered))
+    integration.unpatch()
+    integration.patch()
+    assert all(map(torch.equal, grads(fused), exact))
+    for wrong, kind in ((2.0, ValueError), ("some", ValueError), (True, TypeError)):
+        with pytest.raises(kind, match="grad_filter: got"):
+            integration.patch(grad_filter=wrong)
+        with pytest.raises(kind, match="grad_filter: got"):
+            dpo(tmp_path, tokenizer, trainer=functools.partial(integration.DPOTrainer, grad_filter=wrong))
+
+
+def test_a_filter_is_refused_where_trl_has_no_fused_head(monkeypatch):
+    monkeypatch.delattr(utils, "add_fused_lm_head")
+    with pytest.raises(ImportError, match=r"has no fused head .*which grad_filter is an option of"):
+        integration.patch(grad_filter="auto")
+    assert integration._LogprobFunction.grad_filter is None
 
 
 # The other trainers

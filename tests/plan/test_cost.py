@@ -13,6 +13,7 @@ from emu import build
 from numerics import SCHEDULES, problem, recorded_choices
 
 import dpofast
+from dpofast import primitive
 from dpofast.backends import registry
 from dpofast.backends.tiled import TiledBackend
 from dpofast.backends.torch import TorchPasses
@@ -229,6 +230,27 @@ def test_the_more_tiles_matter_the_less_a_filter_gains(monkeypatch):
     assert ratios == [0.48, 0.64, 0.88, 1.2]
 
 
+@pytest.mark.parametrize(
+    ("wanted", "budget"), [((True, True), 1 << 30), ((True, True), 400 << 20), ((True, False), 1 << 27)]
+)
+def test_a_backward_that_makes_logits_again_follows_a_score_without_any(wanted, budget):
+    request = Request(8192, 4096, 151936, BF16, BF16, budget, *wanted, fuses=True)
+    found = {
+        c.schedule.scores_fused: c for c in tiled.candidates(request, TRAITS, H100, every=True) if c.schedule.block
+    }
+    s = choose(request, "cuda", device=H100)
+    assert s.keeps_nothing and s.scores_fused and s.block and Schedule.of(s.name, s.sizes).scores_fused
+    assert not choose(request._replace(outputs=1), "cuda", device=H100).scores_fused
+    with_tiles = choose(request._replace(fuses=False), "cuda", device=H100)
+    times = [sum(cost.seconds(H100, x, 0, request, TRAITS)) for x in (s, with_tiles)]
+    assert times[0] < 0.99 * times[1] and found.keys() == {True, False}
+    over_tiles = s._replace(scores_fused=False)
+    of_both = [cost.seconds(H100, x, 0, request, TRAITS) for x in (s, over_tiles)]
+    assert of_both[0][0] < 0.95 * of_both[1][0] and of_both[0][1] == of_both[1][1]  # the backwards are the same
+    text = str(dpofast.plan(8192, 4096, 151936, device="h100", memory_budget=budget, train_head=wanted[1]))
+    assert "none in the forward, the product exponentiates" in text
+
+
 def test_no_block_is_whole_rows_or_nothing():
     n, v = 100, 1001
     whole = n * 1008 * 2 + n * 4
@@ -245,6 +267,32 @@ def test_what_cannot_be_fused_is_not(more, wanted):
     request = Request(2000, 1024, 50257, BF16, BF16, 1 << 33, *wanted, fuses=True)
     assert choose(request, "cuda", device=H100).is_fused
     assert not choose(request._replace(**more), "cuda", device=H100).is_fused
+
+
+CALLS = {  # whether a product may exponentiate itself: what differs from a plain call of 64 columns in bf16
+    "plain": (True, {}),
+    "softcap": (False, {"softcap": 30.0}),
+    "bias": (False, {"bias": torch.zeros(40, dtype=BF16)}),
+    "H of 60": (False, {"hidden": torch.zeros(3, 60, dtype=BF16), "weight": torch.zeros(40, 60, dtype=BF16)}),
+    "rows of the head 4 elements off": (False, {"weight": torch.zeros(40, 68, dtype=BF16)[:, :64]}),
+    "a head by columns": (False, {"weight": torch.zeros(64, 40, dtype=BF16).T}),
+    "hidden in fp32": (False, {"hidden": torch.zeros(3, 64)}),
+    "fp16": (False, {"hidden": torch.zeros(3, 64).half(), "weight": torch.zeros(40, 64).half()}),
+    "hidden of any strides": (True, {"hidden": torch.zeros(3, 128, dtype=BF16)[:, ::2]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_which_calls_may_have_a_product_that_exponentiates(case, monkeypatch):
+    may, different = CALLS[case]
+    monkeypatch.setitem(registry.added, "cuda", TiledBackend(TorchPasses()))
+    monkeypatch.setattr(cost, "device_of", lambda _: H100)
+    given = {"hidden": torch.zeros(3, 64, dtype=BF16), "weight": torch.zeros(40, 64, dtype=BF16), "bias": None}
+    given |= {"labels": torch.zeros(3, dtype=torch.int64), "group": None, **different}
+    options = primitive.score_options(softcap=given.pop("softcap", None), backend="cuda")
+    scorer = primitive.HeadScorer(**given, options=options)
+    assert scorer.ask(()).request.fuses == may and scorer.ask(()).schedule.is_fused == may
+    assert not scorer.ask(("entropy",)).schedule.is_fused
 
 
 @pytest.mark.parametrize(

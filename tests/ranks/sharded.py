@@ -349,14 +349,14 @@ def trl_in_data_parallel() -> None:
     same()
 
 
-def same(family: str = "llama", **options) -> None:
+def same(family: str = "llama", share_prompt: bool = False, **options) -> None:
     """TRL's trainer with dpofast and without it."""
     from dpofast.integrations import trl as integration
 
     theirs, their_parameters = trained(family, **options)
     calls, linear_logprob = [], integration.linear_logprob
     integration.linear_logprob = lambda *args, **kwargs: calls.append(1) or linear_logprob(*args, **kwargs)
-    with integration.patched():
+    with integration.patched(share_prompt=share_prompt):
         ours, our_parameters = trained(family, **options)
     integration.linear_logprob = linear_logprob
     assert len(calls) == 3 * 2  # policy and reference

@@ -332,6 +332,31 @@ void check_linear_logprob(const Table& table, const Case& c) {
   }
 }
 
+// The tokens that a filtered call takes first.
+std::vector<int64_t> first_tokens(int64_t n, int64_t panel) {
+  const int64_t panels = (n + panel - 1) / panel, count = panels < 4 ? 0 : panel * ((panels + 63) / 64);
+  std::vector<int64_t> found;
+  for (int64_t i = 0; i < count; ++i) found.push_back(i * n / count);
+  return found;
+}
+
+// What each row of the vocabulary gets of the mass that is given back: as the first tokens dropped it, in shares of what their
+// labels leave to others, and in equal parts as far as it takes for the squares to add up to no more than `most`.
+std::vector<double> shares(const std::vector<int64_t>& first, const std::vector<std::vector<double>>& left_out,
+                           const std::vector<double>& others, double most, int64_t v) {
+  std::vector<double> share(size_t(v), 1 / double(v)), sums(size_t(v), 0);
+  double total = 0, squares = 0;
+  for (int64_t i = 0; i < v; ++i) {
+    for (int64_t t : first) sums[size_t(i)] += left_out[size_t(t)][size_t(i)] / others[size_t(t)];
+    total += sums[size_t(i)], squares += sums[size_t(i)] * sums[size_t(i)];
+  }
+  if (!(total > 0) || most <= 1 / double(v)) return share;
+  const double equal = 1 / double(v), found = squares / (total * total);
+  const double part = found <= most ? 1 : std::sqrt((most - equal) / (found - equal));
+  for (int64_t i = 0; i < v; ++i) share[size_t(i)] = part * sums[size_t(i)] / total + (1 - part) * equal;
+  return share;
+}
+
 // A filter, as its definition says, for tokens of which it says that it dropped something, and exact gradients for others.
 // `room`: bytes of the cache, from none for any entry to enough for all.
 void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_t v, int64_t block, bool has_bias, bool capped,
@@ -369,36 +394,46 @@ void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_
   table.forward(f);
 
   std::vector<double> want_hidden(size_t(n * h), 0), want_weight(size_t(v * h), 0), want_bias(size_t(v), 0), want_dropped;
+  std::vector<std::vector<double>> p, slope, left_out;  // by token, then by row of the vocabulary
+  std::vector<double> others;
   for (int64_t t = 0; t < n; ++t) {
-    std::vector<double> z, slope;
+    std::vector<double> z, bent;
     double sum = 0, left = 0, mass = 0;
     for (int64_t i = 0; i < v; ++i) {
       double x = has_bias ? bias.get(i) : 0;
       for (int64_t k = 0; k < h; ++k) x += hidden.get(t * h + k) * weight.get(i * h + k);
       const double u = capped ? std::tanh(x / softcap) : 0;
-      z.push_back(capped ? softcap * u : x), slope.push_back(1 - u * u);
+      z.push_back(capped ? softcap * u : x), bent.push_back(1 - u * u);
       sum += std::exp(z.back());
     }
     const int64_t y = labels[size_t(t)];
     for (int64_t i = 0; i < v; ++i) left += i == y ? 0 : std::exp(z[size_t(i)]) / sum;
-    const bool filtered = dropped.get(t) > 0;
-    auto keeps = [&](int64_t i) { return !filtered || std::exp(z[size_t(i)]) / sum > cut * left; };
-    for (int64_t i = 0; i < v; ++i) mass += i == y || keeps(i) ? 0 : std::exp(z[size_t(i)]) / sum;
+    std::vector<double> kept, out;
+    for (int64_t i = 0; i < v; ++i) {
+      const double x = std::exp(z[size_t(i)]) / sum;
+      const bool keeps = i == y || dropped.get(t) <= 0 || x > cut * left;
+      kept.push_back(i != y && keeps ? x : 0), out.push_back(keeps ? 0 : x);
+      mass += out.back();
+    }
     want_dropped.push_back(mass);
     if (mass > tolerance * left) {
       std::printf("token %d dropped %g of %g\n", int(t), mass, left);
       ++failures;
     }
+    p.push_back(kept), slope.push_back(bent), left_out.push_back(out), others.push_back(left);
+  }
+  const std::vector<double> share = shares(first_tokens(n, traits.panel), left_out, others, cut / tolerance, v);
+  for (int64_t t = 0; t < n; ++t)
     for (int64_t i = 0; i < v; ++i) {
-      const double p = i == y || !keeps(i) ? 0 : std::exp(z[size_t(i)]) / sum, spread = capped ? 0 : mass / double(v);
-      const double g = grad_logps.get(t) * slope[size_t(i)] * ((i == y ? left : -p) - spread);
+      const double spread = capped ? 0 : want_dropped[size_t(t)] * share[size_t(i)];
+      const double own = i == labels[size_t(t)] ? others[size_t(t)] : -p[size_t(t)][size_t(i)];
+      const double g = grad_logps.get(t) * slope[size_t(t)][size_t(i)] * (own - spread);
       want_bias[size_t(i)] += g;
       for (int64_t k = 0; k < h; ++k) {
         want_hidden[size_t(t * h + k)] += g * weight.get(i * h + k);
         want_weight[size_t(i * h + k)] += g * hidden.get(t * h + k);
       }
     }
-  }
 
   BackwardArgs b{};
   b.problem = problem;

@@ -24,6 +24,11 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{40 - i}", "label": i % 3 > 0} for i in range(12)]
     (folder / "single.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers, scores = ["w3 w4", "w40", "w50 w51"], [2, 1, 0]
+    rows = [
+        {"prompt": f"w{i} w{i + 1} ", "answers": answers[: 2 + i % 2], "scores": scores[: 2 + i % 2]} for i in range(12)
+    ]
+    (folder / "lists.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, others in trained_ranks.WAYS.items():
         trained_ranks.run(folder, name, **others)
     assert launch.torchrun("../train/trained_ranks.py", 2, folder, str(folder)) == {"all"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -104,6 +105,43 @@ def test_a_disk_that_fills_up_takes_nothing_with_it(whole, monkeypatch):
     killed.expect_same(killed.result(Path(run.out)), wanted)
 
 
+def ended_with_files_up_to(size: int, run) -> str:
+    """How a run ends in a process whose files the kernel does not let grow beyond so many bytes."""
+    receive, send = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            train(run)
+            said = "ended"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(send, said.encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(send)
+    with os.fdopen(receive) as said:
+        return said.read()
+
+
+@pytest.mark.parametrize("way", ("full", "LoRA with dropout"))
+@pytest.mark.parametrize("name", ("model", "trainer.pt"))
+def test_writes_that_fail_take_nothing_with_them(tmp_path, monkeypatch, way, name):
+    """Not a pretended error: the kernel refuses to write on in the file, after a part of it, as on a full disk."""
+    run = interrupted(tmp_path, "run", **WAYS[way])
+    train(interrupted(tmp_path, "whole", **WAYS[way]))
+    with monkeypatch.context() as patch:
+        signalling(patch, signal.SIGINT, "_step", 3)
+        train(run)
+    root = Path(run.out) / "checkpoints"
+    file = next(root.joinpath("step-00000003").glob("*.safetensors" if name == "model" else name))
+    said = ended_with_files_up_to(file.stat().st_size - 100, run)
+    assert said.startswith("NoRoom: ") and "no checkpoint of step 4" in said and "go on with --resume" in said
+    assert [path.name for path in root.iterdir() if not path.name.startswith("step-00000000")] == ["step-00000003"]
+    train(run)
+    killed.expect_same(killed.result(Path(run.out)), killed.result(tmp_path / "whole"))
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same(whole, capsys, monkeypatch):
     folder, others, wanted = whole
     run = interrupted(folder, "damaged", keep=2, **others)
@@ -160,6 +198,22 @@ def test_other_data_or_another_model_are_refused_and_what_was_kept_of_the_refere
     with pytest.raises(ValueError, match="resume: .*model has changed"):
         train(run)
     assert (tmp_path / "kept.bin").read_bytes() == before
+
+
+def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = interrupted(tmp_path, "run", tensorboard=True)
+    with monkeypatch.context() as patch:
+        signalling(patch, signal.SIGINT, "_step", 3)
+        train(run)
+    train(run)
+    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    entries = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    for name in ("loss", "eval/loss"):
+        wanted = [(entry["step"], pytest.approx(entry[name])) for entry in entries if name in entry]
+        assert [(each.step, each.value) for each in shown.Scalars(name)] == wanted
 
 
 def test_references_are_computed_once(ended, monkeypatch):

@@ -22,6 +22,7 @@ from dpofast.train import checkpoint, engine, log, model
 from dpofast.train.config import from_dict
 from dpofast.train.dry_run import dry_run
 from dpofast.train.feed import Feed
+from dpofast.train.objective import objective_of
 from dpofast.train.ranks import Ranks
 from dpofast.train.run import train
 
@@ -62,7 +63,7 @@ def test_a_models_own_dropout_is_off_unless_it_is_asked_for(folder, tmp_path, lo
 
 def test_steps_are_those_of_a_plain_loop(folder):
     c = config(folder, "full")
-    feed, policy = Feed(c, Ranks(torch.device("cpu"))), AutoModelForCausalLM.from_pretrained(c.model)
+    feed, policy = Feed(c, Ranks(torch.device("cpu")), objective_of(c)), AutoModelForCausalLM.from_pretrained(c.model)
     reference = AutoModelForCausalLM.from_pretrained(c.model)
     optimizer = torch.optim.AdamW(policy.parameters(), c.learning_rate, weight_decay=0.0)
     for i, entry in enumerate(entries(folder / "full")):
@@ -205,14 +206,16 @@ def test_what_cannot_be_trained_is_said_before_the_first_step(folder, tmp_path, 
 
 def test_bad_records_are_left_out_and_listed_where_that_is_wanted(folder, tmp_path):
     rows = tmp_path / "bad.jsonl"
-    rows.write_text("{\n" + (folder / "train.jsonl").read_text())
+    empty = json.dumps({"prompt": "", "chosen": "w1", "rejected": "w2"})  # which only the tokenizer finds
+    rows.write_text("{\n" + (folder / "train.jsonl").read_text() + empty + "\n")
     more = {"data": [str(rows)], "eval_data": [], "out": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=f"{rows}:1: "):
         train(from_dict(tiny_run.options(folder) | more, "the test"))
     train(from_dict(tiny_run.options(folder) | more | {"on_error": "skip", "resume": True}, "the test"))
     found, plain = (entries(out) for out in (tmp_path / "run", folder / "full"))
     assert [x["loss"] for x in found] == [x["loss"] for x in plain]
-    assert f"- bad records left out: 1: {rows}:1 " in (tmp_path / "run" / "summary.md").read_text()
+    listed = (tmp_path / "run" / "summary.md").read_text()
+    assert f"- bad records left out: 2: {rows}:1 no JSON" in listed and f"; {rows}:22 prompt: got no token" in listed
 
 
 def test_a_dry_run_says_what_would_come_and_writes_nothing(folder, tmp_path):

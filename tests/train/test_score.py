@@ -138,9 +138,13 @@ def test_a_bad_line_is_named_with_its_number_and_nothing_is_left(folder, capsys,
 
 def test_bad_lines_are_left_out_where_that_is_wanted(folder, capsys, tmp_path):
     rows = tmp_path / "bad.jsonl"
-    rows.write_text("{\n" + json.dumps(ROWS[0]) + "\n")
+    empty = json.dumps(ROWS[0] | {"prompt": ""})  # which only the tokenizer finds
+    rows.write_text("{\n" + json.dumps(ROWS[0]) + "\n" + empty + "\n")
     assert cli.main(["score", str(folder / "model"), str(rows), "--on-error", "skip"]) == 0
-    assert [json.loads(line)["where"] for line in capsys.readouterr().out.splitlines()] == [f"{rows}:2"]
+    shown = capsys.readouterr()
+    assert [json.loads(line)["where"] for line in shown.out.splitlines()] == [f"{rows}:2"]
+    assert f"left out {rows}:1: no JSON" in shown.err and f"left out {rows}:3: prompt: got no token" in shown.err
+    assert "1 records, 2 left out" in shown.err
 
 
 @pytest.mark.parametrize("name", ["none", "rows0.jsonl"])

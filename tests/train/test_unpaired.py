@@ -64,7 +64,7 @@ def test_a_mismatched_answer_is_that_of_the_next_record(folder):
     assert len(mismatched) == 8
 
 
-@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("loss_type", ["kto", "apo_zero_unpaired", "bco"])
 def test_losses_are_those_of_a_plain_loop(folder, loss_type):
     more = {"desirable_weight": 1.5}
     train(from_dict(options(folder, loss_type, loss_options=more), "the test"))
@@ -73,31 +73,43 @@ def test_losses_are_those_of_a_plain_loop(folder, loss_type):
     good = torch.tensor([row["label"] for row in rows])
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder / "model") for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), 1e-2, weight_decay=0.0)
-    entries = [entry for entry in log.read(folder / "run" / "log.jsonl") if "loss" in entry]
+    entries, seen = [entry for entry in log.read(folder / "run" / "log.jsonl") if "loss" in entry], [torch.zeros(1)]
     assert len(entries) == 4
     for entry in entries:
         with torch.no_grad():
             ref = logps(reference, rows)
             kl = logps(policy, mismatched) - logps(reference, mismatched) if loss_type == "kto" else None
         mine = logps(policy, rows)
-        loss = unpaired_preference_loss(mine, ref, good, loss_type=loss_type, kl=kl, **more)
+        shift = torch.cat(seen).mean() if loss_type == "bco" else None  # of the rewards of the steps before
+        loss = unpaired_preference_loss(mine, ref, good, loss_type=loss_type, kl=kl, reward_shift=shift, **more)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rewards = 0.1 * (mine - ref).detach()
+        seen = [*(seen if len(seen[0]) > 1 else []), rewards]
         assert entry["loss"] == pytest.approx(loss.item(), abs=1e-4)
         assert entry["rewards/chosen"] == pytest.approx(rewards[good].mean().item(), abs=1e-3)
         assert entry["rewards/rejected"] == pytest.approx(rewards[~good].mean().item(), abs=1e-3)
     assert entries[-1]["loss"] < entries[0]["loss"] - 0.01
 
 
-def test_kills_change_nothing(folder):
+def test_bcos_mean_does_not_know_of_micro_batches_and_is_not_moved_by_evaluations(folder):
+    found = []
+    for size, every in ((8, 0), (2, 1)):
+        out = str(folder / f"run{size}")
+        train(from_dict(options(folder, "bco", micro_batch=size, evaluate_every=every, out=out), "the test"))
+        found.append([entry["loss"] for entry in log.read(folder / out / "log.jsonl") if "loss" in entry])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["kto", "bco"])
+def test_kills_change_nothing(folder, loss_type):
     from dpofast.train import run
 
     def config(out):
         return from_dict(
-            options(folder, "kto", micro_batch=4, save_every=1, out=str(folder / out), resume=True), "test"
+            options(folder, loss_type, micro_batch=4, save_every=1, out=str(folder / out), resume=True), "test"
         )
 
     run.train(config("whole"))
@@ -118,7 +130,6 @@ def test_kills_change_nothing(folder):
         ),
         ({"prompt": "w1", "completion": "w2", "label": True}, {}, r"is the only record"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["kto", "sigmoid"]}, "loss_type: got"),
-        ({"prompt": "w1", "completion": "w2", "label": True}, {"loss_type": ["bco"]}, "loss_type: got 'bco'"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"label_smoothing": 0.1}, "label_smoothing: got"),
         ({"prompt": "w1", "completion": "w2", "label": True}, {"share_prompt": True}, "share_prompt: got True"),
         (

@@ -23,14 +23,17 @@ WAYS = {
     "sharded": {"shard": True},
     "sharded lora": {"shard": True, "lora_rank": 2, "share_prompt": True},
     "kto": {"loss_type": ["kto"], "data": "single", "eval_data": []},
+    "bco": {"loss_type": ["bco"], "data": "single", "eval_data": []},
+    "lists": {"loss_type": ["lipo_lambda"], "data": "lists", "eval_data": []},
+    "sharded last layer": {"shard": True, "last_layers": 1},
     "shared": {"share_prompt": True, "loss_type": ["sigmoid", "apo_zero"]},
 }
 
 
 def run(folder: Path, out: str, **others) -> Path:
     options = tiny_run.options(folder, **others) | {"out": str(folder / out)}
-    if options["data"] == "single":
-        options["data"] = [str(folder / "single.jsonl")]
+    if isinstance(options["data"], str):
+        options["data"] = [str(folder / f"{options['data']}.jsonl")]
     train(from_dict(options, "the test"))
     return folder / out
 

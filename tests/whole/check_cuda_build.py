@@ -25,9 +25,10 @@ with FakeTensorMode():
         hidden, weight, None, labels, None, -100, 4, [1.0, 1.0, 0.0, 0.0], 0, "cuda", "cached", [64, 4, 640], ""
     )
     assert results[0].device.type == "cuda" and results[0].dtype == torch.float32
-    for product in (lambda a, b, out: torch.mm(a, b, out_dtype=out.dtype, out=out),
-                    lambda a, b, out: torch.addmm(out, a, b, out_dtype=out.dtype, out=out)):  # fmt: skip
-        product(hidden, weight.T, torch.empty(4, 20, device="cuda"))
+    logits = torch.empty(4, 20, device="cuda")
+    torch.mm(hidden, weight.T, out_dtype=logits.dtype, out=logits)
+    if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 14):  # fake tensors have no rule for it before
+        torch.addmm(logits, hidden, weight.T, out_dtype=logits.dtype, out=logits)
 
 # The bodies of the ops on tensors of a device that is not here: nothing may be copied to it or from it, for that waits.
 from unittest import mock  # noqa: E402
@@ -35,6 +36,7 @@ from unittest import mock  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from dpofast import _ops  # noqa: E402
+from dpofast.backends.base import PAIR_OPTIONS  # noqa: E402
 
 
 class Copies(TorchDispatchMode):
@@ -57,11 +59,15 @@ def operands(n: int, h: int, v: int) -> tuple:
     return torch.empty(n, h, **made), torch.empty(v, h, **made), None, torch.empty(n, device="cuda", dtype=torch.int64)
 
 
+def nothing(*_, **__) -> None:
+    pass
+
+
 with (
     FakeTensorMode(allow_non_fake_inputs=True),
-    mock.patch("dpofast.backends.cuda.launch", lambda *args: None),
-    # Fake tensors have no rule for addmm with an out_dtype before torch 2.14.
-    mock.patch("dpofast.backends.gpu.GpuPasses.accumulate", lambda *args: None),
+    mock.patch("dpofast.backends.cuda.launch", nothing),
+    mock.patch.multiple("dpofast.kernels.linear_keep", pack_tokens=nothing, linear_keep=nothing, seal=nothing),
+    mock.patch("dpofast.backends.gpu.GpuPasses.accumulate", nothing),
     mock.patch.object(torch.Tensor, "data_ptr", lambda x: 16),
     mock.patch("dpofast.backends.gpu.multiprocessors", lambda device: 132),
     Copies() as copies,
@@ -69,14 +75,25 @@ with (
     for schedule, sizes in {
         "score": [256, 4, 0], "jacobian": [256, 4, 8 * 64 * 4 + 32], "cached": [256, 4, 8 * 1000 * 2 + 32],
         "mixed": [256, 4, 8 * 512 * 2 + 32], "recompute": [256, 4, 0], "recompute-split": [256, 4, 0],
+        "score, fused": [0, 4, 0], "jacobian, fused": [0, 4, 8 * 64 * 4 + 32],
+        "cached, fused": [0, 8, 8 * 1000 * 2 + 32], "recompute, fused": [256, 4, 0, 1],
     }.items():  # fmt: skip
-        given = operands(8, 64, 1000)
+        schedule, given = schedule.partition(",")[0], operands(8, 64, 1000)
         how = [1.0, 1.0, 0.0, 0.0], "cuda", schedule, sizes, ""
         *results, cache = _ops._linear_logprob(*given, None, None, 8, how[0], 0, *how[1:])
         if schedule != "score":
             needs = [True, schedule != "jacobian", False]
             saved = [*results[:2], results[2], cache]
             _ops._linear_logprob_backward([results[0], None], [*given, None], saved, needs, None, 8, *how)
+    how = "sigmoid", [0.1] * len(PAIR_OPTIONS), "reverse_kl"
+    made = {"device": "cuda", "dtype": torch.float32}
+    labels, ends = torch.empty(4, 7, device="cuda", dtype=torch.int64), torch.empty(5, device="cuda", dtype=torch.int64)
+    for layout, boundaries in ((labels, None), (labels.view(-1), ends)):
+        logps = torch.empty(layout.shape, **made)
+        rest = torch.empty(4, **made), None, None, None, -100, *how
+        loss, sums, _, coefficients = _ops._sequence_dpo(logps, layout, boundaries, *rest, "mean", "cuda")
+        incoming = [loss, sums]
+        _ops._sequence_dpo_backward(incoming, logps, layout, boundaries, coefficients, -100, "mean")
 assert not copies.found, copies.found
 
 print(f"dpofast {dpofast.__version__}, torch {torch.__version__}, {info['cuda_compiler']} for {info['cuda_archs']}:")

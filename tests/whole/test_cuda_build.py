@@ -7,6 +7,8 @@ Registers change with the compiler: with another nvcc than the table's only the 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import re
 import shutil
@@ -109,16 +111,67 @@ def test_every_kernel_keeps_to_the_limits_and_to_the_table(compiled):
     assert as_text(version, table).splitlines() == want.splitlines()
 
 
+def cuobjdump() -> str | None:
+    """NVIDIA's disassembler: of the toolkit, or the one that Triton brings."""
+    triton = importlib.util.find_spec("triton")
+    places = [str(Path(triton.origin).parent / "backends" / "nvidia" / "bin")] if triton and triton.origin else []
+    toolkit = [str(Path(os.path.realpath(NVCC)).parent)] if NVCC else []
+    return shutil.which("cuobjdump", path=os.pathsep.join([*toolkit, os.environ.get("PATH", ""), *places]))
+
+
+@pytest.fixture(scope="module")
+def machine_code(tmp_path_factory):
+    """{instance: [(address, instruction)]} of a source's kernels, for sm_90."""
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    folder = tmp_path_factory.mktemp("sass")
+
+    @functools.cache
+    def of(source: str) -> dict[str, list[tuple[int, str]]]:
+        cubin = folder / f"{source}.cubin"
+        command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-cubin", "-o", str(cubin)]
+        subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{source}.cu")], check=True, timeout=300)
+        text = subprocess.run([tool, "-sass", str(cubin)], check=True, capture_output=True, text=True).stdout
+        names, bodies = (re.split(r"Function : (\S+)", text)[i::2] for i in (1, 2))
+        plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout
+        kernels = [re.search(r"(\w+<.*?>)\(", line)[1].replace("dpofast::cuda::", "") for line in plain.splitlines()]
+        lines = ([(int(m[1], 16), m[2]) for m in _INSTRUCTION.finditer(body)] for body in bodies)
+        return dict(zip(kernels, lines, strict=True))
+
+    return of
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);")
+_BRANCH = re.compile(r"\bBRA\b.* (?:`\(\S+\)|0x([0-9a-f]+))")
+
+
+def innermost_loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The instructions of each loop that has no other in it, both ways of every branch."""
+    place = {address: i for i, (address, _) in enumerate(code)}
+    ends = [(i, _BRANCH.search(text)) for i, (_, text) in enumerate(code)]
+    spans = [(place[int(m[1], 16)], i) for i, m in ends if m and m[1] and int(m[1], 16) <= code[i][0]]
+    alone = [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+    return [[text for _, text in code[a : b + 1]] for a, b in alone]
+
+
 @pytest.mark.parametrize("kernel", ("logprob_keep", "logprob_grad", "scale_rows"))
-def test_results_are_stored_16_bytes_at_a_time(tmp_path, kernel):
+def test_results_are_stored_16_bytes_at_a_time(machine_code, kernel):
     """The compiler takes a struct of small elements apart, without a word."""
-    ptx = tmp_path / "kernel.ptx"
-    command = [NVCC, "-O3", "-std=c++17", f"-I{ROOT / 'csrc'}", "-arch=sm_90", "-ptx", "-o", str(ptx)]
-    subprocess.run([*command, str(ROOT / "csrc" / "cuda" / f"{kernel}.cu")], check=True, timeout=300)
-    entries = re.split(r"\.visible \.entry (\w+)\(", ptx.read_text())[1:]
-    for name, body in zip(entries[::2], entries[1::2]):
+    for name, code in machine_code(kernel).items():
         if "seal" not in name:
-            assert "st.global.v4" in body or "st.global.v2.f64" in body, name
+            assert any("STG.E.128" in text for _, text in code), name
+
+
+def test_fold_and_keep_take_few_instructions_an_element(machine_code):
+    """The one pass over a plain tile: 16 with both ways to load and to store, of which a row takes one."""
+    code = machine_code("logprob_keep")["logprob_keep_kernel<float, bf16, true, true>"]
+    loops = [loop for loop in innermost_loops(code) if any("STG.E.128" in text for text in loop)]
+    assert len(loops) == 4  # first and second try, with one vector and with two
+    for loop in loops:
+        elements = sum("MUFU.EX2" in text for text in loop)
+        assert elements in (8, 16) and len(loop) <= 16 * elements, (len(loop), elements)
+        assert sum("LDG.E.128" in text for text in loop) == elements // 4
 
 
 @pytest.mark.parametrize(

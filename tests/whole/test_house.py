@@ -15,7 +15,7 @@ LINES, PARAMETERS = 50, 8
 WIDE = {
     "functional.py": {"linear_dpo_loss", "dpo_loss"},
     "integrations/liger.py": {"__init__", "forward"},
-    "integrations/models/calls.py": {"model_dpo_loss"},
+    "integrations/models/calls.py": {"model_dpo_loss", "model_list_loss"},
     "integrations/trl.py": {"apply"},
     "losses.py": {"preference_loss"},
     "modules.py": {"__init__"},

@@ -12,7 +12,7 @@ A model in a wrapper (DistributedDataParallel, FSDP2, DeepSpeed) has more to it;
 Works wherever there is a model to call: Transformers' Trainer, Lightning, a plain loop; see ``examples/``.
 """
 
-from dpofast.integrations.models.calls import ModelLogprobOutput, model_dpo_loss, model_logprob
+from dpofast.integrations.models.calls import ModelLogprobOutput, model_dpo_loss, model_list_loss, model_logprob
 from dpofast.integrations.models.head import find_head
 from dpofast.integrations.models.probe import HeadInputs, head_inputs
 from dpofast.integrations.models.sharing import patch_share_prompt, share_prompt, unpatch_share_prompt
@@ -23,6 +23,7 @@ __all__ = [
     "find_head",
     "head_inputs",
     "model_dpo_loss",
+    "model_list_loss",
     "model_logprob",
     "patch_share_prompt",
     "share_prompt",

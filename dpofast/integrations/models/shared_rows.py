@@ -78,11 +78,11 @@ def find_sequences(input_ids: Tensor, attention_mask: Tensor | None) -> Sequence
     return Sequences(begin.to(first.device) + first, length)
 
 
-def find_packed(input_ids: Tensor, position_ids: Tensor) -> Sequences:
-    """The sequences in one row ``[1, T]``: one begins where positions do not go on by 1, as Transformers reads them."""
-    starts = (position_ids.diff() != 1).nonzero()[:, 1] + 1
-    first = F.pad(starts, (1, 0))
-    return Sequences(first, F.pad(starts, (0, 1), value=input_ids.shape[1]) - first)
+def find_packed(position_ids: Tensor) -> Sequences:
+    """The sequences in rows ``[N, T]``: one begins with a row, and where positions do not go on by 1, as Transformers
+    reads them."""
+    first = F.pad(position_ids.diff() != 1, (1, 0), value=True).flatten().nonzero()[:, 0]
+    return Sequences(first, F.pad(first[1:], (0, 1), value=position_ids.numel()) - first)
 
 
 def find_positions(position_ids: Tensor, input_ids: Tensor, sequences: Sequences) -> Tensor:
@@ -97,7 +97,7 @@ def find_positions(position_ids: Tensor, input_ids: Tensor, sequences: Sequences
     if not (counts | ~_inside(sequences)).all():
         raise wrong(
             "position_ids", "positions that restart or jump within a row", "one sequence in each row, counted in steps "
-            "of 1; pack all sequences in one row without attention_mask, or unpack them", Refused,
+            "of 1; pack sequences in rows without attention_mask, or unpack them", Refused,
         )  # fmt: skip
     return positions
 

@@ -66,8 +66,9 @@ def share_prompt(model: nn.Module, *, answers: int = 2, refuse: str = "error") -
         model: a decoder of Transformers, with its head or without, also in PEFT, DistributedDataParallel, FSDP2 or
             DeepSpeed. It is called with ``input_ids`` ``[KB, T]``, ``attention_mask`` ``[KB, T]`` of 0 and 1 or None,
             padded left or right, ``position_ids`` ``[KB, T]``, ``[1, T]`` or None, and nothing else that has a token
-            dimension. Or packed: ``input_ids`` ``[1, T]`` of KB sequences, without a mask, with ``position_ids``
-            ``[1, T]`` that start again in each, and ``cu_seq_lens_q`` and ``cu_seq_lens_k`` that say the same.
+            dimension. Or packed: ``input_ids`` ``[N, T]`` of KB sequences, counted row by row, without a mask, with
+            ``position_ids`` ``[N, T]`` that start again in each, and ``cu_seq_lens_q`` and ``cu_seq_lens_k`` that say
+            the same.
         answers: K, how many sequences follow each prompt.
         refuse: what happens where there is no shared form: "error" raises; "warn" warns once and runs unshared.
 
@@ -208,20 +209,21 @@ def _expect_tokens_alone(body: nn.Module, inputs: Mapping[str, Any]) -> None:
 def _find_sequences(inputs: Mapping[str, Any], answers: int) -> Sequences:
     """The sequences of a batch, packed or not; an error where they are not of groups."""
     ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-    packed = mask is None and positions is not None and len(ids) == 1 and positions.shape == ids.shape
-    sequences = find_packed(ids, positions) if packed else find_sequences(ids, mask)
+    packed = mask is None and positions is not None and positions.shape == ids.shape
+    sequences = find_packed(positions) if packed else find_sequences(ids, mask)
     for name in _BOUNDARIES:
         ends = (sequences.first + sequences.length).tolist()
         if name in inputs and torch.as_tensor(inputs[name]).tolist() != [0, *ends]:
             raise wrong(
-                name, "boundaries which position_ids do not have", "those at which position_ids start again, in one "
-                "row without attention_mask; pass such position_ids, by which attention other than Flash goes", Refused,
+                name, "boundaries which position_ids do not have", "those at which position_ids start again, without "
+                "attention_mask; pass such position_ids, by which attention other than Flash goes", Refused,
             )  # fmt: skip
-    if len(sequences.first) % answers:
+    count = len(sequences.first)
+    if count % answers:
         blocks = "[chosen; rejected]" if answers == 2 else f"[answers 1; ...; answers {answers}]"
         raise wrong(
-            "input_ids", f"shape {tuple(ids.shape)}" + f" of {len(sequences.first)} packed sequences" * packed,
-            f"[{answers}B, T], rows {blocks}, or so many sequences packed in one row without attention_mask; drop the "
+            "input_ids", f"shape {tuple(ids.shape)}" + f" of {count} packed sequences" * (count != len(ids)),
+            f"[{answers}B, T], rows {blocks}, or so many sequences packed in rows without attention_mask; drop the "
             "last ones, or call the model outside share_prompt", Refused,
         )  # fmt: skip
     return sequences
