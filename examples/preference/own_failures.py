@@ -20,7 +20,16 @@ from workbench import Row, Workbench, need
 from dpofast.demo import data as ruff_data
 
 PROMPT, TOKENS = 16, 64  # tokens of a prompt, and that the model writes
-TRAIN, HELD_OUT = 192, 96  # prompts
+TRAIN, HELD_OUT = 112, 72  # prompts
+LAYERS = 8  # the last ones have the LoRA: nothing is computed backward below them
+OPTIONS = {
+    "loss_type": ["sigmoid", "sft"],
+    "loss_weights": [1.0, 0.1],
+    "beta": 0.1,
+    "learning_rate": 5e-4,
+    "batch_size": 8,
+    "epochs": 2.0,
+}
 LONGEST_PERIOD, REPEATS, FEWEST = 16, 3, 12  # of a loop: tokens of its period, how often it comes, tokens in all
 
 
@@ -101,15 +110,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
         train, held_out = bench.split(prompts(texts(), bench), 0.35)
         choice = random.Random(bench.args.seed)
         train, held_out = (choice.sample(x, min(n, len(x))) for x, n in ((train, TRAIN), (held_out, HELD_OUT)))
-    own = looped(train, bench.continuations(bench.model, [row["prompt"] for row in train], TOKENS), bench)
+    own = looped(train, bench.continuations(bench.model, [row["prompt"] for row in train], TOKENS, rows=128), bench)
     if not own:
         raise SystemExit(f"None of {len(train)} continuations ends in a loop: there is nothing to train on")
     openings = [row["prompt"] for row in held_out]
-    before = bench.continuations(bench.model, openings, TOKENS)
+    before = bench.continuations(bench.model, openings, TOKENS, rows=128)
     pairs = looped(held_out, before, bench)
     scores = [(bench.score(bench.model, held_out, "scoring"), bench.score(bench.model, pairs, "scoring"))]
-    policy = bench.train(own, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.1], beta=0.1)
-    after = bench.continuations(policy, openings, TOKENS)
+    policy = bench.train(own, last_layers=LAYERS, **OPTIONS)
+    after = bench.continuations(policy, openings, TOKENS, rows=128)
     scores.append((bench.score(policy, held_out, "scoring"), bench.score(policy, pairs, "scoring")))
 
     report = Report(bench, "A model's own repetition loops", "family of rules", ["ruff"])

