@@ -176,11 +176,11 @@ def recorded_choices(replay: Schedule | None = None):
         choices.append(replay or choose(*args, **kwargs))
         return choices[-1]
 
-    primitive.chosen = recording
+    before, primitive.chosen = primitive.chosen, recording
     try:
         yield choices
     finally:
-        primitive.chosen = choose
+        primitive.chosen = before
 
 
 # What a schedule's name in the tests means: which inputs train, and what its plan looks like.

@@ -112,7 +112,9 @@ def test_a_filter_looks_at_all_logits_and_multiplies_what_it_keeps(isa, dtype):
     chosen = next(cpu.candidates(request, isa, 2))
     counter = cpu_cost._Counter(request, chosen, cpu.TRAITS[isa, dtype, dtype], 0.02)
     forward, backward, logits = counter.forward(), counter.backward(), 1024 * 32000
-    assert logits < forward.scan == forward.fold < 1.3 * logits and not forward.keep  # some tokens were asked first
+    # some tokens were asked first, and then what they drop
+    first = forward.scan - logits
+    assert 0 < first < 0.2 * logits and forward.fold == logits + 2 * first and not forward.keep
     assert backward.entry == pytest.approx(0.02 * logits * 576 * 2) and not backward.flops
     assert forward.sort == backward.sort == pytest.approx(0.02 * logits)
 
@@ -158,8 +160,7 @@ def test_a_plan_has_the_considered_schedules_and_says_what_is_assumed_of_a_filte
     assert dpofast.plan(1000, 576, 49152, "fp32", backend="cpu", grad_filter="auto").kept is None  # exact
     with pytest.raises(ValueError, match="kept: got 1.5"):
         dpofast.plan(8, 8, 8, grad_filter=0.1, kept=1.5)
-    with pytest.raises(ValueError, match="grad_filter: not available on backend 'torch'"):
-        dpofast.plan(8, 8, 8, backend="torch", grad_filter=0.1)
+    assert dpofast.plan(8, 8, 8, backend="torch", grad_filter=0.1).kept is None  # exact
 
 
 def test_rates_are_measured_once_until_they_are_forgotten():
