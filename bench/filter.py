@@ -107,34 +107,38 @@ def _off(provider, hidden: Tensor, weight: Tensor, labels: Tensor, want: list[Te
 
 
 def cuts(states: States, n: int) -> Iterator[list[Record]]:
-    """What cuts keep and drop in fp32, and the error of d hidden, with the dropped mass given back and without."""
+    """What cuts keep and drop in fp32, and the error of d hidden: the mass given back, in equal parts, or left out."""
     hidden, labels = (x[:n] for x in states.completion)
     logps, want, _ = exact(hidden, states.weight, labels, torch.ones(n, dtype=torch.float64))
-    mean_row = states.weight.mean(0)
     for exponent in CUTS:
         h = hidden.detach().requires_grad_()
         out = dpofast.linear_logprob(h, states.weight, labels, grad_filter=2.0**-exponent, outputs=("dropped_mass",))
         out.logps.sum().backward()
-        left_out = h.grad + out.dropped_mass.unsqueeze(1) * mean_row
+        mass = out.dropped_mass.unsqueeze(1)
+        kept, dropped = _kept_and_dropped(hidden, states.weight, labels, 2.0**-exponent)
+        dropped *= mass > 0
         share = out.dropped_mass / -logps.expm1()
         facts = base(states, "fp32", suite="cuts", case=f"2^-{exponent}", shape=(n, *states.shape[1:]))
         yield [
-            facts.of("entries kept, share", _kept(hidden, states.weight, labels, 2.0**-exponent)),
-            facts.of("tokens that drop nothing, share", (out.dropped_mass == 0).double().mean().item()),
+            facts.of("entries kept, share", kept),
+            facts.of("tokens that drop nothing, share", (mass == 0).double().mean().item()),
             facts.of("dropped share, mean", share.mean().item()),
             facts.of("dropped share, largest", share.max().item()),
             facts.of("error, given back", row_error(h.grad, want)),
-            facts.of("error, left out", row_error(left_out, want)),
+            facts.of("error, in equal parts", row_error(want + dropped - mass * states.weight.mean(0), want)),
+            facts.of("error, left out", row_error(want + dropped, want)),
         ]
 
 
-def _kept(hidden: Tensor, weight: Tensor, labels: Tensor, cut: float) -> float:
-    """The share of entries above a cut."""
-    kept = 0
+def _kept_and_dropped(hidden: Tensor, weight: Tensor, labels: Tensor, cut: float) -> tuple[float, Tensor]:
+    """The share of entries above a cut; and what those below add to d hidden [N, H]."""
+    kept, dropped = 0, []
     for h, y in zip(hidden.split(32), labels.split(32)):
         others = (h @ weight.T).softmax(-1).scatter_(1, y.unsqueeze(1), 0.0)
-        kept += (others > cut * others.sum(1, keepdim=True)).sum().item()
-    return kept / (len(hidden) * len(weight))
+        keeps = others > cut * others.sum(1, keepdim=True)
+        kept += keeps.sum().item()
+        dropped.append(others.masked_fill_(keeps, 0.0) @ weight)
+    return kept / (len(hidden) * len(weight)), torch.cat(dropped)
 
 
 def skipped(states: States, _: int) -> Iterator[list[Record]]:

@@ -28,6 +28,21 @@ def test_the_ordinary_way_is_one_without_pairs():
     assert pairs.functional.pairs_schedule is schedule
 
 
+def test_cuts_are_compared_with_what_they_leave_out(monkeypatch):
+    from dpofast.bench import filter as filters
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(200, 256, generator=g), torch.randn(5000, 256, generator=g) / 3
+    weight[:, 0] += 2.0  # the mean row is no row of zeros
+    labels = torch.randint(5000, (200,), generator=g)
+    monkeypatch.setattr(filters, "CUTS", (9,))
+    (records,) = filters.cuts(filters.States("random", hidden, weight, labels), 200)
+    found = {r.metric: r.value for r in records}
+    assert 0 < found["entries kept, share"] < 0.2 and 0 < found["dropped share, largest"] <= 0.125
+    assert 0 < found["error, given back"] < found["error, left out"]
+    assert 0 < found["error, in equal parts"] < found["error, left out"]
+
+
 def test_a_filtered_training_is_compared_with_exact_ones(monkeypatch):
     import families
 
