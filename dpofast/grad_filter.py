@@ -25,7 +25,7 @@ from torch import Tensor
 TOLERANCE = 2.0**-3
 """The largest dropped mass, as a share of what the label leaves to the others, of a token that is filtered."""
 
-AUTO = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-17}
+AUTO = {torch.bfloat16: 2.0**-14, torch.float16: 2.0**-18}
 """The cuts of ``grad_filter="auto"``: errors of d hidden and d weight below half of plain PyTorch's in the dtype of the
 gradients. In fp32 and fp64 half of the vocabulary would be kept, which costs more than everything: they are exact."""
 WITH_SOFTCAP = 2.0**-2

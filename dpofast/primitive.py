@@ -137,7 +137,7 @@ def linear_logprob(
             that are more than ``cut * (1 - p[label])``, and the label's; the sum of the others is given back to all
             in shares that the batch decides (nothing is, under a softcap). Tokens where more than an eighth of
             ``1 - p[label]`` would be left out keep everything. "auto": a cut for the dtypes, 2^-14 in bfloat16 and
-            2^-17 in float16 (a quarter of it under a softcap), none in fp32; see docs/filter.md. On a CPU log-probs are
+            2^-18 in float16 (a quarter of it under a softcap), none in fp32; see docs/filter.md. On a CPU log-probs are
             the same bits. On a GPU of compute capability 9, in bfloat16 without a bias or softcap, whole tiles are left
             out within the same bound, and their mass is given back in equal parts. Elsewhere, where the budget has no
             room for what is kept, where nothing is gained, and with a gradient of the entropy, gradients are exact. Not
