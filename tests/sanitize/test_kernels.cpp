@@ -466,7 +466,8 @@ void check_full(const Table& table) {
   std::vector<int64_t> offsets, labels(n, 1);
   for (int64_t t = 0; t < n; ++t) offsets.push_back(t * h);
   const int64_t panels = ceil_div(n, table.traits(DType::f32, DType::f32).panel), regions = panels * 8;
-  const int64_t fixed = 64 + round_up(n * 4, 64) + round_up(regions * 4, 64) + round_up(8 * panels * 8, 64) + 128;
+  const int64_t fixed =
+      64 + round_up(n * 4, 64) + round_up(v * 4, 64) + round_up(regions * 4, 64) + round_up(8 * panels * 8, 64) + 128;
   Buffer cache(fixed + regions * kRoom * 6);
   ForwardArgs f{};
   Problem& problem = f.problem;
