@@ -240,8 +240,8 @@ def notes(items: Items, groups: Sequence[str], steps: dict[str, list[int]]) -> l
         "it and without every item of its story. A story is what a chain of items leads through that people found at "
         f"least {SAME_STORY:.0%} alike. A head's steps are decided by stories among the training items: {taken}. nDCG "
         "is over the whole list, with gains 2^g - 1 and g from 0 to 4; level scores share their discounts. Its "
-        "baseline is a random order. The head's shape, learning rate and weight decay were tried on these same queries, "
-        "so the gains may be a little flattering.",
+        "baseline is a random order. The head's shape, learning rate and weight decay were tried on these same "
+        "queries, so the gains may be a little flattering.",
         "The row *centred* compares the cosine of two items' mean hidden states, as the untrained model has them, with "
         "the same after the mean of the training items is taken off. No judgement has part in it, and the heads begin "
         "there. A row *TF-IDF, then* has TF-IDF in place of before. Queries share their candidates, so errors are too "
