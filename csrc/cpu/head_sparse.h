@@ -32,12 +32,12 @@ struct Sparse {
   const int threads;
   const Transform<V> transform;
   Arena arena;
-  const int64_t ld, chunks;     // of rows of H columns, padded to whole chunks
-  const int64_t room;           // entries at a time
-  acc *coef, *spread;           // [n]: gradients that arrived, times the transform's scale; what all entries of g share
-  const acc* share = nullptr;   // [v]: Kept
-  acc *hidden, *grad;           // [n, ld]
-  acc *weight_sum, *mean_grad;  // [ld]: sum of share * W's rows; sum of spread * hidden
+  const int64_t ld, chunks;         // of rows of H columns, padded to whole chunks
+  const int64_t room;               // entries at a time
+  acc *coef, *spread;               // [n]: gradients that arrived, times the transform's scale; what all entries of g share
+  const acc* share = nullptr;       // [v]: Kept
+  acc *hidden, *grad;               // [n, ld]
+  acc *shared_row, *spread_hidden;  // [ld]: sum of share * W's rows; sum of spread * hidden
   elem *dense_packed, *weight_rows;
   acc *tiles, *rows_scratch;
   int64_t *dense, *dense_offsets;  // tokens that keep everything, and where their hidden states are
@@ -46,7 +46,7 @@ struct Sparse {
   uint32_t *row_ends, *tokens;
   acc* g;
   int64_t n_dense = 0, groups = 0;
-  acc mean_bias = 0;
+  acc spread_sum = 0;
 
   explicit Sparse(const BackwardArgs& args)
       : a(args),
@@ -61,8 +61,8 @@ struct Sparse {
     spread = arena.take<acc>(s.n_padded);
     hidden = arena.take<acc>(s.n * ld);
     grad = a.grad_hidden ? arena.take<acc>(s.n * ld) : nullptr;
-    weight_sum = arena.take<acc>(ld);
-    mean_grad = arena.take<acc>(ld);
+    shared_row = arena.take<acc>(ld);
+    spread_hidden = arena.take<acc>(ld);
     dense_packed = arena.take<elem>(s.h_padded * s.n_padded);
     weight_rows = s.weight_as_is() ? nullptr : arena.take<elem>(threads * s.block * s.h_padded);
     tiles = arena.take<acc>(threads * (s.tile_rows() + 1) * P);
@@ -132,7 +132,7 @@ struct Sparse {
       }
       ++label_blocks[a.problem.labels[t] / s.block];
       if (!transform.has_cap) spread[t] = -coef[t] * kept.dropped[t];
-      mean_bias += spread[t];
+      spread_sum += spread[t];
     }
     int64_t n = 0;
     for (int64_t b = 0; b < s.blocks; ++b) {
@@ -146,7 +146,7 @@ struct Sparse {
       n += of_block;
     }
     first_blocks[groups] = s.blocks;
-    for (int64_t k = 0; k < ld; ++k) weight_sum[k] = mean_grad[k] = 0;
+    for (int64_t k = 0; k < ld; ++k) shared_row[k] = spread_hidden[k] = 0;
   }
 
   void widen(int64_t task) const {
@@ -159,7 +159,7 @@ struct Sparse {
   }
 
   void sum_spread(int64_t chunk) const {
-    acc* const sum = mean_grad + chunk * kChunk;
+    acc* const sum = spread_hidden + chunk * kChunk;
     for (int64_t t = 0; t < s.n; ++t)
       for (int64_t k = 0; spread[t] != 0 && k < kChunk; ++k) sum[k] += spread[t] * hidden[t * ld + chunk * kChunk + k];
   }
@@ -198,7 +198,7 @@ struct Sparse {
     if (n_dense) put_dense(of_dense, b, thread, put);
     if (!a.grad_bias) return;
     for (int64_t r = 0; r < rows; ++r) {
-      acc sum = share[v0 + r] * mean_bias;
+      acc sum = share[v0 + r] * spread_sum;
       for (int64_t i = row_start(b, r); i < row_end(b, r); ++i) sum += g[i];
       static_cast<acc*>(a.grad_bias)[v0 + r] = sum;
     }
@@ -254,7 +254,7 @@ struct Sparse {
     const bool direct = s.problem.weight_dtype == Wide::kElemType && s.problem.weight_col_stride == 1 && n == kChunk;
     reg sum[kVectors];
     DPOFAST_UNROLL
-    for (int j = 0; j < kVectors; ++j) sum[j] = V::load(weight_sum + k0 + j * V::W);
+    for (int j = 0; j < kVectors; ++j) sum[j] = V::load(shared_row + k0 + j * V::W);
     for_rows(first_blocks[group], first_blocks[group + 1], [&](int64_t v, int64_t first, int64_t last) {
       const int64_t offset = v * s.problem.weight_row_stride + k0 * s.problem.weight_col_stride;
       const acc* from = scratch_row;
@@ -266,7 +266,7 @@ struct Sparse {
       add_row(from, first, last, grad + k0);
     });
     DPOFAST_UNROLL
-    for (int j = 0; j < kVectors; ++j) V::store(weight_sum + k0 + j * V::W, sum[j]);
+    for (int j = 0; j < kVectors; ++j) V::store(shared_row + k0 + j * V::W, sum[j]);
   }
   DPOFAST_NOINLINE void add_row(const acc* from, int64_t first, int64_t last, acc* to) const {
     reg row[kVectors];
@@ -294,7 +294,7 @@ struct Sparse {
   DPOFAST_NOINLINE void sum_rows(acc part, int64_t first, int64_t last, int64_t k0, acc* out) const {
     reg sum[kVectors];
     DPOFAST_UNROLL
-    for (int j = 0; j < kVectors; ++j) sum[j] = V::mul(V::set1(part), V::load(mean_grad + k0 + j * V::W));
+    for (int j = 0; j < kVectors; ++j) sum[j] = V::mul(V::set1(part), V::load(spread_hidden + k0 + j * V::W));
     for (int64_t i = first; i < last; ++i) {
       const reg x = V::set1(g[i]);
       const acc* const from = hidden + int64_t(tokens[i]) * ld + k0;
@@ -308,7 +308,7 @@ struct Sparse {
   void write_hidden(int64_t task, acc* row) const {
     const int64_t t1 = (task + 1) * kTokens < s.n ? (task + 1) * kTokens : s.n;
     for (int64_t t = task * kTokens; t < t1; ++t) {
-      for (int64_t k = 0; k < s.h; ++k) row[k] = grad[t * ld + k] + spread[t] * weight_sum[k];
+      for (int64_t k = 0; k < s.h; ++k) row[k] = grad[t * ld + k] + spread[t] * shared_row[k];
       write_row<K>(a.grad_hidden, a.grad_hidden_dtype, a.grad_positions[t] * s.h, row, s.h);
     }
   }

@@ -230,6 +230,14 @@ def test_no_token_misses_the_promise(cut):
         assert 0 < (got.dropped == 0).sum() < len(z)
 
 
+@pytest.mark.parametrize("tiles", [1, 50, 2000, 100_000])
+@pytest.mark.parametrize("cut", [2.0**-6, 2.0**-14, 2.0**-20])
+def test_a_budget_keeps_the_tolerance_whatever_the_number_of_tiles(cut, tiles):
+    """The most that can be dropped is as many equal masses as there are tiles."""
+    equal = math.sqrt(square_budget(cut, tiles) / tiles)
+    assert 0 < equal * tiles <= TOLERANCE * (1 + 1e-12) and square_budget(cut, tiles) <= cut * TOLERANCE
+
+
 def test_what_is_dropped_is_given_back_in_equal_parts():
     p = of_all_kinds()
     got, v = run(p), len(p.weight)
@@ -240,6 +248,16 @@ def test_what_is_dropped_is_given_back_in_equal_parts():
         rows = got.hidden[0, tile * ROWS : (tile + 1) * ROWS][:, got.kept.order[of_columns]].double()
         same = -got.dropped[tile * ROWS : (tile + 1) * ROWS, None].expand_as(rows) / v
         torch.testing.assert_close(rows, same, rtol=4 * ROUNDING, atol=1e-7)
+
+
+def test_rows_of_the_head_that_nobody_keeps_have_their_part_of_what_is_dropped():
+    p = case()
+    got = run(p)
+    nobody = ~listed(got.kept.of_tokens).any(0).repeat_interleave(WIDTH)[: len(p.weight)]
+    want = -p.scale * (got.dropped / len(p.weight)) @ p.tokens.double()
+    rows = got.weight[got.kept.order[nobody]].double()
+    assert len(rows) and want.norm() > 0
+    assert (rows - want).norm(dim=1).max() < 4 * ROUNDING * want.norm()
 
 
 def test_a_flat_distribution_keeps_everything():

@@ -680,6 +680,9 @@ int main(int argc, char** argv) {
         check_filtered(*table, t, 300, 9, 500, 48, options & 1, options & 2, room, 3, 1.0 / 256);
         check_filtered(*table, t, 100, 9, 500, 12, options & 1, options & 2, room, 3, 1.0 / 256);  // several groups of blocks
       }
+  // So many that several panels go first.
+  for (DType t : {DType::f32, DType::bf16, DType::f64})
+    check_filtered(*table, t, 65 * table->traits(t, t).panel, 5, 100, 48, false, false, 1 << 23, 3);
   check_full(*table);
 
   for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
