@@ -293,6 +293,19 @@ def test_a_panel_without_room_keeps_everything(cpu_backend):
     assert 0 in filtered and len(filtered) > 2, filtered  # none, all but panels without room, all but the crowded
 
 
+def test_where_nothing_is_dropped_nothing_is_given_back(cpu_backend):
+    """A tenth of the vocabulary is equally likely, and the rest impossible."""
+    p = case(spread=0.05, bias=True)
+    bias = torch.full_like(p.bias, -math.inf)
+    bias[:300] = 0.0
+    p = p._replace(bias=bias, labels=p.labels % 300)
+    with numerics.recorded_choices() as choices:
+        got = ours(p, CUT, backend=cpu_backend)
+    exact = ours(p, None, backend=cpu_backend)
+    assert choices[0].filters and not got["dropped_mass"].any()
+    assert_as_defined(got, {name: exact[name] for name in ("hidden", "weight", "bias")}, 1e-12)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_comes_out_where_it_does_without_a_filter(cpu_backend, bad):
     p = case(bias=True)
@@ -392,7 +405,7 @@ def test_a_compiled_call_has_the_same_bits(cpu_backend):
 @pytest.mark.parametrize("how", ["auto", CUT])
 def test_where_there_is_no_filter_gradients_are_exact(how, options, backend):
     if backend.startswith("cpu:"):
-        pytest.skip("it has one")
+        pytest.skip("this backend has a filter")
     p = case(**options)
     p = p.to(torch.float32 if how == CUT else torch.bfloat16)
     got, exact = (ours(p, value, backend=backend) for value in (how, None))
