@@ -17,6 +17,7 @@ from dpofast.train import model, ranks
 from dpofast.train.config import Config
 from dpofast.train.engine import steps_of
 from dpofast.train.feed import Feed
+from dpofast.train.frozen import FrozenLayers
 from dpofast.train.objective import objective_of
 
 MIB = 1 << 20
@@ -45,11 +46,16 @@ def dry_run(config: Config) -> str:
             objective.logps(policy, batch)
 
     train()  # the first makes the gradients, and whatever else is made once
+    score_all = _seconds(score, here.device)
+    if config.cache_frozen:
+        with autocast():
+            FrozenLayers(policy, config.last_layers, {})
+        train()
     memory = _peak(train, here.device)
     seconds, without_gradient = _seconds(train, here.device), _seconds(score, here.device)
     steps = steps_of(config, feed.records)
     times = {
-        "reference": feed.all_batches * without_gradient * objective.needs_reference,
+        "reference": feed.all_batches * score_all * objective.needs_reference,
         "training": steps * math.ceil(config.batch_size / config.micro_batch) * seconds,
         "evaluation": _evaluations(config, steps) * feed.held_out_batches * without_gradient,
     }

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from dpofast.train import checkpoint, log, model, state
 from dpofast.train.config import Config
 from dpofast.train.feed import Feed
+from dpofast.train.frozen import FileStore, FrozenLayers
 from dpofast.train.objective import Scored, objective_of
 from dpofast.train.ranks import Ranks
 from dpofast.train.references import References
@@ -64,6 +65,9 @@ class Training:
         state.seed(config.seed)
         self.bare = model.trained(config, self.resumed)
         self.called = model.wrapped(self.bare, config, self.ranks)
+        if config.cache_frozen:
+            self.frozen = self._frozen_states()
+            self._cache_frozen(self.bare)
         self.parameters = model.trained_parameters(self.bare)
         self._make_optimizer()
         self.references = self._references() if self.objective.needs_reference else None
@@ -129,6 +133,15 @@ class Training:
             self._score_reference(kept)
         return kept
 
+    def _frozen_states(self) -> FileStore:
+        """What frozen layers make of each row; of this rank's rows."""
+        identity = {name: self.identity[name] for name in ("model", "precision")}
+        return FileStore(self.out / f"frozen-{self.ranks.rank}.states", identity | {"layers": self.config.last_layers})
+
+    def _cache_frozen(self, policy: torch.nn.Module) -> None:
+        with self._autocast():
+            FrozenLayers(policy, self.config.last_layers, self.frozen)
+
     @torch.no_grad()
     def _score_reference(self, kept: References) -> None:
         reference, done = None, 0
@@ -139,6 +152,8 @@ class Training:
                 if reference is None:
                     folder = self.config.reference or self.config.model
                     reference = model.load(folder, self.config, "reference").to(self.ranks.device)
+                    if self.config.cache_frozen and not self.config.reference:  # the same layers
+                        self._cache_frozen(reference)
                 mine = [] if self.ranks.rank >= len(batches) else self._reference_logps(reference, batches)
                 for each, logps in zip(keys, self.ranks.gathered(mine)):
                     kept.add(each, logps)

@@ -1,15 +1,13 @@
 """The reference's log-probs on disk: computed once, kept beside what they are of, and never used for anything else.
 
-The file is a line of JSON, the identity of model, data and encoding, and then one record for each sequence: a hash of
-its tokens, and the sum of its answer's log-probs. It only ever grows at its end, so a process that ends while it
-writes leaves at most a part of a record, which the next one cuts off.
+A record is of one sequence: a hash of its tokens, and the sum of its answer's log-probs. The identity is that of
+model, data and encoding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from dpofast.checks import wrong
 from dpofast.train.checkpoint import sha256
+from dpofast.train.ledger import Ledger
 
 _RECORD = np.dtype([("key", "V16"), ("logp", "<f4")])
-_FORMAT = 1
 
 
 def model_identity(folder: str) -> str:
@@ -53,20 +51,10 @@ class References:
     """The log-probs of a file, by sequence. ``writes`` is True on the one rank that adds to it."""
 
     def __init__(self, path: Path, identity: Mapping[str, Any], writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+        self.path = path
+        self._file = Ledger("references", path, identity, _RECORD, writes)
         self._logps: dict[bytes, float] = {}
-        header = json.dumps({"format": _FORMAT, **identity}, sort_keys=True).encode() + b"\n"
-        if not path.exists():
-            if writes:
-                self._begin(header)
-            return
-        content = path.read_bytes()
-        found, newline, records = content.partition(b"\n")
-        self._expect_identity(found + newline, header)
-        whole = len(records) // _RECORD.itemsize * _RECORD.itemsize
-        if writes and whole < len(records):
-            os.truncate(path, len(header) + whole)
-        for key, logp in np.frombuffer(records[:whole], _RECORD):
+        for key, logp in self._file.found:
             self._logps.setdefault(key.tobytes(), float(logp))
 
     def __len__(self) -> int:
@@ -80,15 +68,11 @@ class References:
         """Keep the log-probs of some sequences. Of one that is known already the first stay."""
         new = {key: logp for key, logp in zip(keys, logps, strict=True) if key not in self._logps}
         self._logps |= new
-        if self.writes and new:
-            with self.path.open("ab") as file:
-                file.write(np.array([(np.void(key), logp) for key, logp in new.items()], _RECORD).tobytes())
+        self._file.append([(np.void(key), logp) for key, logp in new.items()])
 
     def sync(self) -> None:
         """Have all that was added on the disk."""
-        if self.writes:
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
+        self._file.sync()
 
     def of(self, keys: Sequence[bytes], device: torch.device | str = "cpu") -> Tensor:
         """The log-probs ``[N]`` of these sequences."""
@@ -97,26 +81,3 @@ class References:
                 f"references: {self.path} does not have every sequence of the batch; remove it to begin again"
             )
         return torch.tensor([self._logps[key] for key in keys], dtype=torch.float32, device=device)
-
-    def _begin(self, header: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.path.with_name(self.path.name + ".unfinished")
-        with draft.open("wb") as file:
-            file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
-
-    def _expect_identity(self, found: bytes, header: bytes) -> None:
-        remedy = "remove that file, or name another with references"
-        try:
-            before = json.loads(found)
-        except ValueError as error:
-            raise ValueError(f"references: {self.path} is not a file of log-probs ({error}); {remedy}") from error
-        now = json.loads(header)
-        other = [name for name in now if before.get(name) != now[name]] if isinstance(before, dict) else ["format"]
-        if other:
-            raise ValueError(
-                f"references: {self.path} was made with another {', '.join(other)}; its log-probs would be wrong "
-                f"here: {remedy}"
-            )

@@ -453,22 +453,22 @@ void check_filtered(const Table& table, DType type, int64_t n, int64_t h, int64_
   if (has_bias) compare("d bias", values(d_bias), want_bias, tight + product, where);
 }
 
-// A piece whose entries find no room holds less of the mass than the tolerance: its tokens keep everything all the same.
-void check_full(const Table& table) {
-  constexpr int64_t n = 16, h = 4, v = 8 * 192, kRoom = 20;
+// Filters n tokens whose logits are a bias alone, with room for so many entries in a region; says what each must drop.
+void check_room(const Table& table, const std::string& what, int64_t n, int64_t room, const std::vector<double>& logits,
+                double want) {
+  constexpr int64_t h = 4;
+  const int64_t v = int64_t(logits.size());
   Tensor hidden(DType::f32, n * h), weight(DType::f32, v * h), bias(DType::f32, v), logps(DType::f32, n),
       lse(DType::f32, 2 * n);
   Tensor dropped(DType::f32, n);
   hidden.fill(0), weight.fill(0);
-  for (int64_t i = 0; i < v; ++i) bias.set(i, i % 192 ? -60 : -11);  // one entry a piece, but that
-  bias.set(0, 0);                                                    // the first has nearly all of the mass,
-  for (int64_t i = 0; i < 60; ++i) bias.set(7 * 192 + i, -6.8);      // and sixty of the last have 6 % together
-  std::vector<int64_t> offsets, labels(n, 1);
+  for (int64_t i = 0; i < v; ++i) bias.set(i, logits[size_t(i)]);
+  std::vector<int64_t> offsets, labels(size_t(n), 1);
   for (int64_t t = 0; t < n; ++t) offsets.push_back(t * h);
   const int64_t panels = ceil_div(n, table.traits(DType::f32, DType::f32).panel), regions = panels * 8;
   const int64_t fixed =
-      64 + round_up(n * 4, 64) + round_up(v * 4, 64) + round_up(regions * 4, 64) + round_up(8 * panels * 8, 64) + 128;
-  Buffer cache(fixed + regions * kRoom * 6);
+      64 + round_up(n * 4, 64) + round_up(v * 4, 64) + round_up(regions * 4, 64) + round_up(8 * panels * (v / 192), 64) + 128;
+  Buffer cache(fixed + regions * room * 6);
   ForwardArgs f{};
   Problem& problem = f.problem;
   problem.n = n, problem.h = h, problem.v = v, problem.block = 192, problem.threads = 1;
@@ -485,8 +485,30 @@ void check_full(const Table& table) {
   table.forward(f);
   int64_t filters = 0;
   std::memcpy(&filters, f.cache, sizeof filters);
-  compare("filters", {double(filters)}, {1}, 0, table.name);
-  compare("dropped mass of full regions", values(dropped), std::vector<double>(size_t(n), 0), 0, table.name);
+  compare("filters", {double(filters)}, {1}, 0, what);
+  compare("dropped mass", values(dropped), std::vector<double>(size_t(n), want), 1e-4, what);
+}
+
+// A piece whose entries find no room holds less of the mass than the tolerance: its tokens keep everything all the same.
+void check_full(const Table& table) {
+  std::vector<double> logits(8 * 192, -60);
+  for (size_t i = 0; i < 8; ++i) logits[i * 192] = -11;        // one entry a piece, but that
+  logits[0] = 0;                                               // the first has nearly all of the mass,
+  for (size_t i = 0; i < 60; ++i) logits[7 * 192 + i] = -6.8;  // and sixty of the last have 6 % together
+  check_room(table, std::string(table.name) + ": full regions", 16, 20, logits, 0);
+}
+
+// All entries together have less room than the shares of one panel that goes first, which then are equal.
+void check_no_room_for_shares(const Table& table) {
+  std::vector<double> logits(64 * 192, -60);
+  for (size_t i = 0; i < 64; ++i) logits[i * 192] = -11;
+  logits[0] = 0;
+  for (size_t i = 0; i < 400; ++i) logits[20 * 192 + i] = -8.5;  // each too small, and 8 % together
+  double dropped = 0;
+  for (double z : logits) dropped += z < 0 ? std::exp(z) : 0;
+  const int64_t panel = table.traits(DType::f32, DType::f32).panel;
+  check_room(table, std::string(table.name) + ": no room for shares", 4 * panel, 2 * panel + 2, logits,
+             dropped / (1 + dropped));
 }
 
 // Log-probs and statistics have the same bits whatever the blocks, the schedule, the threads and the rest of the batch.
@@ -684,6 +706,7 @@ int main(int argc, char** argv) {
   for (DType t : {DType::f32, DType::bf16, DType::f64})
     check_filtered(*table, t, 65 * table->traits(t, t).panel, 5, 100, 48, false, false, 1 << 23, 3);
   check_full(*table);
+  check_no_room_for_shares(*table);
 
   for (int64_t v : {1, 3, 16, 17, 511, 512, 513, 1041})
     for (DType t : kTypes)

@@ -50,7 +50,7 @@ def test_those_of_another_model_or_data_are_refused_by_name_and_stay(tmp_path, n
     path = tmp_path / "r.bin"
     made(path)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"references: .*made with another {name}; .*remove that file"):
+    with pytest.raises(ValueError, match=f"references: .*made with another {name}, .*remove that file"):
         References(path, {**WHAT, name: "other"})
     assert path.read_bytes() == before
 
