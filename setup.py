@@ -464,7 +464,7 @@ if __name__ == "__main__":
         # Here, for no form of it in pyproject.toml is read by setuptools before 77 and without a warning after.
         license="Apache-2.0",
         # The Triton kernels and the benchmarks lie at the top, but packages named so would be somebody else's.
-        package_data={"dpofast": ["py.typed"]},
+        package_data={"dpofast": ["py.typed", "demo/demo.toml"]},
         include_package_data=False,  # not the results of the benchmarks
         packages=[*find_packages(include=["dpofast", "dpofast.*"]), "dpofast.bench", "dpofast.kernels"],
         package_dir={"dpofast.bench": "bench", "dpofast.kernels": "kernels"},

@@ -9,35 +9,36 @@ filtered take the same batches; two more exact runs take them in other orders, a
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
+import shutil
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
-from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from rich.console import Console
 
 from dpofast.bench import record
 from dpofast.bench.measure import machine
 from dpofast.bench.record import Record
-from dpofast.demo import data, model, train
-from dpofast.demo.run import encoded_split, quiet_libraries
-from dpofast.functional import linear_dpo_loss
+from dpofast.demo import data
+from dpofast.demo.estimate import Machine
+from dpofast.demo.model import write_model
+from dpofast.demo.run import preset, quiet_libraries, split, write
+from dpofast.demo.train import head_inputs
 from dpofast.grad_filter import AUTO
 from dpofast.primitive import linear_logprob
+from dpofast.train import log, ranks
+from dpofast.train.config import Config
+from dpofast.train.engine import Context, Training
+from dpofast.train.model import load_tokenizer
+from dpofast.train.run import identity_of
+from dpofast.train.stop import Stop
 
 CUT = AUTO[torch.bfloat16]
 RUNS = (("exact", None, 0), ("filtered", CUT, 0), ("exact, order 1", None, 1), ("exact, order 2", None, 2))
 SMOOTHED = 20  # steps of which a mean is a point of a curve
-
-
-def head_loss(
-    cut: float | None, hidden: Tensor, weight: Tensor, labels: Tensor, ref: Tensor, beta: float
-) -> train.HeadLoss:
-    """The demo's loss with the gradients of ``cut``."""
-    out = linear_dpo_loss(hidden, weight, labels, ref_logps=ref, beta=beta, loss_type="sigmoid", grad_filter=cut)
-    return train.HeadLoss(out.loss, (out.chosen_rewards - out.rejected_rewards).detach())
 
 
 def curve(losses: Sequence[float]) -> list[float]:
@@ -48,45 +49,50 @@ def apart(a: Sequence[float], b: Sequence[float]) -> float:
     return statistics.fmean(abs(x - y) for x, y in zip(curve(a), curve(b), strict=True))
 
 
-def dropped(upper: model.Upper, weight: Tensor, inputs: train.Inputs) -> float:
-    """The mean dropped mass of the answers' tokens: more than 0 where the filter is at work."""
-    labels = inputs.batch.labels
+def dropped(training: Training, cut: float) -> float:
+    """The mean dropped mass of the answers' tokens of a batch: more than 0 where the filter is at work."""
     with torch.no_grad():
-        hidden = inputs.batch.unfold(upper(inputs.states, inputs.batch))
+        hidden, weight, labels, _ = head_inputs(training, training.feed.first(training.config.micro_batch))
     hidden = hidden.requires_grad_()  # a call without gradients filters none
-    out = linear_logprob(hidden, weight, labels, grad_filter=CUT, outputs=("dropped_mass",))
-    return out.dropped_mass[labels != model.IGNORE].mean().item()
+    out = linear_logprob(hidden, weight.detach(), labels, grad_filter=cut, outputs=("dropped_mass",))
+    return out.dropped_mass[labels >= 0].mean().item()
 
 
-def measure(
-    start: model.Upper,
-    weight: Tensor,
-    seen: Sequence[train.Example],
-    unseen: Sequence[train.Example],
-    settings: train.Settings,
-) -> Iterator[list[Record]]:
+def begun(config: Config, first: Path) -> Training:
+    """A training; what frozen layers and reference say is the same in all, and taken from ``first``."""
+    out = Path(config.out)
+    out.mkdir(parents=True)
+    for path in (*first.glob("frozen-0.*"), *first.glob("references.bin")):
+        shutil.copy(path, out)
+    context = Context(ranks.start("cpu"), log.Screen(Console(), silent=True), Stop())
+    return Training(config, context, {**identity_of(config), "world": 1})
+
+
+def measure(folder: Path, **options: Any) -> Iterator[list[Record]]:
     """The trainings one after another, from the same start; the first is what the others are compared with."""
-    first = train.stack(next(train.training_batches(seen, settings.batch_size, 0)))
     base = Record("filter_training", workload="SmolLM2", provider="dpofast", dtype="fp32")
-    yield [
-        base._replace(case="filtered").of("dropped mass of a token, first step, mean", dropped(start, weight, first))
-    ]
     exact: list[float] = []
     for name, cut, seed in RUNS:
-        upper = copy.deepcopy(start)
-        trainer = train.Trainer(upper, weight, settings, partial(head_loss, cut))
-        batches = itertools.islice(train.training_batches(seen, settings.batch_size, seed), settings.steps)
-        losses = [trainer.step(train.stack(batch)).loss.item() for batch in batches]
-        score = train.evaluate(upper, weight, unseen, settings.beta)
+        out = folder / f"run, {name}"
+        config = preset(folder, out=str(out), grad_filter="" if cut is None else f"{cut}", seed=seed, **options)
+        training = begun(config, folder / f"run, {RUNS[0][0]}")
+        if cut is not None:
+            mean = dropped(training, cut)
+            yield [base._replace(case=name).of("dropped mass of a token, before the first step, mean", mean)]
+        training.run()
+        entries = log.read(out / "log.jsonl")
+        losses = [entry["loss"] for entry in entries if "loss" in entry]
+        held_out = [entry for entry in entries if "eval/loss" in entry][-1]
         values = {
             "loss of the last steps": curve(losses)[-1],
-            "held-out loss": score.loss,
-            "held-out margin": score.margin,
+            "held-out loss": held_out["eval/loss"],
+            "held-out margin": held_out["eval/rewards/margins"],
         }
         if exact:
             values["mean distance of the loss's curve from exact"] = apart(losses, exact)
         exact = exact or losses
         yield [base._replace(case=name).of(metric, value) for metric, value in values.items()]
+        shutil.rmtree(out / "checkpoints")
 
 
 def main() -> None:
@@ -97,19 +103,17 @@ def main() -> None:
     args = parser.parse_args()
     results, out = record.begin(args.out, "filter_training", machine())
     quiet_libraries()
-    ruff, path = data.ruff_binary(), model.gguf_file()
-    with model.gguf_read_once():
-        tokenizer, language_model = model.load_tokenizer(path), model.load_model(path)
-    pairs = data.verified_pairs(ruff, data.documented_pairs(ruff)[0])
-    training, held_out, _ = encoded_split(pairs, tokenizer, 0)
-    settings = train.Settings(steps=args.steps, batch_size=args.batch_size)
-    examples, start, weight = train.prepare(
-        language_model, [*training, *held_out], settings.top, torch.float32, lambda _: None
-    )
-    known = {id(pair) for pair in held_out}
-    seen = [example for example in examples if id(example.pair) not in known]
-    unseen = [example for example in examples if id(example.pair) in known]
-    results.add(measure(start, weight, seen, unseen, settings))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "model")
+        ruff = data.ruff_binary()
+        pairs = data.verified_pairs(ruff, data.documented_pairs(ruff)[0])
+        training, held_out, _ = split(pairs, load_tokenizer(str(folder / "model")), 0)
+        write(training, folder / "train.jsonl")
+        write(held_out, folder / "held_out.jsonl")
+        size = {"batch_size": args.batch_size, "micro_batch": args.batch_size}
+        frozen = Machine.measured().precision
+        results.add(measure(folder, steps=args.steps, evaluate_every=0, cache_frozen=frozen, **size))
     results.save(out)
 
 

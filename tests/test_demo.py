@@ -14,13 +14,13 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-import families
 from rich.console import Console
+from train import tiny_run
 
 from dpofast import demo
 from dpofast._memory import peak_growth
-from dpofast.demo import data, model, report, train
-from dpofast.demo.data import EncodedPair, Pair
+from dpofast.demo import data, model, report, run, train
+from dpofast.demo.data import Pair
 from dpofast.demo.estimate import Count, Machine, expected_seconds
 from dpofast.demo.screen import Bar, Screen
 
@@ -179,77 +179,18 @@ def test_code_that_is_held_out_does_not_train():
     assert data.without_copies([replace(held, rejected="x", chosen="bad()")], [held]) == []
 
 
-def random_pairs(count, vocabulary, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def ids(low, high):
-        size = int(torch.randint(low, high, (), generator=generator))
-        return tuple(torch.randint(2, vocabulary, (size,), generator=generator).tolist())
-
-    # something to learn: a chosen answer ends in 0, a rejected one in 1
-    return [EncodedPair("abcde"[i % 5], ids(3, 9), (*ids(1, 8), 0), (*ids(1, 8), 1)) for i in range(count)]
-
-
-@pytest.fixture
-def tiny():
-    return families.build(num_hidden_layers=3, tie_word_embeddings=True)
-
-
-# the ends of answers that begin alike
-SIBLINGS = (((4, 5), (6,)), ((4,), (5, 6, 9)), ((4, 5, 6), (4, 5)), ((), (4, 5)))
-
-
-def test_a_row_with_both_answers_gives_what_two_rows_would(tiny):
-    pairs = random_pairs(5, families.V)
-    pairs += [EncodedPair("a", (2, 3), (7, 8, *chosen, 0), (7, 8, *rejected, 0)) for chosen, rejected in SIBLINGS]
-    assert [pair.shared for pair in pairs[5:]] == [2, 2, 4, 2]
-    batch = model.collate(pairs)
-    with torch.no_grad():
-        hidden = tiny.model.embed_tokens(batch.ids)
-        hidden = model.run_layers(tiny.model.layers, hidden, batch, tiny.model.rotary_emb)
-        rows = batch.unfold(tiny.model.norm(hidden))
-        for i, pair in enumerate(pairs):
-            for row, answer in ((i, pair.chosen), (len(pairs) + i, pair.rejected)):
-                tokens = torch.tensor([pair.prompt + answer])
-                alone = tiny.model(tokens).last_hidden_state[0, :-1]
-                torch.testing.assert_close(rows[row, : alone.shape[0]], alone)
-                labels = batch.labels[row]
-                assert labels[labels != model.IGNORE].tolist() == list(answer)
-                assert labels[: len(pair.prompt) - 1].eq(model.IGNORE).all()
-                assert labels[len(pair.prompt) - 1] == answer[0]
-
-
-@pytest.mark.parametrize("shared", [(), (5, 6, 7)], ids=["nothing-shared", "opening-shared"])
-def test_an_opening_that_is_computed_once_changes_nothing(tiny, shared):
-    pairs = [replace(pair, prompt=(*shared, *pair.prompt)) for pair in random_pairs(9, families.V)]
-    opening, lower = model.Opening(pairs), tiny.model.layers[:2]
-    assert opening.ids[: len(shared)] == shared
-    for part in (pairs[:5], pairs[5:]):
-        batch = model.collate(part)
-        with torch.no_grad():
-            whole = model.run_layers(lower, tiny.model.embed_tokens(batch.ids), batch, tiny.model.rotary_emb)
-        states = model.lower_states(tiny, lower, batch, opening, torch.float32)
-        for i, pair in enumerate(part):
-            torch.testing.assert_close(states[i, : pair.length], whole[i, : pair.length])
-
-
-def test_one_prompt_for_all_pairs_still_leaves_a_token_after_the_opening():
-    pairs = [replace(pair, prompt=(5, 6, 7)) for pair in random_pairs(3, families.V)]
-    assert model.Opening(pairs).ids == (5, 6)
-
-
 def test_all_heads_give_the_same_loss_and_gradient():
     torch.manual_seed(1)
     hidden, weight = torch.randn(6, 7, 32), torch.randn(131, 32)
     labels = torch.randint(0, 131, (6, 7))
-    labels[:, :3] = model.IGNORE
+    labels[:, :3] = train.IGNORE
     refs = torch.randn(6)
     results = []
     for head in train.HEADS.values():
         leaf = hidden.clone().requires_grad_(True)
-        out = head(leaf, weight, labels, refs, 0.1)
-        out.loss.backward()
-        results.append((out.loss.detach(), out.margins, leaf.grad))
+        loss = head(leaf, weight, labels, refs, 0.1)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
     for plain, *others in zip(*results, strict=True):
         for other in others:
             torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
@@ -264,53 +205,48 @@ def test_peak_growth_sees_memory_that_is_gone_when_the_work_ends():
     assert peak_growth(lambda: None) < 0.1 * size
 
 
-def test_training_batches_use_every_pair_once_an_epoch_and_only_the_seed_decides():
-    examples = [train.Example(pair, torch.empty(0), 0.0, 0.0) for pair in random_pairs(24, families.V)]
-
-    def epoch(seed):
-        batches = train.training_batches(examples, 4, seed)
-        return [id(example) for _ in range(6) for example in next(batches)]
-
-    assert sorted(epoch(0)) == sorted(id(example) for example in examples)
-    assert epoch(0) == epoch(0) != epoch(1)
-
-
-@pytest.fixture
-def tuned(tiny):
-    from dpofast.demo.run import tune
-
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    tiny_run.write_model(folder / "model")
+    tiny_run.write_pairs(folder / "train.jsonl", 30)
+    tiny_run.write_pairs(folder / "held_out.jsonl", 10, skip=30)
     screen = Screen(Console(file=io.StringIO(), width=120, markup=False))
-    pairs = random_pairs(40, families.V)
-    settings = train.Settings(steps=12, batch_size=8, top=1, learning_rate=1e-2, beta=0.5, compared_steps=3, repeats=2)
-    machine = Machine(torch.float32, {torch.float32: 1e11}, python=0.1)
-    frozen = {name: value.clone() for name, value in tiny.state_dict().items() if "layers.2." not in name}
-    result = tune(screen, tiny, pairs[:30], pairs[30:], settings, machine)
-    return result, screen, frozen
+    options = {"steps": 12, "batch_size": 8, "micro_batch": 8, "last_layers": 1, "learning_rate": 1e-2, "beta": 0.5}
+    config = run.preset(folder, **options)
+    return run.tune(screen, config, compared_steps=3, measured_pairs=4, repeats=2), screen, folder
 
 
-def test_a_run_starts_at_ln_2_learns_and_agrees_with_the_plain_loss(tuned, tiny, tmp_path):
-    result, screen, frozen = tuned
-    assert result.before.loss == pytest.approx(math.log(2), abs=1e-4)
-    assert result.history.loss[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert len(result.history.loss) == 12
-    assert list(result.history.held_out) == [4, 8, 12] and result.history.held_out[12] is result.after
-    assert sum(result.history.loss[-3:]) < 0.8 * sum(result.history.loss[:3])
-    assert result.after.loss < result.before.loss  # the last token tells, in held-out pairs too
+def test_a_run_learns_and_agrees_with_the_plain_loss(tuned, tmp_path):
+    result, screen, folder = tuned
+    assert len(result.history.loss) == 12 and result.held_out_pairs == 10
+    assert sorted(result.history.held_out) == [7, 12]
+    assert result.before.loss == pytest.approx(math.log(2), abs=1e-5)
+    assert result.before.margin == pytest.approx(0, abs=1e-5) and result.before.preference == pytest.approx(
+        0.5, abs=0.5
+    )
+    assert result.history.loss[-1] < result.history.loss[0] and result.after.loss < result.before.loss
     assert result.agreement.steps == 3
     assert result.agreement.loss_difference < 1e-4
-    assert 0 < result.agreement.distance_moved
-    assert result.agreement.distance_apart < 0.05 * result.agreement.distance_moved
-    for name, value in tiny.state_dict().items():
-        if name in frozen and name != "model.norm.weight":
-            torch.testing.assert_close(value.float(), frozen[name], rtol=1e-2, atol=1e-2, msg=name)
-            assert not tiny.get_parameter(name).requires_grad
+    assert 0 < result.agreement.distance_apart < 0.05 * result.agreement.distance_moved
+    assert (folder / "run" / "best" / "model.safetensors").is_file()
+    assert list(screen.seconds) == ["reference", "cost of the heads", "first steps, plain loss", "training"]
+    assert set(screen.seconds) == set(expected_seconds(FAST, Count(9, 9, 9), Count(9, 9, 9), run.preset(folder)))
 
     report.save_picture(result, tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     result.seconds = screen.seconds
     report.print_result(screen.console, result)
     printed = screen.console.file.getvalue()
-    for words in ("step 12", "loss 0.", "all tied", "The same first 3 steps", "told the mask", "x faster", "Seconds:"):
+    for words in (
+        "step 12: held-out loss",
+        "loss 0.",
+        "all tied",
+        "The same first 3 steps",
+        "told the mask",
+        "x faster",
+        "Seconds:",
+    ):
         assert words in printed
 
 
@@ -339,8 +275,8 @@ def test_a_bar_moves_with_the_clock_and_learns_from_what_is_done(monkeypatch):
 def test_a_phase_that_tells_nothing_still_shows_that_it_moves(monkeypatch, terminal):
     monkeypatch.setattr("dpofast.demo.screen.LINE_EVERY", 0.05)
     console = Console(file=io.StringIO(), width=120, force_terminal=terminal, markup=False)
-    screen = Screen(console)
-    with screen.phase("silent", expected=100.0):
+    screen = Screen(console, {"silent": 100.0})
+    with screen.phase("silent"):
         time.sleep(0.5)
     printed = console.file.getvalue()
     assert printed.count("s left") >= 3
@@ -348,24 +284,33 @@ def test_a_phase_that_tells_nothing_still_shows_that_it_moves(monkeypatch, termi
 
 
 def test_lines_end_with_the_phase_even_where_it_fails():
-    with pytest.raises(ZeroDivisionError), Screen(Console(file=io.StringIO())).phase("bad", expected=1.0):
+    with pytest.raises(ZeroDivisionError), Screen(Console(file=io.StringIO())).phase("bad"):
         raise ZeroDivisionError
     assert not [thread for thread in threading.enumerate() if "talk" in thread.name]
 
 
-def test_the_estimate_follows_the_machine_and_the_work():
-    def seconds(speed, factor=1, **settings):
+FAST = Machine(torch.float32, {torch.float32: 1e11}, python=0.1)
+
+
+def test_the_estimate_follows_the_machine_and_the_work(tmp_path):
+    def seconds(speed, factor=1, **options):
         machine = Machine(torch.float32, {torch.float32: speed}, python=0.1)
-        count = Count(100 * factor, 9000 * factor, 3000 * factor)
-        return expected_seconds(machine, count, count, train.Settings(**settings))
+        count = Count(100 * factor, 6000 * factor, 3000 * factor)
+        return expected_seconds(machine, count, count, run.preset(tmp_path, **options))
 
     once, faster, more = seconds(1e11), seconds(2e11), seconds(1e11, 2)
     for name, value in once.items():
         assert faster[name] == pytest.approx(value / 2)
-    assert more["frozen layers and reference"] == pytest.approx(2 * once["frozen layers and reference"])
+    assert more["reference"] == pytest.approx(2 * once["reference"])
     assert more["cost of the heads"] == pytest.approx(once["cost of the heads"])  # of one batch
-    double = seconds(1e11, steps=2 * train.Settings.steps, evaluations=2 * train.Settings.evaluations)
-    assert double["training with dpofast"] == pytest.approx(2 * once["training with dpofast"])
+    assert seconds(1e11, steps=28)["training"] < 2 * once["training"]  # before the first step there is one evaluation
+    assert seconds(1e11, last_layers=4)["training"] > 1.2 * once["training"]
+
+
+def test_the_preset_is_what_the_trainer_takes(tmp_path):
+    config = run.preset(tmp_path)
+    assert (config.last_layers, config.cache_frozen, config.share_prompt) == (2, "fp32", True)
+    assert config.model == str(tmp_path / "model") and config.check() is config
 
 
 def test_bf16_is_used_where_it_is_faster_and_only_there(monkeypatch):
@@ -411,10 +356,13 @@ def test_the_prompt_asks_for_the_rule_and_the_answer_is_code():
     with model.gguf_read_once():
         tokenizer = model.load_tokenizer(model.gguf_file())
     pair = Pair("print", "f", "Checks for `print` calls.", chosen='log("good")\n', rejected='print("bad")\n')
-    encoded = data.encode(pair, tokenizer)
+    rows = data.rows_of([pair], tokenizer)
+    (encoded,) = run.encoded(rows, tokenizer)
     prompt = tokenizer.decode(encoded.prompt)
     assert pair.task in prompt and prompt.endswith("```python\n")
     assert "good" not in prompt and "bad" not in prompt
-    assert tokenizer.decode(encoded.chosen) == 'log("good")\n```<|im_end|>'
-    assert tokenizer.decode(encoded.rejected) == 'print("bad")\n```<|im_end|>'
-    assert encoded.length == len(encoded.prompt) + len(encoded.chosen) + len(encoded.rejected)
+    chosen, rejected = (tokenizer.decode(answer.ids) for answer in encoded.answers)
+    assert chosen == 'log("good")\n```<|im_end|>'
+    assert rejected == 'print("bad")\n```<|im_end|>'
+    assert Count.of([encoded]) == Count(1, len(encoded.prompt), sum(len(answer.ids) for answer in encoded.answers))
+    assert data.is_short(encoded)

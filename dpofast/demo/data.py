@@ -15,7 +15,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dpofast.data import Encoded
 
 RUFF_VERSION = "0.17.6"  # rule texts change between releases, and the pairs with them
 MAX_PROMPT, MAX_ANSWER = 64, 28  # tokens; longer pairs are left out, for the sake of two minutes
@@ -36,27 +39,6 @@ class Pair:
     task: str
     chosen: str
     rejected: str
-
-
-@dataclass(frozen=True)
-class EncodedPair:
-    """A `Pair` in token ids."""
-
-    family: str
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-
-    @property
-    def shared(self) -> int:
-        """Tokens that both answers begin with, short of all of either."""
-        both = zip(self.chosen[:-1], self.rejected[:-1])
-        return next((i for i, (a, b) in enumerate(both) if a != b), min(len(self.chosen), len(self.rejected)) - 1)
-
-    @property
-    def length(self) -> int:
-        """Tokens in a row that holds the prompt and what the answers share once, then the rest of both."""
-        return len(self.prompt) + len(self.chosen) + len(self.rejected) - self.shared
 
 
 def section(explanation: str, title: str) -> str | None:
@@ -171,21 +153,24 @@ def without_copies(train: Sequence[Pair], held_out: Sequence[Pair]) -> list[Pair
     return [pair for pair in train if pair.chosen.strip() not in seen and pair.rejected.strip() not in seen]
 
 
-def encode(pair: Pair, tokenizer: Any) -> EncodedPair:
-    """The pair as the model is asked: what the rule looks for, and code that passes it.
+def rows_of(pairs: Sequence[Pair], tokenizer: Any) -> list[dict[str, str]]:
+    """The pairs as the model is asked, as `dpofast.data` reads them: what the rule looks for, and code that passes it.
 
     The prompt ends inside an opened code fence, so that an answer is code from its first token on.
     """
-    messages = [
-        {"role": "system", "content": "You write Python."},
-        {"role": "user", "content": f"Write code that passes the lint rule {pair.rule}. {pair.task}"},
-    ]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
+    rows = []
+    for pair in pairs:
+        messages = [
+            {"role": "system", "content": "You write Python."},
+            {"role": "user", "content": f"Write code that passes the lint rule {pair.rule}. {pair.task}"},
+        ]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
+        chosen, rejected = (code.strip("\n") + "\n```" for code in (pair.chosen, pair.rejected))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "family": pair.family,
+                     "rule": pair.rule})  # fmt: skip
+    return rows
 
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def answer(code: str) -> tuple[int, ...]:
-        return (*ids(code.strip("\n") + "\n```"), tokenizer.eos_token_id)
-
-    return EncodedPair(pair.family, ids(prompt), answer(pair.chosen), answer(pair.rejected))
+def is_short(pair: Encoded) -> bool:
+    """Whether the prompt and both answers have few enough tokens."""
+    return len(pair.prompt) <= MAX_PROMPT and max(len(answer.ids) for answer in pair.answers) <= MAX_ANSWER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from dpofast.demo.data import EncodedPair
-from dpofast.demo.train import Settings
+from dpofast.data import Encoded
+from dpofast.demo.train import COMPARED_STEPS, MEASURED_PAIRS, REPEATS
+from dpofast.train.config import Config
 
 LAYER, LAYERS, HEAD = 3.54e6, 30, 28.3e6  # SmolLM2-135M: parameters of a layer, layers, parameters of the head
-OPENING = 19  # tokens that all prompts begin with, which the frozen layers see once
 
 # Seconds of a phase over those that its products would take alone, measured on two Zen 3 cores.
 BODY_FACTOR, HEAD_FACTOR, PLAIN_HEAD_FACTOR = 1.2, 1.1, 2.4
@@ -37,6 +38,11 @@ class Machine:
     flops: dict[torch.dtype, float]  # operations a second, of a product as a layer has it
     python: float  # seconds of a loop of plain Python
 
+    @property
+    def precision(self) -> str:
+        """fp32 or bf16, as a training is told."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
+
     @classmethod
     def measured(cls) -> Machine:
         """Takes half a second, or a second where bf16 is slow."""
@@ -50,38 +56,42 @@ class Machine:
 
 @dataclass(frozen=True)
 class Count:
-    """Some pairs, as work: tokens in rows of a prompt and two answers, and how many of them are answers."""
+    """Some pairs, as work: tokens of their prompts, and of both answers."""
 
     pairs: int
-    tokens: int
+    prompts: int
     answers: int
 
     @classmethod
-    def of(cls, pairs: Sequence[EncodedPair]) -> Count:
-        answers = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
-        return cls(len(pairs), sum(pair.length for pair in pairs), answers)
+    def of(cls, pairs: Sequence[Encoded]) -> Count:
+        answers = sum(len(answer.ids) for pair in pairs for answer in pair.answers)
+        return cls(len(pairs), sum(len(pair.prompt) for pair in pairs), answers)
+
+    @property
+    def tokens(self) -> int:
+        """In rows that have the prompt once."""
+        return self.prompts + self.answers
 
 
-def expected_seconds(machine: Machine, training: Count, held_out: Count, settings: Settings) -> dict[str, float]:
+def expected_seconds(machine: Machine, training: Count, held_out: Count, config: Config) -> dict[str, float]:
     """Seconds of each phase after the loading, by its name."""
-    fp32, lower = machine.flops[torch.float32], machine.flops[machine.dtype]
-    top = settings.top * LAYER * BODY_FACTOR / fp32  # seconds of a token and an operation on each parameter
+    fp32, frozen = machine.flops[torch.float32], machine.flops[machine.dtype]
+    top = config.last_layers * LAYER * BODY_FACTOR / fp32  # seconds of a token and an operation on each parameter
     head, plain_head = HEAD * HEAD_FACTOR / fp32, HEAD * PLAIN_HEAD_FACTOR / fp32
 
     def scored(count: Count) -> float:
         return 2 * top * count.tokens + 2 * head * count.answers
 
-    share = settings.batch_size / max(training.pairs, 1)
+    share = config.batch_size / max(training.pairs, 1)
     tokens, answers = share * training.tokens, share * training.answers
     positions = 2 * tokens - answers  # of a batch with a row for each answer
-    measured = settings.measured_pairs / settings.batch_size
-    body = (LAYERS - settings.top) * LAYER * BODY_FACTOR / lower
-    rest = training.tokens + held_out.tokens - OPENING * (training.pairs + held_out.pairs)
+    measured = MEASURED_PAIRS / config.batch_size
+    body = (LAYERS - config.last_layers) * LAYER * BODY_FACTOR / frozen
     heads = 4 * (plain_head * positions + plain_head * answers + head * answers)
-    evaluations = len(settings.evaluated_steps) * scored(held_out)
+    evaluations = (1 + math.ceil(config.steps / config.evaluate_every)) * scored(held_out)
     return {
-        "frozen layers and reference": 2 * body * rest + scored(training) + scored(held_out),
-        "cost of the heads": settings.repeats * measured * heads,
-        "first steps, plain loss": settings.compared_steps * (6 * top * tokens + 4 * plain_head * positions),
-        "training with dpofast": settings.steps * (6 * top * tokens + 4 * head * answers) + evaluations,
+        "reference": 2 * body * (training.tokens + held_out.tokens) + scored(training) + scored(held_out),
+        "cost of the heads": REPEATS * measured * heads,
+        "first steps, plain loss": COMPARED_STEPS * (6 * top * tokens + 4 * plain_head * positions),
+        "training": config.steps * (6 * top * tokens + 4 * head * answers) + evaluations,
     }

@@ -14,20 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dpofast.demo.model import IGNORE
-from dpofast.demo.train import Agreement, HeadCost, History, Score
+from dpofast.demo.train import IGNORE, Agreement, HeadCost, History, Score
 
 WINDOW = 8  # steps in a running mean: one step's batch is too small to read anything from
 
 DPOFAST, PLAIN, MASKED, HELD_OUT, INK = "#0072B2", "#9A9A9A", "#6E6E6E", "#D55E00", "#333333"
-
-
-def training_note(history: History) -> str:
-    """How training goes, for beside the bar."""
-    loss, margin, accuracy = (
-        statistics.fmean(values[-WINDOW:]) for values in (history.loss, history.margin, history.accuracy)
-    )
-    return f"step {len(history.loss)}  loss {loss:.3f}  margin {margin:+.3f}  accuracy {accuracy:.0%}"
 
 
 @dataclass
@@ -40,7 +31,7 @@ class Result:
     history: History
     agreement: Agreement
     costs: dict[str, HeadCost]
-    head_labels: Tensor  # [2B, U], of the batch that the costs were measured on
+    head_labels: Tensor  # [2B, T], of the batch that the costs were measured on
     vocabulary: int
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+
+from dpofast.train import log
 
 LINE_EVERY = 4.0  # seconds between lines where there is no terminal for a bar
 
@@ -48,24 +50,46 @@ class Bar:
         return f"{left}  {self.note}".rstrip()
 
 
-class Screen:
-    """Shows each phase while it runs, and keeps its seconds."""
+class Screen(log.Screen):
+    """Shows each phase while it runs, and keeps its seconds; also where a training shows what it does."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, expected: Mapping[str, float] | None = None) -> None:
+        super().__init__(console, silent=False)
+        self.expected = dict(expected or {})  # seconds of a phase, by its name
         self.seconds: dict[str, float] = {}
+        self._phase = ExitStack()
+        self._bar: Bar | None = None
 
     @contextmanager
-    def phase(self, name: str, expected: float, total: int | None = None) -> Iterator[Bar]:
-        """A phase that should take ``expected`` seconds; the bar follows what is done of ``total``, if given."""
+    def phase(self, name: str, total: int | None = None) -> Iterator[Bar]:
+        """A phase; its bar follows what is done of ``total``, if given, and before that what is expected.
+
+        One that comes again, as a training's reference, finds its work done.
+        """
+        expected = 1.0 if name in self.seconds else self.expected.get(name, 1.0)
         bar = Bar(name, expected, total)
-        shown = self._bar(bar) if self.console.is_terminal else self._lines(bar)
+        shown = self._moving(bar) if self.console.is_terminal else self._lines(bar)
         with shown:
             yield bar
-        self.seconds[name] = bar.elapsed
+        self.seconds[name] = self.seconds.get(name, 0.0) + bar.elapsed
+
+    # As a training calls it
+
+    def begin(self, name: str, done: int, total: int) -> None:
+        """Begin a phase of ``total`` units."""
+        self._bar = self._phase.enter_context(self.phase(name, total))
+
+    def advance(self, done: int, note: str = "") -> None:
+        """Say that ``done`` units of the phase are done, and something about them."""
+        if self._bar is not None:
+            self._bar.advance(done - self._bar.done, note)
+
+    def end(self) -> None:
+        self._phase.close()
+        self._bar = None
 
     @contextmanager
-    def _bar(self, bar: Bar) -> Iterator[None]:
+    def _moving(self, bar: Bar) -> Iterator[None]:
         ended = False
 
         def render() -> Table:

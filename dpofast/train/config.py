@@ -77,9 +77,10 @@ class Config:
     last_layers: int = _option(
         0, "train the last layers alone, with a LoRA its adapters in them; 0 trains all", NOT_NEGATIVE
     )
-    cache_frozen: bool = _option(
-        False, "with last_layers: run the layers below once for each row, and keep the result in out"
-    )
+    cache_frozen: str = _option(
+        "", "with last_layers: run frozen layers once a row, in fp32 or bf16, and keep states in out",
+        _of("", "fp32", "bf16"),
+    )  # fmt: skip
     precision: str = _option("fp32", "fp32, or bf16: autocast, and frozen weights of layers", _of("fp32", "bf16"))
     dropout: bool = _option(False, "keep the model's own dropout while training")
     share_prompt: bool = _option(False, "run the prompt of a pair, or of a list, once (docs/shared_prompt.md)")
@@ -127,7 +128,8 @@ class Config:
         if len(self.adam_betas) != 2:
             raise wrong("adam_betas", repr(self.adam_betas), "two numbers")
         if self.cache_frozen and (self.last_layers == 0 or self.dropout or self.shard):
-            raise wrong("cache_frozen", "True", "last_layers beside it, and neither dropout nor shard, or False")
+            expected = "last_layers beside it, and neither dropout nor shard; or nothing"
+            raise wrong("cache_frozen", repr(self.cache_frozen), expected)
         if self.patience and not (self.eval_data and self.evaluate_every):
             raise wrong("patience", f"{self.patience}", "eval_data and evaluate_every beside it, or 0")
         return self

@@ -49,7 +49,7 @@ def dry_run(config: Config) -> str:
     score_all = _seconds(score, here.device)
     if config.cache_frozen:
         with autocast():
-            FrozenLayers(policy, config.last_layers, {})
+            FrozenLayers(policy, config.last_layers, config.cache_frozen, {})
         train()
     memory = _peak(train, here.device)
     seconds, without_gradient = _seconds(train, here.device), _seconds(score, here.device)

@@ -60,6 +60,8 @@ class Training:
         self.feed = Feed(config, self.ranks, self.objective)
         self.total = steps_of(config, self.feed.records)
         self.position = state.Position()
+        self.log: log.JsonLog | None = None
+        self.board: Any = None
         self.resumed = self._find_checkpoint()
         self.saved = self.position.step if self.resumed else -1
         state.seed(config.seed)
@@ -135,12 +137,13 @@ class Training:
 
     def _frozen_states(self) -> FileStore:
         """What frozen layers make of each row; of this rank's rows."""
-        identity = {name: self.identity[name] for name in ("model", "precision")}
-        return FileStore(self.out / f"frozen-{self.ranks.rank}.states", identity | {"layers": self.config.last_layers})
+        of = {"model": self.identity["model"], "last_layers": self.config.last_layers}
+        of["cache_frozen"] = self.config.cache_frozen
+        return FileStore(self.out / f"frozen-{self.ranks.rank}.states", of)
 
     def _cache_frozen(self, policy: torch.nn.Module) -> None:
         with self._autocast():
-            FrozenLayers(policy, self.config.last_layers, self.frozen)
+            FrozenLayers(policy, self.config.last_layers, self.config.cache_frozen, self.frozen)
 
     @torch.no_grad()
     def _score_reference(self, kept: References) -> None:
@@ -169,15 +172,16 @@ class Training:
         with self._autocast():
             return self.objective.logps(reference, batch).tolist()
 
-    def _ref_logps(self, batch: Any) -> Tensor | None:
+    def ref_logps(self, batch: Any) -> Tensor | None:
+        """The reference's log-probs of the answers in a batch, where the loss needs them."""
         return None if self.references is None else self.references.of(batch.keys, self.ranks.device)
 
     # The loop
 
     def run(self) -> Outcome:
         """Train to the end, or until a signal; the last state is in a checkpoint then."""
-        self.log = log.JsonLog(self.out / "log.jsonl", self.position.log_bytes) if self.ranks.first else None
-        self.board = None
+        if self.ranks.first:
+            self.log = log.JsonLog(self.out / "log.jsonl", self.position.log_bytes)
         if self.ranks.first and self.config.tensorboard:
             self.board = log.tensorboard(self.out / "tensorboard", self.position.step)
         self.screen.begin("training", self.position.step, self.total)
@@ -203,13 +207,14 @@ class Training:
                 return Outcome(self.position.step, signal=self.stop.signal or signal.SIGTERM)
             if ended:
                 return Outcome(self.position.step, impatient)
-            self._step()
+            self.step()
 
     def _is_due(self, every: int) -> bool:
         step = self.position.step
         return step in (0, self.total) or (every > 0 and step % every == 0)
 
-    def _step(self) -> None:
+    def step(self) -> dict[str, float]:
+        """Take a step; returns what is known of it, means over its records."""
         began, c = time.perf_counter(), self.config
         batches = [batch.to(self.ranks.device) for batch in self.feed.step()]
         scored, tokens = [], 0
@@ -217,7 +222,7 @@ class Training:
             last = i == len(batches) - 1
             with contextlib.nullcontext() if last else model.without_exchange(self.called):
                 with self._autocast():
-                    scored.append(self.objective.score(self.called, batch, self._ref_logps(batch)))
+                    scored.append(self.objective.score(self.called, batch, self.ref_logps(batch)))
                 # a rank's gradient is averaged with those of the others
                 (scored[-1].loss * (batch.records * self.ranks.world / c.batch_size)).backward()
             tokens += batch.tokens
@@ -235,6 +240,7 @@ class Training:
         entry |= {"learning_rate": self.scheduler.get_last_lr()[0], "grad_norm": norm.item()}
         self.scheduler.step()
         self._advance(entry, tokens, time.perf_counter() - began)
+        return entry
 
     def _metrics(self, scored: Sequence[Scored], sizes: Sequence[int], tokens: int) -> tuple[dict[str, float], int]:
         """Means over the records of the step on all ranks that have a number, and its tokens."""
@@ -254,7 +260,8 @@ class Training:
         note = f"loss {entry['loss']:.4f}"
         if "rewards/margins" in entry:
             note += f"  margin {entry['rewards/margins']:+.3f}"
-        note += f"  accuracy {entry['rewards/accuracies']:.0%}"
+        if "rewards/accuracies" in entry:
+            note += f"  accuracy {entry['rewards/accuracies']:.0%}"
         self.screen.advance(p.step, f"{note}  lr {entry['learning_rate']:.1e}  {tokens / seconds:,.0f} tokens/s")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
@@ -295,7 +302,7 @@ class Training:
                 # a rank without a batch takes the last one's: where weights are sharded, all have to run
                 batch = batches[min(self.ranks.rank, len(batches) - 1)].to(self.ranks.device)
                 with self._autocast():
-                    scored = self.objective.score(self.bare, batch, self._ref_logps(batch), reduction="none")
+                    scored = self.objective.score(self.bare, batch, self.ref_logps(batch), reduction="none")
                 mine = {name: x.tolist() for name, x in {"loss": scored.loss, **scored.values}.items()}
                 for part in self.ranks.gathered(mine)[: len(batches)]:
                     for name, values in part.items():

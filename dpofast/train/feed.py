@@ -111,6 +111,10 @@ class Feed:
         parts = [records[i : i + size] for i in range(0, len(records), size)]
         return [self._batch(part) for part in parts[self.ranks.rank :: self.ranks.world]]
 
+    def first(self, count: int) -> Batch:
+        """The first records of the data as a batch."""
+        return self._batch(list(itertools.islice(self._train, count)))
+
     def held_out(self) -> Iterator[Batch]:
         """The held-out data in its order, on all ranks."""
         return self._batches(self._held_out)

@@ -62,7 +62,8 @@ def trained(config: Config, checkpoint: Path | None) -> nn.Module:
         model = load(config.model if checkpoint is None else str(checkpoint), config)
         if config.last_layers:
             freeze_below(model, config.last_layers)
-            if config.precision == "bf16" and not config.shard:  # FSDP2 wants one dtype in a layer
+            whole = config.shard or config.cache_frozen == "fp32"  # FSDP2 wants one dtype in a layer
+            if config.precision == "bf16" and not whole:
                 halve_frozen_products(model)
     else:
         model = _with_adapter(load(config.model, config), config, checkpoint)

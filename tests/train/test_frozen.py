@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from dpofast.integrations.models import share_prompt
 from dpofast.train import log
 from dpofast.train.config import from_dict
 from dpofast.train.dry_run import dry_run
-from dpofast.train.frozen import FileStore, FrozenLayers
+from dpofast.train.frozen import FileStore, FrozenLayers, _paths
 from dpofast.train.run import train
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -28,7 +29,7 @@ WHAT = {"model": "m", "layers": 1}
 
 
 def config(folder, out="run", **others):
-    options = {"last_layers": 1, "cache_frozen": True, **others}
+    options = {"last_layers": 1, "cache_frozen": "fp32", **others}
     return from_dict(tiny_run.options(folder, **options) | {"out": str(folder / out)}, "the test")
 
 
@@ -70,7 +71,7 @@ def test_the_states_of_a_row_are_the_models_when_it_is_new_and_when_it_comes_aga
     longer[1, :8], more[1] = ids[1, :8], mask[1].new_tensor([1] * 8 + [0] * 4)  # a known row, padded otherwise
     with torch.no_grad():
         want, want_longer = hidden_of(model, ids, mask), hidden_of(model, longer, more)
-        FrozenLayers(model, 1, {})
+        FrozenLayers(model, 1, "fp32", {})
         for _ in range(2):
             torch.testing.assert_close(hidden_of(model, ids, mask), want, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(hidden_of(model, longer, more), want_longer, rtol=1e-5, atol=1e-6)
@@ -79,7 +80,7 @@ def test_the_states_of_a_row_are_the_models_when_it_is_new_and_when_it_comes_aga
 def test_frozen_layers_run_for_batches_with_a_new_row_only(monkeypatch):
     counted = runs_of(monkeypatch)
     model = build(num_hidden_layers=3)
-    FrozenLayers(model, 2, {})
+    FrozenLayers(model, 2, "fp32", {})
     counted.clear()
     ids, mask = ids_and_mask(3, 9)
     for part in (slice(0, 2), slice(0, 2), slice(1, 3), slice(0, 3), slice(2, 3)):
@@ -93,7 +94,7 @@ def test_frozen_layers_run_for_batches_with_a_new_row_only(monkeypatch):
 def test_the_same_tokens_in_other_places_are_another_row(monkeypatch):
     counted = runs_of(monkeypatch)
     model = build()
-    FrozenLayers(model, 1, {})
+    FrozenLayers(model, 1, "fp32", {})
     counted.clear()
     ids = torch.tensor([[3, 4, 5]])
     for places in ([0, 1, 2], [0, 1, 3], [0, 1, 2]):
@@ -101,27 +102,66 @@ def test_the_same_tokens_in_other_places_are_another_row(monkeypatch):
     assert counted == [1, 1]
 
 
-def test_shared_rows_are_kept_as_they_are(monkeypatch):
+@pytest.mark.parametrize("answers", (2, 3))
+def test_a_row_with_the_prompt_once_is_known_by_its_sequences(monkeypatch, answers):
+    """Whatever runs first, shared rows or the sequences one by one, the other finds all that it needs."""
     counted = runs_of(monkeypatch)
-    model, other = build(), build()
-    ids = torch.randint(2, len(tiny.WORDS), (4, 12))
-    ids[2:, :9] = ids[:2, :9]
-    want = other(input_ids=ids).logits
-    with share_prompt(model):
-        model(input_ids=ids)  # its proof
-    FrozenLayers(model, 1, {})
-    counted.clear()
-    for _ in range(2):
-        with share_prompt(model):
-            torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
-    assert counted == [2]
+    ids = torch.randint(2, len(tiny.WORDS), (2 * answers, 12))
+    ids[2:, :8] = ids[:2, :8].repeat(answers - 1, 1)
+    want = build()(input_ids=ids).logits
+    for first in ("shared", "alone"):
+        model = build()
+        with share_prompt(model, answers=answers):
+            model(input_ids=ids)  # its proof
+        FrozenLayers(model, 1, "fp32", {})
+        counted.clear()
+        for way in (first, "shared", "alone"):
+            with share_prompt(model, answers=answers) if way == "shared" else nullcontext():
+                torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-4, atol=1e-5)
+        assert counted == [2 if first == "shared" else 2 * answers]
+
+
+@pytest.mark.parametrize(
+    ("positions", "sequences"),
+    [
+        ([], [[]]),
+        ([0, 1, 2], [[0, 1, 2]]),
+        ([4, 5, 6], [[0, 1, 2]]),
+        ([0, 1, 2, 3, 2, 3, 4], [[0, 1, 2, 3], [0, 1, 4, 5, 6]]),
+        ([5, 6, 7, 6, 6], [[0, 1, 2], [0, 3], [0, 4]]),
+        ([0, 1, 0, 1, 2], [[0, 1], [2, 3, 4]]),  # packed
+        ([0, 1, 0, 1, 1, 2], [[0, 1, 2, 3, 4, 5]]),  # no form that is known
+        ([0, 1, 3], [[0, 1, 2]]),
+    ],
+)
+def test_sequences_of_a_row_are_found_by_positions(positions, sequences):
+    real = torch.arange(len(positions)) + 2  # after padding
+    padded = torch.tensor([0, 0, *positions])
+    assert [(places - 2).tolist() for places in _paths(padded, real)] == sequences
+
+
+def test_frozen_layers_run_in_the_precision_that_was_asked_for():
+    ids = torch.tensor([[3, 4, 5]])
+    exact, short, under = build(), build(), build()
+    for model, precision in ((exact, "fp32"), (short, "bf16"), (under, "fp32")):
+        FrozenLayers(model, 1, precision, {})
+    with torch.no_grad():
+        want, found = (model.base_model(input_ids=ids)[0] for model in (exact, short))
+        with torch.autocast("cpu", torch.bfloat16):
+            states = []
+            under.model.layers[1].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+            exact.model.layers[1].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+            under.base_model(input_ids=ids)
+        exact.base_model(input_ids=ids)
+    assert torch.equal(*states)
+    assert 1e-5 < (found - want).abs().max() < 0.1
 
 
 def test_generation_and_embeddings_go_the_whole_way(monkeypatch):
     model, ids = build(), torch.tensor([[3, 4, 5]])
     wanted = model.generate(ids, max_new_tokens=5, do_sample=False)
     embedded = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
-    FrozenLayers(model, 1, {})
+    FrozenLayers(model, 1, "fp32", {})
     assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), wanted)
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, embedded)
 
@@ -132,10 +172,8 @@ def test_layers_that_hand_on_more_than_states_are_refused():
     first.register_forward_pre_hook(lambda module, args: setattr(last, "seen", args[0]))  # as of keys that are shared
     first.self_attn.register_forward_hook(lambda module, args, output: setattr(last, "seen", output[0]))
     last.register_forward_pre_hook(lambda module, args: (args[0] + last.seen, *args[1:]))
-    with pytest.raises(
-        ValueError, match="cache_frozen: got True, expected False: frozen layers of LlamaModel hand more"
-    ):
-        FrozenLayers(model, 1, {})
+    with pytest.raises(ValueError, match="cache_frozen: got 'fp32', .* layers of LlamaModel hand more"):
+        FrozenLayers(model, 1, "fp32", {})
 
 
 # Trainings
@@ -152,7 +190,7 @@ def numbers(folder):
         {},
         {"share_prompt": True},
         {"lora_rank": 2, "gradient_checkpointing": True},
-        {"precision": "bf16"},
+        {"precision": "bf16", "cache_frozen": "bf16"},
         {"loss_type": ["ipo", "sft"], "micro_batch": 1},
         {"loss_type": ["orpo"], "learning_rate": 1e-3},
     ],
@@ -161,7 +199,7 @@ def numbers(folder):
 def test_a_training_is_the_same_and_runs_frozen_layers_for_each_row_once(folder, monkeypatch, others):
     counted = runs_of(monkeypatch)
     out = f"plain{abs(hash(str(others)))}"
-    train(config(folder, out, cache_frozen=False, **others))
+    train(config(folder, out, **others | {"cache_frozen": ""}))
     plain = sum(counted)
     counted.clear()
     train(config(folder, out + "cached", **others))
@@ -169,7 +207,7 @@ def test_a_training_is_the_same_and_runs_frozen_layers_for_each_row_once(folder,
     for found, wanted in zip(numbers(folder / (out + "cached")), numbers(folder / out), strict=True):
         assert found == pytest.approx(wanted, rel=near, abs=near)
     rows = 29 if "share_prompt" in others else 58
-    more = 24 if "share_prompt" in others else 5  # what is run to learn of a model; rows that meet unshared in a batch
+    more = 16 if "share_prompt" in others else 5  # what is run to learn of a model; pairs that are not shared
     assert rows < sum(counted) <= rows + more < plain
 
 
@@ -183,7 +221,9 @@ def test_a_run_that_is_killed_and_resumed_has_the_same_bits(folder):
 
 @pytest.mark.parametrize("others", [{"last_layers": 0}, {"dropout": True}, {"shard": True}], ids=str)
 def test_what_would_change_frozen_states_is_refused(folder, others):
-    with pytest.raises(ValueError, match="cache_frozen: got True, expected last_layers beside it, and neither dropout"):
+    with pytest.raises(
+        ValueError, match="cache_frozen: got 'fp32', expected last_layers beside it, and neither dropout"
+    ):
         config(folder, **others)
 
 

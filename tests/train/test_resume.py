@@ -60,7 +60,7 @@ def signalling(monkeypatch, number, method, at):
 
 @pytest.mark.parametrize(
     ("number", "method", "at", "saved"),
-    [(signal.SIGINT, "_step", 3, 3), (signal.SIGTERM, "_step", 4, 4), (signal.SIGTERM, "_held_out", 2, 4)],
+    [(signal.SIGINT, "step", 3, 3), (signal.SIGTERM, "step", 4, 4), (signal.SIGTERM, "_held_out", 2, 4)],
 )
 def test_a_signal_saves_and_leaves_and_the_rest_is_as_if_it_had_not_come(whole, monkeypatch, number, method, at, saved):
     folder, others, wanted = whole
@@ -131,7 +131,7 @@ def test_writes_that_fail_take_nothing_with_them(tmp_path, monkeypatch, way, nam
     run = interrupted(tmp_path, "run", **WAYS[way])
     train(interrupted(tmp_path, "whole", **WAYS[way]))
     with monkeypatch.context() as patch:
-        signalling(patch, signal.SIGINT, "_step", 3)
+        signalling(patch, signal.SIGINT, "step", 3)
         train(run)
     root = Path(run.out) / "checkpoints"
     file = next(root.joinpath("step-00000003").glob("*.safetensors" if name == "model" else name))
@@ -146,7 +146,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_leads_to_the_same(w
     folder, others, wanted = whole
     run = interrupted(folder, "damaged", keep=2, **others)
     with monkeypatch.context() as patch:
-        signalling(patch, signal.SIGINT, "_step", 5)
+        signalling(patch, signal.SIGINT, "step", 5)
         train(run)
     path = Path(run.out) / "checkpoints" / "step-00000005" / "trainer.pt"
     path.write_bytes(path.read_bytes()[:-1])
@@ -206,7 +206,7 @@ def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
 
     run = interrupted(tmp_path, "run", tensorboard=True)
     with monkeypatch.context() as patch:
-        signalling(patch, signal.SIGINT, "_step", 3)
+        signalling(patch, signal.SIGINT, "step", 3)
         train(run)
     train(run)
     shown = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()

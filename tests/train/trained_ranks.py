@@ -41,7 +41,7 @@ def run(folder: Path, out: str, **others) -> Path:
 def signalled(folder: Path, **others) -> None:
     """A signal that comes to one rank stops both after the same step; resumed, the bits are the same."""
     out = f"ranks-signal{len(others)}"
-    real, calls = engine.Training._step, []
+    real, calls = engine.Training.step, []
 
     def noted(self):
         calls.append(None)
@@ -49,9 +49,9 @@ def signalled(folder: Path, **others) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
-    engine.Training._step = noted
+    engine.Training.step = noted
     run(folder, out, dropout=True, **others)
-    engine.Training._step = real
+    engine.Training.step = real
     assert checkpoint.steps(folder / out / "checkpoints")[0] == 3
     run(folder, out, dropout=True, resume=True, **others)
     run(folder, out.replace("signal", "whole"), dropout=True, **others)
