@@ -25,7 +25,7 @@ from dpofast.bench.slopes import series
 PAGE = RESULTS / "index.html"
 TITLES = {
     "head": "A head, forward and backward", "filter": "Filtered gradients", "cuts": "What cuts keep and drop",
-    "tiles": "What a filter could leave out in whole tiles",
+    "tiles": "What a filter could leave out in whole tiles", "filter_training": "Trainings with filtered gradients",
     "step": "A whole training step", "prompt": "The prompt of a pair once", "pairs": "A loss by whole pairs",
     "hardware": "What the machine could do", "gpu": "A head on a GPU", "steps": "Tiles on a GPU",
     "sweep": "Time and memory against tokens", "all": "Everybody on the same heads, forward and backward",

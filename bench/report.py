@@ -236,6 +236,17 @@ def trainer_table(results: Results) -> str:
     return table(("model and pairs", "a step of", "time", "time / TRL", "losses apart from TRL's, at most"), rows)
 
 
+def filter_training_table(results: Results) -> str:
+    """A row for each training: its last losses, and how far its curve is from the exact one's."""
+    apart = "mean distance of the loss's curve from exact"
+    names = ("loss of the last steps", "held-out loss", "held-out margin", apart)
+    rows = []
+    for case in dict.fromkeys(r.case for r in results.where(suite="filter_training")):
+        values = (results.value(suite="filter_training", case=case, metric=name) for name in names)
+        rows.append((case, *("-" if x is None else f"{x:.2g}" if x < 0.1 else f"{x:.3f}" for x in values)))
+    return table(("training", *names), rows)
+
+
 def cost_table(results: Results) -> str:
     """A row for each dtype, head and peer: how many cases there are, and how far off predictions are."""
     found: dict[str, list[float]] = {}
@@ -360,8 +371,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "gpu": gpu_table, "head": head_table, "hardware": hardware_table, "calls": calls_table,
     "step": step_table, "steps": steps_table,
     "filter": filter_table, "cuts": cuts_table, "tiles": tiles_table, "pairs": pairs_table, "prompt": prompt_table,
-    "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table, "data": data_table,
-    "all": all_table,
+    "filter_training": filter_training_table, "trainer": trainer_table, "cost": cost_table, "sweep": sweep_table,
+    "data": data_table, "all": all_table,
     "vocabulary": partial(axis_table, "vocabulary", "V", vocabulary_of),
     "dpo": partial(axis_table, "dpo", "pairs", pairs_of),
 }  # fmt: skip

@@ -9,7 +9,8 @@
 // what is too small in the end is thrown out of it. The label is no entry; its gradient is always exact.
 //
 // A token whose dropped mass is more than `tolerance` of 1 - p_label is a dense one: it keeps everything, by making its
-// logits again in the backward (head_sparse.h). So is every token of a panel that has no room for what it should keep.
+// logits again in the backward (head_sparse.h). So is every token of a panel that has no room for what it should keep, also
+// after what has turned out to be too small was thrown out of it.
 #pragma once
 
 constexpr int64_t kFilterHeader = 64;  // bytes of a cache: whether what follows was filtered (1) or is of exact gradients (0)
@@ -65,10 +66,11 @@ struct Kept {
     for (int64_t i = 0; i < s.panels * pieces; ++i) used[i] = 0;
   }
 
-  // Appends n entries.
-  void put(int64_t b, int64_t panel, const acc* from_z, const uint16_t* from_places, int64_t n) const {
+  // Appends n entries; where there is no room, throws out those that are not more than `least` [P], what is known by now.
+  void put(int64_t b, int64_t panel, const acc* from_z, const uint16_t* from_places, int64_t n, const acc* least) const {
     const int64_t region = region_of(b, panel);
     uint32_t& end = used[region];
+    if (end != kFull && int64_t(end) + n > room) end = thin(b, panel, least);
     const bool fits = end != kFull && int64_t(end) + n <= room;
     segment(b, panel) = {fits ? end : 0, fits ? uint32_t(n) : 0};
     if (!fits) {
@@ -78,6 +80,24 @@ struct Kept {
     std::memcpy(z + region * room + end, from_z, size_t(n) * sizeof(acc));
     std::memcpy(places + region * room + end, from_places, size_t(n) * sizeof(uint16_t));
     end += uint32_t(n);
+  }
+
+  // Throws out of a region, which has entries of blocks before b, what is not more than `least`; returns what is left.
+  uint32_t thin(int64_t b, int64_t panel, const acc* least) const {
+    const int64_t at = region_of(b, panel) * room;
+    uint32_t end = 0;
+    for (int64_t before = 0; before < b; ++before) {
+      if (piece_of(before) != piece_of(b)) continue;
+      Segment& seg = segment(before, panel);
+      const uint32_t first = end;
+      for (uint32_t i = seg.first; i < seg.first + seg.count; ++i) {
+        if (!(z[at + i] > least[places[at + i] % Shape<K>::P])) continue;
+        z[at + end] = z[at + i];
+        places[at + end++] = places[at + i];
+      }
+      seg = {first, end - first};
+    }
+    return end;
   }
 
   // Calls f(z, place) for the entries of a block and a panel.
@@ -168,7 +188,7 @@ struct Filter {
           z[n] = c[r * width + token];
           places[n++] = uint16_t(r * P + token);
         }
-    kept.put(b, panel, z, places, n);
+    kept.put(b, panel, z, places, n, least);
   }
 
  private:

@@ -27,8 +27,6 @@ BLOCK_BYTES = 448 << 10  # of W, and of g, that a wide block may take: what stay
 PIECES, PANELS_TOGETHER, THREAD_FLOPS = 8, 4, 1e7  # kPieces, kPanelsTogether, kThreadFlops of csrc/cpu/head_layout.h
 BUFFERS = 3  # WeightBlocks::kBuffers
 FILTER_HEADER = 64  # kFilterHeader of csrc/cpu/head_filter.h
-LEAST_SHARE = 1 / 16
-"""Of the room that all exponentials take, what is worth filtering for: real texts keep 1 % of entries of 6 bytes."""
 FIRST_PANELS, PANELS_A_FIRST_PANEL = 4, 64  # kLeastPanels, kPanelsAPanel of csrc/cpu/head_forward.h
 
 
@@ -94,6 +92,11 @@ class Layout:
         pieces = min(ceil_div(self.v, GROUP_ROWS), PIECES)
         segments = self._bytes(4 * panels * pieces) + self._bytes(8 * panels * self.blocks)
         return FILTER_HEADER + self._bytes(self.n * self.t.acc) + self._bytes(self.v * self.t.acc) + segments + 128
+
+    def first_entries(self):
+        """Half of the entries in each piece's first rows: before others are seen, real texts keep up to so many."""
+        rows = min(self.v, GROUP_ROWS * min(ceil_div(self.v, GROUP_ROWS), PIECES))
+        return ceil_div(self.n, self.t.panel) * self.t.panel * rows * (self.t.acc + 2) // 2
 
     def filtered_forward(self):
         """`forward` with a filter, or of the tokens that go first."""
@@ -283,7 +286,7 @@ class _Sizes:
         workspace = max(whole.forward(), forward, backward, exact)
         full = FILTER_HEADER + whole.cache_per_block() * whole.blocks
         cache = min(full, r.budget - workspace)
-        if cache < full * LEAST_SHARE or cache < 2 * whole.filter_overhead():
+        if cache < full and cache < whole.filter_overhead() + whole.first_entries():
             return None
         return self._schedule("filtered", workspace, cache=cache, share=cache / full)
 

@@ -29,7 +29,7 @@ CALL = 2.5e-4  # s of Python and of autograd, forward or backward
 TILE_ROWS = 6  # MR of the micro-kernels for x86
 KEPT = 0.01
 """The share of a softmax's entries that a filter keeps, where nothing else is said."""
-ENTRY_COST = 3  # kEntryCost of csrc/cpu/head_forward.h: what a filter takes a kept entry for, in entries of a product
+ENTRY_COST = 6  # kEntryCost of csrc/cpu/head_forward.h: what a filter takes a kept entry for, in entries of a product
 
 
 class Prices(NamedTuple):

@@ -47,7 +47,8 @@ def on_cpu(request: Request, chosen: Schedule, isa: str, threads: int, kept: flo
     found: dict[str, Considered] = {}
     for schedule in cpu.candidates(request, isa, threads):
         row = _considered_on_cpu(request, schedule, chosen, isa, here, kept)
-        found.setdefault(row.schedule, row)
+        if row.is_chosen or row.schedule not in found:  # there may be several of a name, in other blocks
+            found[row.schedule] = row
     floor = (1 + request.n_grads) * request.flops / (here.kernel * threads)
     machine = peers.Cpu(here, rates.mm(request.hidden_dtype, threads)) if with_peers else None
     core, kernel = rates.peak(isa, request.hidden_dtype, request.weight_dtype)

@@ -44,8 +44,10 @@ class FileStore:
         self._ledger = Ledger("cache_frozen", path.with_suffix(".index"), identity, _RECORD)
         path.touch()
         self._end = path.stat().st_size
-        there = self._ledger.found[self._ledger.found["first"] + self._ledger.found["size"] <= self._end]
-        self._places = {key.tobytes(): (int(first), int(size)) for key, first, size in there}
+        found = self._ledger.found
+        there = int((found["first"] + found["size"] <= self._end).sum())
+        self._ledger.cut(there)  # of content that was lost: what comes next will be in its place
+        self._places = {key.tobytes(): (int(first), int(size)) for key, first, size in found[:there]}
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._places
@@ -130,6 +132,7 @@ class FrozenLayers:
             _Path(_key(ids[i, places], positions[i, places]), i, places)
             for i, row in enumerate(positions)
             for places in _paths(row, real[i].nonzero()[:, 0])
+            if len(places)
         ]
         return _Call(paths, all(path.key in self.store for path in paths))
 

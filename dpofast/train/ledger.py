@@ -42,6 +42,7 @@ class Ledger:
         self.argument, self.path, self.record, self.writes = argument, path, record, writes
         self.found = np.empty(0, record)
         header = json.dumps({"format": _FORMAT, **identity}, sort_keys=True).encode() + b"\n"
+        self._begin_of_records = len(header)
         if not path.exists():
             if writes:
                 self._begin(header)
@@ -49,9 +50,14 @@ class Ledger:
         first, newline, records = path.read_bytes().partition(b"\n")
         self._expect_identity(first + newline, header)
         whole = len(records) // record.itemsize * record.itemsize
-        if writes and whole < len(records):
-            os.truncate(path, len(header) + whole)
         self.found = np.frombuffer(records[:whole], record)
+        if whole < len(records):
+            self.cut(len(self.found))
+
+    def cut(self, count: int) -> None:
+        """Leave the first ``count`` records in the file; nothing on a rank that does not write."""
+        if self.writes:
+            os.truncate(self.path, self._begin_of_records + count * self.record.itemsize)
 
     def append(self, records: Sequence[tuple[Any, ...]]) -> None:
         """Add records at the end; nothing on a rank that does not write."""

@@ -107,7 +107,7 @@ def families(rows: Sequence[Row], before: Sequence[Row], after: Sequence[Row]) -
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    bench = Workbench("code", __doc__.partition("\n")[0], argv, max_length=1024)
+    bench = Workbench("code", __doc__.partition("\n")[0], argv, max_length=1024, last_layers=LAYERS)
     with bench.phase("pairs of ruff's documentation"):
         train, held_out = bench.split(lint_rows(bench), HELD_OUT)
         train, held_out = short(without_copies(train, held_out)), short(held_out)
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     tests = [row for row in programs if row["group"] in unseen]
 
     before = bench.score(bench.model, held_out + tests, "scoring before")
-    policy = bench.train(train, last_layers=LAYERS, learning_rate=5e-4, beta=0.1)
+    policy = bench.train(train, learning_rate=5e-4, beta=0.1)
     after = bench.score(policy, held_out + tests, "scoring after")
 
     n = len(held_out)

@@ -105,7 +105,8 @@ def figures(
 
 def main(argv: Sequence[str] | None = None) -> Report:
     # both answers are cut before their ends, so that nothing is learnt of when to end
-    bench = Workbench("own-failures", __doc__.partition("\n")[0], argv, max_length=PROMPT + TOKENS - 4)
+    length = PROMPT + TOKENS - 4
+    bench = Workbench("own-failures", __doc__.partition("\n")[0], argv, max_length=length, last_layers=LAYERS)
     with bench.phase("reading the documentation"):
         train, held_out = bench.split(prompts(texts(), bench), 0.35)
         choice = random.Random(bench.args.seed)
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     before = bench.continuations(bench.model, openings, TOKENS, rows=128)
     pairs = looped(held_out, before, bench)
     scores = [(bench.score(bench.model, held_out, "scoring"), bench.score(bench.model, pairs, "scoring"))]
-    policy = bench.train(own, last_layers=LAYERS, **OPTIONS)
+    policy = bench.train(own, **OPTIONS)
     after = bench.continuations(policy, openings, TOKENS, rows=128)
     scores.append((bench.score(policy, held_out, "scoring"), bench.score(policy, pairs, "scoring")))
 

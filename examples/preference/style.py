@@ -33,7 +33,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "DPO": {"loss_type": "sigmoid"},
     "DPO + SFT": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
 }
-OPTIONS: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3, "last_layers": 10}
+OPTIONS: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-3}
+LAYERS = 10  # the last ones have the LoRA
 
 
 def comparable(verse: Verse) -> bool:
@@ -147,7 +148,7 @@ def examples(verses: Sequence[Verse], texts: dict[str, Sequence[str]], count: in
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
-    bench = Workbench("style", __doc__.partition("\n")[0], argv)
+    bench = Workbench("style", __doc__.partition("\n")[0], argv, last_layers=LAYERS)
     with bench.phase("reading two Bibles"):
         found, misaligned = bibles.verses(bibles.king_james(), bibles.world_english())
         train, held_out = drawn(found, bench)

@@ -42,7 +42,7 @@ PRESET: dict[str, Any] = {
     "tensorboard": False,
     "picture": False,
 }
-TINY: dict[str, Any] = {"last_layers": 1, "steps": 2, "batch_size": 4, "micro_batch": 2}
+TINY: dict[str, Any] = {"steps": 2, "batch_size": 4, "micro_batch": 2}
 
 
 def need(present: Any, what: str, command: str) -> None:
@@ -77,15 +77,20 @@ class Workbench:
         args: ``tiny``, ``seed``, ``work`` and ``results``, from the command line.
         seconds: of each phase, by its name.
         max_length: tokens of prompt and answer; longer answers are cut.
+        last_layers: how many layers are trained; those below run once for each text, in training and scoring.
     """
 
-    def __init__(self, name: str, about: str, argv: Sequence[str] | None = None, max_length: int = 256) -> None:
+    def __init__(
+        self, name: str, about: str, argv: Sequence[str] | None = None, max_length: int = 256, last_layers: int = 0
+    ) -> None:
         parser = argparse.ArgumentParser(description=about)
         parser.add_argument("--tiny", action="store_true", help="a tiny random model: shows only that everything runs")
         parser.add_argument("--seed", type=int, default=0, help="decides what is held out, and the order of the data")
         parser.add_argument("--work", type=Path, default=Path("build/examples"), help="model, data and checkpoints")
         parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of table and picture")
         self.name, self.args, self.max_length = name, parser.parse_args(argv), max_length
+        self.last_layers = 1 if self.args.tiny else last_layers
+        self._states: dict[bytes, bytes] = {}  # what frozen layers make of what is scored
         self.seconds: dict[str, float] = {"imports": time.perf_counter() - STARTED}
         self.folder: Path = self.args.work / name
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -164,6 +169,7 @@ class Workbench:
         values = {
             "model": self.model, "data": str(data), "out": str(out), "max_length": self.max_length,
             "references": str(data.with_suffix(".references")), "seed": self.args.seed, "precision": self.precision,
+            "last_layers": self.last_layers, "cache_frozen": self.precision if self.last_layers else "",
             **PRESET, **options, **(TINY if self.args.tiny else {}),
         }  # fmt: skip
         with self.phase(f"training {name}"):
@@ -176,6 +182,7 @@ class Workbench:
         """What `dpofast score` says of each row: ``logps`` and ``lengths`` of its answers; and its ``group``."""
         from dpofast.data import Encoder, read
         from dpofast.train.feed import padding_of
+        from dpofast.train.frozen import FrozenLayers
         from dpofast.train.model import load_trained
         from dpofast.train.score import score
 
@@ -187,7 +194,10 @@ class Workbench:
             records = read(str(self.write([rows[i] for i in order])))
             encoded = map(Encoder(self.tokenizer, max_length=self.max_length), records)
             records = sorted(encoded, key=lambda record: len(record.answers))  # a batch is of as many each
-            lines = list(score(load_trained(model, "model"), None, records, options))
+            policy = load_trained(model, "model")
+            if self.last_layers:
+                FrozenLayers(policy, self.last_layers, self.precision, self._states)
+            lines = list(score(policy, None, records, options))
         places = [order[int(line["where"].rpartition(":")[2]) - 1] for line in lines]
         found = {i: line | {"group": rows[i]["group"]} for i, line in zip(places, lines)}
         return [found[i] for i in range(len(rows))]

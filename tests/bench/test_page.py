@@ -52,6 +52,15 @@ def test_two_sizes_are_too_few():
     assert not slopes.slopes(results, "time")
 
 
+def test_a_median_with_its_range_is_on_the_line_of_the_others():
+    ranged = [
+        r._replace(spread=i, low=r.value - i, high=r.value + i) for i, r in enumerate(line(metric="time", unit="s"))
+    ]
+    results = record.Results(MACHINE, [r._replace(suite="sweep") for r in ranged])
+    assert len(slopes.slopes(results, "time")) == 1
+    assert report.table_of(results, "sweep").count("within 0%") == 1
+
+
 def test_series_keep_apart_what_differs():
     records = line(metric="time", unit="s") + line(metric="time", unit="s", dtype="bf16", each=0.125)
     found = slopes.slopes(record.Results(MACHINE, records), "time")

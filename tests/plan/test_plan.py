@@ -282,6 +282,15 @@ def test_plan_errors(arguments, message):
         dpofast.plan(1000, 576, 49152, memory_budget="1KiB")
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cut", (None, 2.0**-9))
+def test_plan_names_what_it_chose_under_any_budget(isa, cut):
+    """Schedules of one name, in blocks of several sizes, may fit."""
+    for mib in (1, 1.5, 2, 2.5, 3, 4, 6, 10, 16, 40):
+        how = {"memory_budget": int(mib * 2**20), "grad_filter": cut, "backend": f"cpu:{isa}"}
+        assert dpofast.plan(400, 40, 9000, **how).schedule in ("mixed", "cached", "filtered", "recompute")
+
+
 def test_plan_prints_a_table():
     p = dpofast.plan(1000, 576, 49152, "bf16", backend="torch", threads=2, memory_budget="64MiB")
     expecttest.assert_expected_inline(

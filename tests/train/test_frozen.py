@@ -121,6 +121,14 @@ def test_a_row_with_the_prompt_once_is_known_by_its_sequences(monkeypatch, answe
         assert counted == [2 if first == "shared" else 2 * answers]
 
 
+def test_a_row_of_padding_alone_is_no_sequence():
+    model = build()
+    FrozenLayers(model, 1, "fp32", {})
+    ids, mask = ids_and_mask(2, 5)
+    mask[1] = 0
+    assert hidden_of(model, ids, mask).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("positions", "sequences"),
     [
@@ -263,8 +271,9 @@ def test_content_that_is_lost_is_not_known(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:-cut])
     again = FileStore(path, WHAT)
     assert (b"a" * 16 in again, b"b" * 16 in again) == (cut <= 4, False)
-    again[b"b" * 16] = b"4567"
-    assert FileStore(path, WHAT)[b"b" * 16] == b"4567"
+    again[b"c" * 16] = b"89012345"  # where b was
+    again = FileStore(path, WHAT)
+    assert (b"a" * 16 in again, b"b" * 16 in again) == (cut <= 4, False) and again[b"c" * 16] == b"89012345"
 
 
 def test_content_that_the_index_does_not_know_is_passed_over(tmp_path):
