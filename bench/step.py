@@ -96,12 +96,14 @@ def write_smollm2(folder: Path, length: int, tokens: tuple[int, int] | None) -> 
     _write(folder, model, tokenizer, pairs, {"full": 1e-5, "LoRA": 1e-3})
 
 
-def _documented(tokenizer: Any) -> list[Any]:
-    """Token ids of the pairs in the documentation of ruff's rules, by the rules' names."""
+def _documented(tokenizer: Any) -> list[tuple[Any, Any, Any]]:
+    """Token ids of the pairs in the documentation of ruff's rules, by the rules' names: prompt, chosen, rejected."""
+    from dpofast.data import Encoder, read
     from dpofast.demo import data
 
     pairs, _ = data.documented_pairs(data.ruff_binary())
-    return [data.encode(pair, tokenizer) for pair in sorted(pairs, key=lambda pair: pair.rule)]
+    rows = data.rows_of(sorted(pairs, key=lambda pair: pair.rule), tokenizer)
+    return [(x.prompt, *(answer.ids for answer in x.answers)) for x in map(Encoder(tokenizer), read(rows))]
 
 
 def _as_text(tokenizer: Any, *ids: Any) -> dict[str, str]:
@@ -109,24 +111,30 @@ def _as_text(tokenizer: Any, *ids: Any) -> dict[str, str]:
 
 
 def longest_pairs(tokenizer: Any, length: int) -> list[dict[str, str]]:
-    sized = [(len(x.prompt) + max(len(x.chosen), len(x.rejected)), i, x) for i, x in enumerate(_documented(tokenizer))]
+    sized = [(len(x[0]) + max(map(len, x[1:])), i, x) for i, x in enumerate(_documented(tokenizer))]
     fitting = sorted(item for item in sized if item[0] <= length)[-PAIRS:]
     if len(fitting) < PAIRS:
         raise ValueError(f"--length {length}: only {len(fitting)} pairs are that short, {PAIRS} are needed")
     # without the last token, which trainers add
-    return [_as_text(tokenizer, x.prompt, x.chosen[:-1], x.rejected[:-1]) for _, _, x in fitting]
+    return [_as_text(tokenizer, prompt, chosen[:-1], rejected[:-1]) for _, _, (prompt, chosen, rejected) in fitting]
 
 
 def cut_pairs(tokenizer: Any, prompt: int, answer: int) -> list[dict[str, str]]:
     """Pairs of about so many tokens, each piece the continuation of the one before it."""
-    text = [token for x in _documented(tokenizer) for token in (*x.prompt, *x.chosen[:-1])]
+    text = [token for asked, chosen, _ in _documented(tokenizer) for token in (*asked, *chosen[:-1])]
     ends = (prompt, prompt + answer - 1, prompt + 2 * answer - 2)
     starts = range(0, PAIRS * ends[-1], ends[-1])
     return [_as_text(tokenizer, *(text[s + a : s + b] for a, b in zip((0, *ends), ends))) for s in starts]
 
 
+def expect_checkout(parser: argparse.ArgumentParser) -> None:
+    """Leave with a word where there is no tiny model to write."""
+    if not Path("examples", "tiny.py").is_file():
+        parser.error("the tiny model is examples/tiny.py: run this in a checkout of dpofast")
+
+
 def write_tiny(folder: Path) -> None:
-    """examples/tiny.py's, which an installed package has not."""
+    """examples/tiny.py's, which an installed package has not; see `expect_checkout`."""
     sys.path.append(str(Path("examples").resolve()))
     import tiny
 
@@ -380,6 +388,8 @@ def main() -> None:
         parser.error(f"--rows {' '.join(args.rows)}: expected parts of {', '.join(map(str, ROWS))}")
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: expected at least 1")
+    if args.quick:
+        expect_checkout(parser)
 
     # Read when Transformers and its like are imported, in other processes.
     os.environ |= dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")

@@ -127,6 +127,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps < 2:
         parser.error(f"--steps {args.steps}: expected at least 2")
+    step.expect_checkout(parser)
     os.environ |= dict(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     results, out = record.begin(args.out, "trainer", machine() | {n: version(n) for n in ("transformers", "trl")})
     for workload in (TINY,) if args.quick else (TINY, "SmolLM2, {} + {} tokens".format(*args.tokens)):

@@ -129,3 +129,32 @@ def test_rows_that_do_not_exist_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         step.main()
     assert "--rows unsloth: expected parts of TRL DPOTrainer, bf16, " in capsys.readouterr().err
+
+
+def test_pairs_are_cut_from_rules_to_the_size_that_was_asked_for(tmp_path):
+    from tiny_weights import write_tiny
+
+    from dpofast.train.model import load_tokenizer
+
+    pytest.importorskip("ruff")
+    write_tiny(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))  # of bytes
+    cut = step.cut_pairs(tokenizer, 96, 32)
+    assert len(cut) == step.PAIRS and len({pair["prompt"] for pair in cut}) == step.PAIRS
+    assert {(len(p["prompt"].encode()), len(p["chosen"].encode())) for p in cut} <= {
+        (a, b) for a in range(94, 99) for b in range(29, 34)
+    }
+    for pair in step.longest_pairs(tokenizer, 400):
+        assert "Write code that passes the lint rule" in pair["prompt"] and pair["chosen"] != pair["rejected"]
+        assert 300 < len(pair["prompt"].encode()) + max(len(pair[x].encode()) for x in ("chosen", "rejected")) < 400
+
+
+@pytest.mark.parametrize("name", ["step", "trainer"])
+def test_outside_of_a_checkout_the_tiny_model_is_missed_in_words(name, tmp_path, monkeypatch, capsys):
+    from dpofast.bench import trainer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", "--quick"])
+    with pytest.raises(SystemExit):
+        {"step": step, "trainer": trainer}[name].main()
+    assert "examples/tiny.py: run this in a checkout" in capsys.readouterr().err
