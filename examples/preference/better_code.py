@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     tests = [row for row in programs if row["group"] in unseen]
 
     before = bench.score(bench.model, held_out + tests, "scoring before")
-    policy = bench.train(train, learning_rate=5e-4, beta=0.1)
+    policy = bench.train(train, learning_rate=5e-4, beta=0.1, epochs=2.0)
     after = bench.score(policy, held_out + tests, "scoring after")
 
     n = len(held_out)

@@ -20,7 +20,7 @@ from workbench import Row, Workbench, need
 from dpofast.demo import data as ruff_data
 
 PROMPT, TOKENS = 16, 64  # tokens of a prompt, and that the model writes
-TRAIN, HELD_OUT = 112, 72  # prompts
+TRAIN, HELD_OUT = 384, 128  # prompts
 LAYERS = 8  # the last ones have the LoRA: nothing is computed backward below them
 OPTIONS = {
     "loss_type": ["sigmoid", "sft"],
@@ -28,7 +28,7 @@ OPTIONS = {
     "beta": 0.1,
     "learning_rate": 5e-4,
     "batch_size": 8,
-    "epochs": 2.0,
+    "epochs": 4.0,
 }
 LONGEST_PERIOD, REPEATS, FEWEST = 16, 3, 12  # of a loop: tokens of its period, how often it comes, tokens in all
 
