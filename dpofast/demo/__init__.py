@@ -61,6 +61,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name} {value}: expected at least 1")
     if not args.out.absolute().parent.is_dir():
         parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    if args.run is not None and args.run.exists() and not (args.run.is_dir() and not any(args.run.iterdir())):
+        parser.error(f"--run {args.run}: expected a new folder, or an empty one")
     return args
 
 

@@ -110,6 +110,7 @@ def describe_pairs(console: Console, rows: Sequence[Row], tokenizer: Any, name: 
 
 def tune(screen: Screen, config: Config, compared_steps: int, measured_pairs: int, repeats: int) -> Result:
     """Everything after model and data are there: reference, costs, training, evaluation."""
+    compared_steps = min(compared_steps, config.steps)
     identity = {**identity_of(config), "world": 1}
     with asked_by_signals() as stop:
         context = Context(ranks.start("cpu"), screen, stop)
